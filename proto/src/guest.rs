@@ -1,0 +1,339 @@
+//! The guest protocol: host ↔ `firn-init`, over one vsock stream.
+//!
+//! ```text
+//!  guest connects ─▶ Ready
+//!  host ─▶ Load ─▶ guest starts the runtime ─▶ Log* Loaded
+//!  host ─▶ Freeze ─▶ guest freezes the runtime's cgroup ─▶ Frozen   (the host may snapshot now)
+//!  host ─▶ Renew  ─▶ guest renews clock, entropy, identity; runs restore hooks ─▶ Log* Renewed
+//!  host ─▶ Invoke ─▶ Log* Done
+//! ```
+//!
+//! A frame is a little-endian `u32` length of what follows, at most [`MAX_FRAME`], then the
+//! message. The stream survives a snapshot: a thawed guest continues where its snapshot was taken,
+//! which is always between two frames.
+
+use serde::{Deserialize, Serialize};
+
+use crate::CodecError;
+
+/// Version of this protocol; the first field of [`Ready`].
+pub const VERSION: u16 = 1;
+
+/// Largest event or response in bytes that the Lambda API allows (6 MiB plus the room that the
+/// Runtime API grants a response).
+pub const MAX_PAYLOAD: usize = 6_291_556;
+
+/// Longest message in bytes without its length prefix: a payload and its head.
+pub const MAX_FRAME: usize = MAX_PAYLOAD + 64 * 1024;
+
+/// Longest piece of one log line in bytes; longer lines arrive in several pieces.
+pub const MAX_LOG: usize = 16 * 1024;
+
+/// Bytes of entropy in [`Renew`].
+pub const ENTROPY_BYTES: usize = 64;
+
+/// Host to guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ToGuest {
+    /// Mount the code disk and start the function's runtime. Answer: [`FromGuest::Loaded`].
+    Load(Load),
+    /// Stop the runtime where it stands and become quiet. Answer: [`FromGuest::Frozen`].
+    Freeze,
+    /// First message after every thaw. Answer: [`FromGuest::Renewed`].
+    Renew(Renew),
+    /// Handle one event. Answer: [`FromGuest::Done`].
+    Invoke(Invoke),
+    /// Power off. No answer.
+    Shutdown,
+}
+
+/// Guest to host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum FromGuest {
+    /// The guest is up and has no function yet.
+    Ready(Ready),
+    /// The runtime waits for its first event, or failed to.
+    Loaded(Loaded),
+    /// The runtime's cgroup is frozen and no frame is half written.
+    Frozen,
+    /// Clock, entropy and identity are new and the restore hooks have run.
+    Renewed(Renewed),
+    /// A piece of the runtime's output.
+    Log(Log),
+    /// The event has been handled, one way or another.
+    Done(Done),
+}
+
+/// What the guest says first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// [`VERSION`] of the guest.
+    pub version: u16,
+    /// The guest's TSC at the first instruction of `firn-init`'s `main`.
+    pub init_tsc: u64,
+    /// The guest's TSC when this message was made.
+    pub ready_tsc: u64,
+}
+
+/// What function to run and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Whole environment of the runtime but what the guest alone knows
+    /// (`AWS_LAMBDA_RUNTIME_API`).
+    pub environment: Vec<(String, String)>,
+    /// `memory.max` of the runtime's cgroup in bytes.
+    pub memory_bytes: u64,
+    /// Time that initialisation may take in milliseconds.
+    pub init_timeout_ms: u64,
+    /// A snapshot follows: `Loaded` means that the runtime asked for `/runtime/restore/next` (or
+    /// for its first event, where it has no restore hooks).
+    pub snapshot: bool,
+    /// Whether the code disk holds anything to mount on `/var/task`.
+    pub code: bool,
+}
+
+/// How initialisation ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loaded {
+    /// From start of the runtime to its first request for work, in microseconds.
+    pub init_us: u64,
+    /// `None`: ready. Otherwise what the first invocation will answer with if nothing changes.
+    pub error: Option<FunctionError>,
+}
+
+/// What a thawed guest needs to become someone else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Wall-clock time in nanoseconds since the epoch when the message was made.
+    pub wall_clock_ns: u64,
+    /// Fresh entropy from the host's `getrandom`, [`ENTROPY_BYTES`] long.
+    #[serde(with = "serde_bytes")]
+    pub entropy: Vec<u8>,
+    /// Identity of the instance, unique for ever.
+    pub instance_id: String,
+    /// Time that the restore hooks may take in milliseconds.
+    pub hook_timeout_ms: u64,
+}
+
+/// Acknowledges a [`Renew`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewed {
+    /// The `instance_id` that was received: an instance that does not repeat it never serves.
+    pub instance_id: String,
+    /// Clock and entropy, in microseconds.
+    pub renew_us: u64,
+    /// Unfreezing and restore hooks until the runtime asked for work, in microseconds.
+    pub hooks_us: u64,
+    /// Set where a restore hook failed or the runtime ended.
+    pub error: Option<FunctionError>,
+}
+
+/// One event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invoke {
+    /// `Lambda-Runtime-Aws-Request-Id`.
+    pub request_id: String,
+    /// `Lambda-Runtime-Invoked-Function-Arn`.
+    pub function_arn: String,
+    /// `Lambda-Runtime-Trace-Id`; empty: none.
+    pub trace_id: String,
+    /// `Lambda-Runtime-Client-Context` (JSON); empty: none.
+    pub client_context: String,
+    /// `Lambda-Runtime-Cognito-Identity` (JSON); empty: none.
+    pub cognito_identity: String,
+    /// `Lambda-Runtime-Deadline-Ms`: milliseconds since the epoch.
+    pub deadline_ms: u64,
+    /// What the guest enforces: time from this message in milliseconds, at most 900,000.
+    pub timeout_ms: u64,
+    /// The event.
+    #[serde(with = "serde_bytes")]
+    pub payload: Vec<u8>,
+}
+
+/// Where output came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Stream {
+    /// The runtime's standard output.
+    Stdout,
+    /// The runtime's standard error.
+    Stderr,
+    /// `firn-init` itself.
+    Init,
+}
+
+/// A piece of output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Log {
+    /// Where it came from.
+    pub stream: Stream,
+    /// At most [`MAX_LOG`] bytes; a whole line without its end unless `partial`.
+    #[serde(with = "serde_bytes")]
+    pub line: Vec<u8>,
+    /// The line goes on in the next piece of this stream.
+    pub partial: bool,
+}
+
+/// How an invocation ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// The `request_id` of the [`Invoke`].
+    pub request_id: String,
+    /// The result.
+    pub outcome: Outcome,
+    /// From handing out the event to the runtime's answer, in microseconds.
+    pub duration_us: u64,
+    /// Time spent starting a new runtime because the last one had ended, in microseconds; 0: none.
+    pub init_us: u64,
+    /// Highest memory use of the runtime's cgroup so far in bytes.
+    pub max_memory_bytes: u64,
+    /// The guest's TSC when it had read the whole `Invoke`, and when it made this message.
+    pub tsc: (u64, u64),
+}
+
+/// Result of an invocation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The runtime answered.
+    Response {
+        /// The answer, at most [`MAX_PAYLOAD`] bytes.
+        #[serde(with = "serde_bytes")]
+        payload: Vec<u8>,
+        /// `Content-Type` of the answer as the runtime gave it.
+        content_type: String,
+    },
+    /// The function failed, by its own word or in the guest's judgement.
+    Error(FunctionError),
+}
+
+/// Why a function has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FunctionError {
+    /// The runtime posted an error.
+    Reported {
+        /// `Lambda-Runtime-Function-Error-Type`, checked against its pattern; empty: none.
+        error_type: String,
+        /// The error document as posted.
+        #[serde(with = "serde_bytes")]
+        payload: Vec<u8>,
+    },
+    /// The runtime ended: `exit status N` or `signal: NAME`.
+    Exited {
+        /// As in the message of `Runtime.ExitError`.
+        status: String,
+    },
+    /// The deadline passed and the runtime was killed.
+    TimedOut {
+        /// The limit in milliseconds.
+        limit_ms: u64,
+    },
+    /// The response was longer than [`MAX_PAYLOAD`].
+    ResponseTooLarge {
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// The runtime could not be started at all.
+    InvalidEntrypoint {
+        /// What was tried and why it failed.
+        message: String,
+    },
+}
+
+/// Encodes one frame, length prefix and all.
+///
+/// # Errors
+/// [`CodecError::TooLong`] over [`MAX_FRAME`].
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
+    let mut frame = crate::encode(message, vec![0; 4], MAX_FRAME)?;
+    let length = (frame.len() - 4) as u32;
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    Ok(frame)
+}
+
+/// Checks a frame's length prefix.
+///
+/// # Errors
+/// [`CodecError::TooLong`] over [`MAX_FRAME`].
+pub fn frame_length(prefix: [u8; 4]) -> Result<usize, CodecError> {
+    let size = u32::from_le_bytes(prefix) as usize;
+    if size > MAX_FRAME {
+        return Err(CodecError::TooLong { size, limit: MAX_FRAME });
+    }
+    Ok(size)
+}
+
+/// Decodes a frame's message (without its prefix) from the host.
+///
+/// # Errors
+/// Any [`CodecError`].
+pub fn decode_to_guest(message: &[u8]) -> Result<ToGuest, CodecError> {
+    crate::decode(message, MAX_FRAME)
+}
+
+/// Decodes a frame's message (without its prefix) from the guest.
+///
+/// # Errors
+/// Any [`CodecError`].
+pub fn decode_from_guest(message: &[u8]) -> Result<FromGuest, CodecError> {
+    crate::decode(message, MAX_FRAME)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn invoke(payload: Vec<u8>) -> ToGuest {
+        ToGuest::Invoke(Invoke {
+            request_id: "8476a536-e9f4-11e8-9739-2dfe598c3fcd".into(),
+            function_arn: "arn:aws:lambda:us-east-1:000000000000:function:hello".into(),
+            trace_id: String::new(),
+            client_context: String::new(),
+            cognito_identity: String::new(),
+            deadline_ms: 1_542_409_706_888,
+            timeout_ms: 3000,
+            payload,
+        })
+    }
+
+    #[test]
+    fn largest_payload_fits_a_frame() {
+        let frame = encode(&invoke(vec![b'x'; MAX_PAYLOAD])).unwrap();
+        assert_eq!(frame_length(frame[..4].try_into().unwrap()), Ok(frame.len() - 4));
+    }
+
+    #[test]
+    fn oversized_frames_are_refused_both_ways() {
+        assert!(matches!(encode(&invoke(vec![0; MAX_FRAME])), Err(CodecError::TooLong { .. })));
+        assert!(matches!(
+            frame_length((MAX_FRAME as u32 + 1).to_le_bytes()),
+            Err(CodecError::TooLong { .. })
+        ));
+    }
+
+    #[test]
+    fn a_length_that_lies_inside_a_message_is_refused() {
+        // Variant 3 is Invoke; its first string claims 2^35 bytes.
+        assert!(matches!(
+            decode_to_guest(&[3, 0xff, 0xff, 0xff, 0xff, 0x7f]),
+            Err(CodecError::Malformed(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn invoke_round_trips(payload in proptest::collection::vec(any::<u8>(), 0..4096)) {
+            let message = invoke(payload);
+            let frame = encode(&message).unwrap();
+            prop_assert_eq!(decode_to_guest(&frame[4..]), Ok(message));
+        }
+
+        #[test]
+        fn any_bytes_decode_or_fail(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = decode_to_guest(&bytes);
+            let _ = decode_from_guest(&bytes);
+        }
+    }
+}
