@@ -1,1 +1,40 @@
-//! Placeholder.
+//! Runs functions in microVMs, each in its own jail: what a function scheduler embeds.
+//!
+//! ```text
+//!  Host ──shell()──▶ Shell      a jailed VMM that waits (pooled by class)
+//!   │ ───boot()───▶ Instance    image booted, guest says Ready
+//!   │ ───thaw()───▶ Instance    resident snapshot mapped into a shell, renewed, first event handled
+//!  Instance ──load()/invoke()/pause()──▶ …  ──snapshot()──▶ Snapshot ──make_resident()──▶ thaw()
+//! ```
+//!
+//! This crate talks to `firn-vmm` ([`control`]) and to `firn-init` in the guest ([`guest`]), and
+//! trusts neither: every length, identity and hash that they report is checked here. Only this
+//! crate starts VMMs, always through `firn-jailer`. It knows nothing of HTTP, ARNs or accounts; it
+//! never reads guest memory except to copy and hash a snapshot's pages.
+//!
+//! All of it needs a tokio runtime with time and I/O enabled. Nothing outlives a [`Host`]:
+//! [`Host::shutdown`] waits until every process, control group and file of this life is gone, and
+//! [`Host::open`] removes what an earlier life that was killed has left.
+
+pub mod code;
+mod config;
+mod disk;
+mod host;
+mod image;
+mod instance;
+mod log;
+mod phases;
+mod snapshot;
+
+pub use firn_proto::{control, guest};
+
+pub use config::{HostConfig, ShellClass};
+pub use disk::{Disk, DiskError};
+pub use host::{Host, OpenError, Shell, ShellError, StartError};
+pub use image::{Image, ImageError};
+pub use instance::{
+    FunctionSpec, Instance, InstanceError, Invocation, InvokeReport, LoadReport, VmmExit,
+};
+pub use log::{LogLine, LogSink};
+pub use phases::Phases;
+pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta};

@@ -1,0 +1,109 @@
+//! What a host is made with: directories, limits and the size classes of its microVMs.
+
+use std::{ops::Range, path::PathBuf};
+
+/// How a [`Host`](crate::Host) runs.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// The installation: `bin/`, `kernel/`, `images/`.
+    pub artifacts: PathBuf,
+    /// The state directory; everything in its `run/` belongs to one life of one host.
+    pub state: PathBuf,
+    /// Shells that are kept ready for each class that is in use.
+    pub shells: usize,
+    /// Give every guest a serial console whose output is logged at debug level.
+    pub serial: bool,
+    /// Multiplies every time limit that this crate sets by itself (boot, thaw, requests to the
+    /// VMM, the grace after a function's own timeout): 1 on real hardware, more on slow rigs.
+    pub patience: u32,
+    /// Enforce CPU time in proportion to a function's memory.
+    pub cpu_limits: bool,
+    /// Run although the host has no control groups to limit microVMs with. Never in production.
+    pub allow_no_cgroups: bool,
+    /// Users that VMMs run as, one each; nothing else on the machine may use them.
+    pub uids: Range<u32>,
+}
+
+impl HostConfig {
+    /// The defaults: no shells kept ready, no serial console, all limits enforced.
+    pub fn new(artifacts: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
+        Self {
+            artifacts: artifacts.into(),
+            state: state.into(),
+            shells: 0,
+            serial: false,
+            patience: 1,
+            cpu_limits: true,
+            allow_no_cgroups: false,
+            uids: 1_769_000_000..1_769_060_000,
+        }
+    }
+}
+
+/// Memory in MB that buys one whole vCPU, as in Lambda.
+const MB_PER_VCPU: u32 = 1769;
+
+/// Sizes of guest memory in MiB that shells are built for; a function's exact size is enforced in
+/// the guest.
+const MEMORY_CLASSES: [u32; 13] =
+    [128, 256, 512, 1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 9216, 10240];
+
+/// What a shell is built for: all that must be known before the function is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ShellClass {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl ShellClass {
+    /// The class for a function of `memory_mb` MB: the smallest that holds it. Sizes above the
+    /// largest class get the largest.
+    pub fn for_memory(memory_mb: u32) -> Self {
+        let memory_mib = MEMORY_CLASSES
+            .into_iter()
+            .find(|&class| class >= memory_mb)
+            .unwrap_or(MEMORY_CLASSES[MEMORY_CLASSES.len() - 1]);
+        let vcpus = memory_mb.div_ceil(MB_PER_VCPU).clamp(1, 6) as u8;
+        Self { vcpus, memory_mib }
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_bytes(self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+}
+
+/// CPU time for a function of `memory_mb` MB, in microseconds of CPU per `period_us`.
+pub(crate) fn cpu_quota_us(memory_mb: u32, period_us: u64) -> u64 {
+    (u64::from(memory_mb) * period_us / u64::from(MB_PER_VCPU)).max(1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_hold_what_is_asked() {
+        let class = |mb| {
+            let c = ShellClass::for_memory(mb);
+            (c.vcpus, c.memory_mib)
+        };
+        assert_eq!(class(128), (1, 128));
+        assert_eq!(class(129), (1, 256));
+        assert_eq!(class(1769), (1, 2048));
+        assert_eq!(class(1770), (2, 2048));
+        assert_eq!(class(3008), (2, 3072));
+        assert_eq!(class(10240), (6, 10240));
+        assert_eq!(class(u32::MAX), (6, 10240));
+    }
+
+    #[test]
+    fn cpu_is_in_proportion_to_memory() {
+        assert_eq!(cpu_quota_us(1769, 100_000), 100_000);
+        assert_eq!(cpu_quota_us(3538, 100_000), 200_000);
+        let (small, large) = (cpu_quota_us(128, 100_000), cpu_quota_us(256, 100_000));
+        assert!(large.abs_diff(2 * small) <= 1, "{small} {large}");
+    }
+}
