@@ -1,2 +1,47 @@
-//! Placeholder until the next commit.
-fn main() {}
+//! `cargo xtask`: everything that a person runs while developing Firn.
+
+#[allow(dead_code, reason = "the kernel and the images come next")]
+mod cache;
+mod cargo;
+mod cpio;
+#[allow(dead_code, reason = "the demo and the tests come next")]
+mod host_vm;
+mod scratch;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Build, try and test Firn.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    HostVm(host_vm::command::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = run(Arguments::parse());
+    scratch::remove();
+    match result {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the task; the result is the exit code.
+fn run(arguments: Arguments) -> Result<i32> {
+    scratch::clean_up_on_signals()?;
+    match arguments.task {
+        Task::HostVm(arguments) => host_vm::command::run(arguments),
+    }
+}

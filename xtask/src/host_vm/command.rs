@@ -1,0 +1,126 @@
+//! `cargo xtask host-vm`: the host VM as a tool of its own.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use firn_host_vm_agent::Exec;
+
+use super::{HostVm, Options, measure};
+
+/// Boot the dev host VM, run a command in it, end it.
+///
+/// The command's output and exit code are passed through. Programs of Firn are in its PATH, files
+/// named by --file where they were put. Without a command the VM boots, says how long it took and
+/// ends.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Open a shell instead of running a command.
+    #[arg(long, conflicts_with_all = ["icount", "command"])]
+    shell: bool,
+
+    /// Measurement mode: virtual time, one instruction is one nanosecond; the same run gives the
+    /// same bytes. Output appears when the command has ended.
+    #[arg(long)]
+    icount: bool,
+
+    /// Seed of everything random in measurement mode.
+    #[arg(long, default_value_t = 1, requires = "icount")]
+    seed: u32,
+
+    /// Memory of the host VM.
+    #[arg(long, value_name = "MiB", default_value_t = 2048)]
+    memory: u32,
+
+    /// Artifacts directory to appear as /firn, or `none`.
+    #[arg(long, value_name = "DIR")]
+    artifacts: Option<PathBuf>,
+
+    /// Copy a file into the VM: HERE or HERE:THERE; THERE is /root/<name> otherwise.
+    #[arg(long, value_name = "HERE[:THERE]")]
+    file: Vec<String>,
+
+    /// The first word of the command is a program of this machine: copy it in and run it. Makes
+    /// this usable as a cargo runner.
+    #[arg(long)]
+    here: bool,
+
+    /// Load a further kernel module.
+    #[arg(long, value_name = "NAME")]
+    module: Vec<String>,
+
+    /// Set a variable for the command.
+    #[arg(long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+
+    /// Limit for a command in measurement mode.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    limit: u64,
+
+    /// The command and its arguments.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// Runs it; the result is the exit code for this process.
+pub fn run(arguments: Arguments) -> Result<i32> {
+    let mut options = Options {
+        memory_mib: arguments.memory,
+        modules: arguments.module,
+        artifacts: arguments.artifacts.filter(|path| path.as_os_str() != "none"),
+        ..Options::default()
+    };
+    for file in &arguments.file {
+        options.files.push(split_file(file)?);
+    }
+    let mut exec = Exec { argv: arguments.command, cwd: "/root".into(), ..Exec::default() };
+    if arguments.here {
+        let program = exec.argv.first_mut().context("--here needs a command")?;
+        let (from, to) = split_file(program)?;
+        program.clone_from(&to);
+        options.files.push((from, to));
+    }
+    for variable in &arguments.env {
+        let (name, value) =
+            variable.split_once('=').with_context(|| format!("--env {variable} has no `=`"))?;
+        exec.env.push((name.to_owned(), value.to_owned()));
+    }
+
+    if arguments.icount {
+        ensure!(!exec.argv.is_empty(), "--icount needs a command");
+        let limit = Duration::from_secs(arguments.limit);
+        let measured = measure(&options, arguments.seed, &exec, limit)?;
+        io::stdout().write_all(&measured.stdout)?;
+        io::stderr().write_all(&measured.stderr)?;
+        return Ok(measured.code);
+    }
+    let vm = HostVm::start(&options)?;
+    if arguments.shell {
+        eprintln!("xtask: host VM up after {:.1} s", vm.boot_time().as_secs_f64());
+        exec.argv = vec!["sh".into()];
+        exec.env.push(("PS1".into(), "host-vm:\\w# ".into()));
+        exec.terminal = Some((24, 80));
+    }
+    if exec.argv.is_empty() {
+        println!("host VM up after {:.1} s", vm.boot_time().as_secs_f64());
+        vm.power_off()?;
+        return Ok(0);
+    }
+    vm.client().run(&exec).with_context(|| format!("the host VM's console:\n{}", vm.console()))
+}
+
+fn split_file(text: &str) -> Result<(PathBuf, String)> {
+    let (from, to) = text.split_once(':').unwrap_or((text, ""));
+    let from = PathBuf::from(from);
+    if !from.is_file() {
+        bail!("{} is no file of this machine", from.display());
+    }
+    if !to.is_empty() {
+        ensure!(to.starts_with('/'), "{to} does not start with `/`");
+        return Ok((from, to.to_owned()));
+    }
+    let name = from.file_name().and_then(|name| name.to_str()).context("a name is not UTF-8")?;
+    let to = format!("/root/{name}");
+    Ok((from, to))
+}

@@ -1,0 +1,166 @@
+//! The dev host VM: a small Linux server under QEMU whose `/dev/kvm` is KVM on (emulated) SVM.
+//!
+//! It is how Firn runs where KVM is missing or emulates guest kernel code (`firn doctor` tells).
+//! QEMU's TCG needs no rights and no hardware support. The machine has one CPU, a root file system
+//! in memory, and a user network without a way out: only forwarded ports lead in.
+//!
+//! ```text
+//! this machine:  xtask ──TCP 127.0.0.1:<free>──▶ QEMU ──▶ host-vm-agent (PID 1) ──▶ firnd ──▶ microVM
+//! ```
+//!
+//! [`HostVm`] is the running machine, [`measure`] runs one command in virtual time.
+
+pub mod client;
+pub mod command;
+mod modules;
+mod qemu;
+mod root;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use firn_host_vm_agent::{AGENT_PORT, Event, Exec, Request};
+
+use crate::scratch;
+use client::Client;
+use qemu::{Console, Qemu};
+
+/// Longest time from starting QEMU to the agent's mark; it takes 3 s on the slowest rig known.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// What the host VM is made of.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// An artifacts directory; it appears as `/firn`.
+    pub artifacts: Option<PathBuf>,
+    /// Further files: here, and where they appear.
+    pub files: Vec<(PathBuf, String)>,
+    /// Kernel modules to load beside KVM and the network.
+    pub modules: Vec<String>,
+    /// TCP ports of the host VM that are to be reachable from this machine.
+    pub forward: Vec<u16>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            memory_mib: 2048,
+            artifacts: None,
+            files: Vec::new(),
+            modules: Vec::new(),
+            forward: Vec::new(),
+        }
+    }
+}
+
+/// A running host VM. Dropping it kills QEMU; so does the end of this process.
+pub struct HostVm {
+    qemu: Qemu,
+    ports: BTreeMap<u16, u16>,
+    boot_time: Duration,
+}
+
+impl HostVm {
+    /// Boots the host VM and waits until it takes commands.
+    pub fn start(options: &Options) -> Result<Self> {
+        let started = Instant::now();
+        let initrd = root::build(options, None)?;
+        let mut forward = options.forward.clone();
+        forward.push(AGENT_PORT);
+        let ports = free_ports(&forward)?;
+        let mut qemu = Qemu::start(&initrd, options.memory_mib, &qemu::Mode::Interactive(&ports))?;
+        qemu.wait_until_ready(BOOT_LIMIT)?;
+        // QEMU has read it, and it is large.
+        drop(initrd);
+        Ok(Self { qemu, ports, boot_time: started.elapsed() })
+    }
+
+    /// From the start of the work on its root file system until it took commands.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// Where a forwarded port of the host VM is reachable from this machine.
+    pub fn forwarded(&self, port: u16) -> Option<SocketAddr> {
+        self.ports.get(&port).map(|port| (Ipv4Addr::LOCALHOST, *port).into())
+    }
+
+    /// A client for commands and files; clients are independent of each other.
+    pub fn client(&self) -> Client {
+        let address = (Ipv4Addr::LOCALHOST, self.ports[&AGENT_PORT]).into();
+        Client::new(address)
+    }
+
+    /// The last lines of the host VM's console, for error messages.
+    pub fn console(&self) -> Console {
+        self.qemu.console()
+    }
+
+    /// Ends the host VM in order. Dropping it has the same effect, without waiting.
+    pub fn power_off(mut self) -> Result<()> {
+        self.client().power_off()?;
+        self.qemu.wait(Duration::from_secs(10))
+    }
+}
+
+/// What a measured command printed, and its exit code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Measured {
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+    /// The exit code.
+    pub code: i32,
+}
+
+/// Boots the host VM in virtual time (one instruction is one nanosecond), runs one command and
+/// returns its output. The same options, command and seed give the same bytes, time stamps
+/// included: there is no network, and nothing reaches the machine from outside.
+pub fn measure(options: &Options, seed: u32, exec: &Exec, limit: Duration) -> Result<Measured> {
+    ensure!(options.forward.is_empty(), "ports can't be forwarded in measurement mode");
+    let initrd = root::build(options, Some(exec))?;
+    let output = scratch::directory()?.join("events");
+    let mode = qemu::Mode::Measure { seed, output: &output };
+    let mut qemu = Qemu::start(&initrd, options.memory_mib, &mode)?;
+    qemu.wait_until_ready(BOOT_LIMIT * 4)?;
+    qemu.wait(limit)?;
+    let bytes = std::fs::read(&output).context("the host VM gave no output")?;
+    let mut bytes = bytes.as_slice();
+    let mut measured = Measured { stdout: Vec::new(), stderr: Vec::new(), code: 0 };
+    while let Some(event) = firn_host_vm_agent::receive(&mut bytes)? {
+        match event {
+            Event::Output(firn_host_vm_agent::Stream::Stdout, b) => measured.stdout.extend(b),
+            Event::Output(firn_host_vm_agent::Stream::Stderr, b) => measured.stderr.extend(b),
+            Event::Exited(code) => return Ok(Measured { code, ..measured }),
+            Event::Failed(message) => bail!("{message}"),
+            other => bail!("unexpected {other:?} from the host VM"),
+        }
+    }
+    bail!("the host VM ended before the command did; its console:\n{}", qemu.console())
+}
+
+/// Picks a free port of this machine for each port of the host VM.
+fn free_ports(ports: &[u16]) -> Result<BTreeMap<u16, u16>> {
+    // All are held until all are picked, or two could be the same.
+    let held: Vec<_> = ports
+        .iter()
+        .map(|port| Ok((*port, TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?)))
+        .collect::<Result<_>>()
+        .context("no free port on 127.0.0.1")?;
+    held.iter().map(|(port, socket)| Ok((*port, socket.local_addr()?.port()))).collect()
+}
+
+/// Sends a request that has no other answer than done.
+fn is_done(event: Option<Event>, request: &Request) -> Result<()> {
+    match event {
+        Some(Event::Done) => Ok(()),
+        Some(Event::Failed(message)) => bail!("{message}"),
+        other => bail!("unexpected answer {other:?} to {request:?}"),
+    }
+}

@@ -1,0 +1,200 @@
+//! QEMU's command line, its process, and the console that it prints.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use firn_host_vm_agent::{FAILED_MARK, READY_MARK};
+
+use super::root::Initrd;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Lines of the console that are kept for error messages.
+const CONSOLE_LINES: usize = 60;
+
+/// How time passes, and how one talks to the machine.
+pub enum Mode<'a> {
+    /// Real time; ports of the host VM (keys) are forwarded from ports of this machine.
+    Interactive(&'a BTreeMap<u16, u16>),
+    /// Virtual time, no network; the agent's events go to a file.
+    Measure { seed: u32, output: &'a Path },
+}
+
+/// A QEMU process; dropping it kills it.
+pub struct Qemu {
+    child: Child,
+    console: Console,
+    marks: Receiver<Mark>,
+}
+
+/// What the console said so far, its last lines.
+#[derive(Debug, Clone, Default)]
+pub struct Console(Arc<Mutex<VecDeque<String>>>);
+
+enum Mark {
+    Ready,
+    Failed(String),
+}
+
+impl Qemu {
+    /// Starts QEMU. It is killed when the calling *thread* ends: call this from one that lives as
+    /// long as the process.
+    pub fn start(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Self> {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments(initrd, memory_mib, mode)?);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Ctrl-C is for this process, which then ends QEMU.
+        command.process_group(0);
+        // SAFETY: between fork and exec the closure makes one system call; it neither allocates
+        // nor takes a lock.
+        unsafe {
+            command.pre_exec(|| {
+                let kill = rustix::process::Signal::KILL;
+                Ok(rustix::process::set_parent_process_death_signal(Some(kill))?)
+            });
+        }
+        let mut child = command.spawn().with_context(|| format!("cannot run {PROGRAM}"))?;
+        let console = Console::default();
+        let (sender, marks) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            let console = console.clone();
+            thread::spawn(move || console.read(BufReader::new(stdout), &sender));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            // QEMU's own complaints belong beside what the machine printed.
+            let (console, nobody) = (console.clone(), mpsc::channel().0);
+            thread::spawn(move || console.read(BufReader::new(stderr), &nobody));
+        }
+        Ok(Self { child, console, marks })
+    }
+
+    /// Waits for the agent's mark on the console.
+    pub fn wait_until_ready(&mut self, limit: Duration) -> Result<()> {
+        let problem = match self.marks.recv_timeout(limit) {
+            Ok(Mark::Ready) => return Ok(()),
+            Ok(Mark::Failed(reason)) => format!("could not set itself up ({reason})"),
+            Err(RecvTimeoutError::Timeout) => format!("was not ready after {} s", limit.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => "ended before it was ready".to_owned(),
+        };
+        bail!("the host VM {problem}; the end of its console:\n{}", self.console)
+    }
+
+    /// Waits until the machine has powered off.
+    pub fn wait(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                if status.success() {
+                    return Ok(());
+                }
+                bail!("{PROGRAM} failed ({status}):\n{}", self.console);
+            }
+            if Instant::now() > end {
+                bail!("the host VM still ran after {} s", limit.as_secs());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The console so far.
+    pub fn console(&self) -> Console {
+        self.console.clone()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Console {
+    fn read(&self, from: impl BufRead, marks: &mpsc::Sender<Mark>) {
+        for line in from.split(b'\n') {
+            let Ok(line) = line else { return };
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if line.contains(READY_MARK) {
+                let _ = marks.send(Mark::Ready);
+            } else if let Some((_, reason)) = line.split_once(FAILED_MARK) {
+                let _ = marks.send(Mark::Failed(reason.to_owned()));
+            }
+            let mut lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if lines.len() == CONSOLE_LINES {
+                lines.pop_front();
+            }
+            lines.push_back(line);
+        }
+    }
+}
+
+impl fmt::Display for Console {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        lines.iter().try_for_each(|line| writeln!(f, "  | {line}"))
+    }
+}
+
+/// `microvm` is QEMU's smallest machine: it boots in three quarters of a q35's time.
+fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String>> {
+    // la57, mpx and pku only cost: longer page walks and state that KVM saves.
+    let mut cpu = "max,+svm,+npt,-la57,-mpx,-pku".to_owned();
+    let mut kernel = "console=ttyS0 panic=-1 quiet reboot=t no_timer_check".to_owned();
+    let mut more: Vec<String> = Vec::new();
+    match mode {
+        Mode::Interactive(ports) => {
+            // The guest reads this machine's counter; without its frequency it would calibrate
+            // against a timer that the machine does not have, and hang.
+            kernel.push_str(&format!(" tsc_early_khz={}", tsc_khz()));
+            let forwards: String = ports
+                .iter()
+                .map(|(guest, host)| format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"))
+                .collect();
+            // `restrict`: nothing inside reaches this machine or its network.
+            more.extend(["-netdev".into(), format!("user,id=net0,restrict=on{forwards}")]);
+            more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
+            more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
+            more.extend(["-accel".into(), "tcg,thread=multi".into()]);
+        }
+        Mode::Measure { seed, output } => {
+            // With ERMS `rep movsb` counts once a byte, which doubles the price of every copy.
+            cpu.push_str(",-erms,-fsrm");
+            more.extend(["-accel", "tcg", "-icount", "shift=0,sleep=off"].map(String::from));
+            more.extend(["-rtc", "base=2026-01-01T00:00:00,clock=vm"].map(String::from));
+            more.extend(["-seed".into(), seed.to_string()]);
+            let output = output.to_str().context("the temporary directory is not UTF-8")?;
+            more.extend(["-chardev".into(), format!("file,id=job,path={output}")]);
+            more.extend(["-device", "isa-serial,chardev=job,index=1"].map(String::from));
+        }
+    }
+    let path = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
+    let mut all: Vec<String> = ["-M", "microvm", "-smp", "1", "-nodefaults", "-no-user-config"]
+        .into_iter()
+        .chain(["-display", "none", "-serial", "stdio", "-no-reboot"])
+        .map(String::from)
+        .collect();
+    all.extend(["-cpu".into(), cpu, "-m".into(), memory_mib.to_string()]);
+    all.extend(["-kernel".into(), path(&initrd.kernel.image)?]);
+    all.extend(["-initrd".into(), path(&initrd.path)?, "-append".into(), kernel]);
+    all.extend(more);
+    Ok(all)
+}
+
+/// Frequency of this machine's time stamp counter.
+fn tsc_khz() -> u64 {
+    // SAFETY: reads a counter that every x86-64 CPU has; touches no memory.
+    let ticks = || unsafe { std::arch::x86_64::_rdtsc() };
+    let (clock, first) = (Instant::now(), ticks());
+    thread::sleep(Duration::from_millis(20));
+    let (elapsed, last) = (clock.elapsed(), ticks());
+    last.wrapping_sub(first) * 1_000_000 / elapsed.as_nanos().max(1) as u64
+}
