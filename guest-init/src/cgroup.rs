@@ -1,0 +1,173 @@
+//! The cgroup (v2) that every process of the function lives in.
+//!
+//! It is how the guest limits them, stops them where they stand and kills them all at once,
+//! whatever they forked.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Seek, Write},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Most processes and threads of a function, as in Lambda.
+const MAX_PIDS: u32 = 1024;
+
+/// How long the kernel may take to freeze. Only a task in the middle of disk I/O makes it wait.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a cgroup did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A control file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The control file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A task did not stop.
+    #[error("{0}: not frozen after {limit} s", limit = FREEZE_LIMIT.as_secs())]
+    NotFrozen(PathBuf),
+}
+
+/// A cgroup with its often-used control files open.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    events: File,
+    procs: File,
+}
+
+impl Cgroup {
+    /// Makes `name` under `hierarchy`, with memory, pids and cpu controllers.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn create(hierarchy: &Path, name: &str) -> Result<Self, CgroupError> {
+        write(&hierarchy.join("cgroup.subtree_control"), "+memory +pids +cpu")?;
+        let path = hierarchy.join(name);
+        fs::create_dir(&path).map_err(|source| CgroupError::Io { path: path.clone(), source })?;
+        let open = |file: &str, writes: bool| {
+            let path = path.join(file);
+            File::options()
+                .read(!writes)
+                .write(writes)
+                .open(&path)
+                .map_err(|source| CgroupError::Io { path, source })
+        };
+        let (events, procs) = (open("cgroup.events", false)?, open("cgroup.procs", true)?);
+        let cgroup = Self { path, events, procs };
+        cgroup.set("pids.max", &MAX_PIDS.to_string())?;
+        // A function that lost one of its processes to the OOM killer is not left half alive.
+        cgroup.set("memory.oom.group", "1")?;
+        Ok(cgroup)
+    }
+
+    /// `cgroup.procs`, open for writing: a process that writes "0" to it moves in.
+    pub fn procs(&self) -> &File {
+        &self.procs
+    }
+
+    /// Sets `memory.max`.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn limit_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        self.set("memory.max", &bytes.to_string())
+    }
+
+    /// Highest memory use so far in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let read = |file: &str| fs::read_to_string(self.path.join(file)).ok()?.trim().parse().ok();
+        read("memory.peak").or_else(|| read("memory.current")).unwrap_or(0)
+    }
+
+    /// Stops every task and returns when all have stopped.
+    ///
+    /// # Errors
+    /// Either [`CgroupError`].
+    pub fn freeze(&mut self) -> Result<(), CgroupError> {
+        self.set("cgroup.freeze", "1")?;
+        let end = Instant::now() + FREEZE_LIMIT;
+        while !self.event("frozen")? {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(CgroupError::NotFrozen(self.path.clone()));
+            }
+            self.wait(left);
+        }
+        Ok(())
+    }
+
+    /// Lets every task go on.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        self.set("cgroup.freeze", "0")
+    }
+
+    /// Kills every task.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        self.set("cgroup.kill", "1")
+    }
+
+    /// Whether any task is left, zombies aside.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn populated(&mut self) -> Result<bool, CgroupError> {
+        self.event("populated")
+    }
+
+    /// Waits until `cgroup.events` changed or time is up.
+    pub fn wait(&self, limit: Duration) {
+        let limit =
+            Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+        // POLLPRI is kernfs's word for "changed since it was read". An interruption is harmless:
+        // the caller looks again.
+        let _ = poll(&mut [PollFd::new(&self.events, PollFlags::PRI)], Some(&limit));
+    }
+
+    fn event(&mut self, name: &str) -> Result<bool, CgroupError> {
+        let mut text = String::new();
+        let read = self.events.rewind().and_then(|()| self.events.read_to_string(&mut text));
+        read.map_err(|source| CgroupError::Io { path: self.path.join("cgroup.events"), source })?;
+        Ok(flag(&text, name))
+    }
+
+    fn set(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        write(&self.path.join(file), value)
+    }
+}
+
+fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
+    let result =
+        File::options().write(true).open(path).and_then(|mut f| f.write_all(value.as_bytes()));
+    result.map_err(|source| CgroupError::Io { path: path.to_owned(), source })
+}
+
+/// A flag of `cgroup.events`: lines of a name and 0 or 1.
+fn flag(text: &str, name: &str) -> bool {
+    text.lines().filter_map(|line| line.split_once(' ')).any(|(n, v)| n == name && v == "1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::flag;
+
+    #[test]
+    fn flags() {
+        let text = "populated 1\nfrozen 0\n";
+        assert!(flag(text, "populated"));
+        assert!(!flag(text, "frozen"));
+        assert!(!flag("", "frozen"));
+    }
+}
