@@ -233,7 +233,7 @@ pub struct Stats {
     /// Counters of the VM and of each vCPU from `KVM_GET_STATS_FD`, by name; empty where the
     /// kernel has none.
     pub kvm: Vec<(String, u64)>,
-    /// Host TSC minus guest TSC in ticks, and ticks per second: what converts the guest's `rdtsc`.
+    /// Guest TSC minus host TSC in ticks: what converts the guest's `rdtsc` to the host's.
     pub tsc_offset: i64,
     /// TSC frequency in kHz.
     pub tsc_khz: u32,

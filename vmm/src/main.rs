@@ -1,2 +1,34 @@
-//! Placeholder until the next commit.
-fn main() {}
+//! The `firn-vmm` process. It takes no arguments: what it needs it has inherited (the control
+//! socket and `/dev/kvm`, see `firn_proto::control`) or will be told.
+
+use std::sync::Arc;
+
+use firn_proto::control::{CONTROL_FD, ExitReason, KVM_FD, Phase};
+use firn_vmm::{control, stats::Clock};
+
+fn main() {
+    let clock = Arc::new(Clock::default());
+    clock.stamp(Phase::ProcessStart);
+    if std::env::args().nth(1).as_deref() == Some("--version") {
+        println!("firn-vmm {}", env!("CARGO_PKG_VERSION"));
+        return;
+    }
+    // A VMM that has lost a thread is no VMM: end at once, whichever thread it was.
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("firn-vmm: {panic}");
+        std::process::exit(ExitReason::VmmError.code());
+    }));
+    for (descriptor, what) in [(CONTROL_FD, "control socket"), (KVM_FD, "/dev/kvm")] {
+        // SAFETY: F_GETFD reads a flag of a descriptor and fails on one that is not open.
+        if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } < 0 {
+            eprintln!(
+                "firn-vmm: descriptor {descriptor} must be the {what}; firn starts this program"
+            );
+            std::process::exit(ExitReason::VmmError.code());
+        }
+    }
+    // SAFETY: both descriptors are open, as just checked, and this is the only code that uses
+    // them: nothing else in the process has run yet.
+    let code = unsafe { control::serve(clock) };
+    std::process::exit(code);
+}

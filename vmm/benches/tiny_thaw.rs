@@ -1,0 +1,82 @@
+//! From control request to first guest instruction, on this host's `/dev/kvm`, with a guest whose
+//! first instruction after the thaw is a port write. A shell stands ready; the process is not
+//! jailed (the jail is built before a shell stands, and seccomp is on).
+//!
+//! `cargo bench -p firn-vmm --bench tiny_thaw [-- ITERATIONS]` prints one JSON line of medians and
+//! percentiles in microseconds. "received" is the VMM's stamp of the message, "exit" that of the
+//! first return of `KVM_RUN`, so both ends lie on one clock and the wake-up of the VMM is shown
+//! apart.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::{os::fd::AsFd, os::unix::net::UnixStream, time::Duration};
+
+use common::{Vmm, config, elf, empty, kvm, memfd};
+use firn_proto::control::{FromVmm, Phase, Stamps, ToVmm};
+
+/// `l: out %al,$0x80; jmp l`
+const OUT_FOR_EVER: &[u8] = &[0xe6, 0x80, 0xeb, 0xfc];
+
+fn main() {
+    let iterations = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(200);
+    let Some(kvm) = kvm() else { return };
+    let vmm = Vmm::shell(&kvm, &config(1, false));
+    let (answer, _stream) = vmm.boot(&elf(OUT_FOR_EVER));
+    assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    let (memory, state) = (memfd(b""), memfd(b""));
+    let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
+    let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
+    state.set_len(report.state_bytes).unwrap();
+
+    let mut samples: Vec<[f64; 6]> = Vec::new();
+    for _ in 0..iterations {
+        let vmm = Vmm::shell(&kvm, &config(1, false));
+        std::thread::sleep(Duration::from_millis(2));
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let message = ToVmm::Thaw { disks: empty(0), resume: true };
+        let sent = now_ns();
+        let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+        assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
+        std::thread::sleep(Duration::from_millis(2));
+        let FromVmm::Stats(stats) = vmm.request(&ToVmm::Stats, &[]) else { panic!("no stats") };
+        let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
+        let at = |phase| stamp(&stats.stamps, phase);
+        let received = at(Phase::Received);
+        samples.push([
+            us(sent, received),
+            us(received, at(Phase::Mapped)),
+            us(received, at(Phase::DevicesSet)),
+            us(received, at(Phase::VcpuSet)),
+            us(received, at(Phase::FirstExit)),
+            us(sent, at(Phase::FirstExit)),
+        ]);
+    }
+    let names = ["wake", "mapped", "devices_set", "vcpu_set", "exit", "sent_to_exit"];
+    let columns: Vec<String> = names
+        .iter()
+        .enumerate()
+        .map(|(column, name)| {
+            let mut values: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
+            values.sort_by(f64::total_cmp);
+            let q = |p: f64| values[((values.len() - 1) as f64 * p) as usize];
+            format!(
+                "\"{name}_us\":{{\"min\":{:.0},\"p50\":{:.0},\"p99\":{:.0}}}",
+                q(0.0),
+                q(0.5),
+                q(0.99)
+            )
+        })
+        .collect();
+    println!("{{\"bench\":\"tiny_thaw\",\"iterations\":{iterations},{}}}", columns.join(","));
+}
+
+fn stamp(stamps: &Stamps, phase: Phase) -> u64 {
+    stamps.get(phase).unwrap_or_else(|| panic!("no stamp of {phase:?}"))
+}
+
+fn now_ns() -> u64 {
+    firn_vmm::stats::monotonic_ns()
+}

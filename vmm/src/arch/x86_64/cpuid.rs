@@ -1,0 +1,229 @@
+//! What CPU the guest sees: KVM's supported CPUID, masked by a named template and completed with
+//! each vCPU's own topology leaves.
+//!
+//! The table without the per-vCPU parts is also a snapshot's *CPU signature*: a snapshot may only
+//! be thawed where the template yields the same table, and a refusal names the first difference.
+
+use firn_proto::control::CpuTemplate;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+use serde::{Deserialize, Serialize};
+
+/// One CPUID leaf of the signature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaf {
+    /// EAX on entry.
+    pub function: u32,
+    /// ECX on entry.
+    pub index: u32,
+    /// KVM's flags (whether `index` matters).
+    pub flags: u32,
+    /// EAX, EBX, ECX, EDX.
+    pub registers: [u32; 4],
+}
+
+/// The CPU that a shell gives to its guest, without what differs between its vCPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Signature {
+    /// All leaves in KVM's order.
+    pub leaves: Vec<Leaf>,
+}
+
+const LEAF_FEATURES: u32 = 1;
+const LEAF_CACHE: u32 = 4;
+const LEAF_EXTENDED: u32 = 7;
+const LEAF_TOPOLOGY: u32 = 0xb;
+const LEAF_XSAVE: u32 = 0xd;
+const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// AMX state (XTILECFG, XTILEDATA): 8 KiB a vCPU that only AMX code needs.
+const XCR0_AMX: u32 = 0b11 << 17;
+
+impl Signature {
+    /// What `template` yields on this host.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn of_host(kvm: &Kvm, template: CpuTemplate) -> Result<Self, kvm_ioctls::Error> {
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        let mut leaves: Vec<Leaf> = supported.as_slice().iter().map(from_entry).collect();
+        match template {
+            // The one template so far; naming it here makes the compiler ask about the next.
+            CpuTemplate::Host => {}
+            _ => return Err(kvm_ioctls::Error::new(libc::EINVAL)),
+        }
+        for leaf in &mut leaves {
+            normalise(leaf, deadline_timer);
+        }
+        leaves.retain(|leaf| !(leaf.function == LEAF_XSAVE && matches!(leaf.index, 17 | 18)));
+        Ok(Self { leaves })
+    }
+
+    /// The table for one vCPU of `vcpus`.
+    ///
+    /// # Errors
+    /// If there are more leaves than KVM takes.
+    pub fn for_vcpu(&self, id: u8, vcpus: u8) -> Result<CpuId, kvm_ioctls::Error> {
+        let entries: Vec<kvm_cpuid_entry2> =
+            self.leaves.iter().map(|leaf| to_entry(&with_topology(*leaf, id, vcpus))).collect();
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
+    }
+
+    /// The first difference to `other` in words, if there is one.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let find = |table: &Self, leaf: &Leaf| {
+            table
+                .leaves
+                .iter()
+                .find(|l| l.function == leaf.function && l.index == leaf.index)
+                .copied()
+        };
+        for leaf in &self.leaves {
+            let name = format!("CPUID leaf {:#x}.{}", leaf.function, leaf.index);
+            let Some(theirs) = find(other, leaf) else {
+                return Some(format!("{name} is in the snapshot but not on this host"));
+            };
+            for (register, (mine, theirs)) in
+                ["EAX", "EBX", "ECX", "EDX"].iter().zip(leaf.registers.iter().zip(theirs.registers))
+            {
+                if *mine != theirs {
+                    return Some(format!(
+                        "{name} {register} is {mine:#010x} in the snapshot, {theirs:#010x} on this host"
+                    ));
+                }
+            }
+        }
+        other.leaves.iter().find(|leaf| find(self, leaf).is_none()).map(|leaf| {
+            format!(
+                "CPUID leaf {:#x}.{} is on this host but not in the snapshot",
+                leaf.function, leaf.index
+            )
+        })
+    }
+}
+
+fn from_entry(entry: &kvm_cpuid_entry2) -> Leaf {
+    Leaf {
+        function: entry.function,
+        index: entry.index,
+        flags: entry.flags,
+        registers: [entry.eax, entry.ebx, entry.ecx, entry.edx],
+    }
+}
+
+fn to_entry(leaf: &Leaf) -> kvm_cpuid_entry2 {
+    let [eax, ebx, ecx, edx] = leaf.registers;
+    kvm_cpuid_entry2 {
+        function: leaf.function,
+        index: leaf.index,
+        flags: leaf.flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    }
+}
+
+/// Takes out what depends on the CPU that happened to answer, and adds what KVM leaves to us.
+fn normalise(leaf: &mut Leaf, deadline_timer: bool) {
+    let [eax, ebx, ecx, edx] = &mut leaf.registers;
+    match (leaf.function, leaf.index) {
+        (LEAF_FEATURES, _) => {
+            // Initial APIC id and count of logical processors: `with_topology` fills them in.
+            *ebx &= 0x0000_ffff;
+            // Hypervisor present; x2APIC and the TSC-deadline timer are emulated by the in-kernel
+            // LAPIC, and older kernels leave announcing them to user space.
+            *ecx |= 1 << 31 | 1 << 21;
+            if deadline_timer {
+                *ecx |= 1 << 24;
+            }
+        }
+        // Cores and threads that share a cache: with_topology.
+        (LEAF_CACHE, _) => *eax &= 0x0000_3fff,
+        (LEAF_EXTENDED, 0) => *edx &= !(1 << 22 | 1 << 24 | 1 << 25),
+        (LEAF_EXTENDED, 1) => *eax &= !(1 << 21),
+        (LEAF_XSAVE, 0) => {
+            *eax &= !XCR0_AMX;
+            // EBX is the size for the XCR0 of the moment; KVM computes it anew for each vCPU.
+            *ebx = 0;
+            // ECX is the size with all features: without AMX it ends where its area begins.
+            *ecx = (*ecx).min(2816);
+        }
+        (LEAF_XSAVE, 1) => *ebx = 0,
+        (LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2, _) => leaf.registers = [0; 4],
+        (LEAF_AMD_TOPOLOGY, _) => leaf.registers = [0; 4],
+        _ => {}
+    }
+}
+
+/// One thread a core, all cores in one package.
+fn with_topology(mut leaf: Leaf, id: u8, vcpus: u8) -> Leaf {
+    let id = u32::from(id);
+    let vcpus = u32::from(vcpus);
+    // Bits of an APIC id that number the cores of the package.
+    let core_bits = vcpus.next_power_of_two().trailing_zeros();
+    let [eax, ebx, ecx, edx] = &mut leaf.registers;
+    match (leaf.function, leaf.index) {
+        (LEAF_FEATURES, _) => {
+            *ebx |= id << 24 | vcpus << 16;
+            if vcpus > 1 {
+                *edx |= 1 << 28;
+            } else {
+                *edx &= !(1 << 28);
+            }
+        }
+        (LEAF_CACHE, index) if *eax & 0x1f != 0 => {
+            *eax |= (vcpus - 1) << 26;
+            // The last level (index 3) is shared by all, the others are a core's own.
+            if index == 3 {
+                *eax |= (vcpus - 1) << 14;
+            }
+        }
+        (LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2, 0) => {
+            (*eax, *ebx, *ecx, *edx) = (0, 1, 1 << 8, id);
+        }
+        (LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2, 1) => {
+            (*eax, *ebx, *ecx, *edx) = (core_bits, vcpus, 2 << 8 | 1, id);
+        }
+        (LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2, index) => (*ecx, *edx) = (index, id),
+        (LEAF_AMD_TOPOLOGY, _) => (*eax, *ebx, *ecx, *edx) = (id, id, 0, 0),
+        _ => {}
+    }
+    leaf
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, registers: [u32; 4]) -> Leaf {
+        Leaf { function, index, flags: 0, registers }
+    }
+
+    #[test]
+    fn difference_names_leaf_register_and_values() {
+        let a = Signature { leaves: vec![leaf(7, 0, [1, 2, 3, 4])] };
+        let b = Signature { leaves: vec![leaf(7, 0, [1, 2, 9, 4])] };
+        assert_eq!(a.difference(&a), None);
+        let text = a.difference(&b).unwrap();
+        assert!(text.contains("0x7.0") && text.contains("ECX") && text.contains("0x00000009"));
+        assert!(a.difference(&Signature { leaves: vec![] }).unwrap().contains("not on this host"));
+    }
+
+    #[test]
+    fn topology_numbers_vcpus_and_hides_the_hosts() {
+        let mut features = leaf(1, 0, [0, 0xaabb_0800, 0, 1 << 28]);
+        normalise(&mut features, true);
+        assert_eq!(features.registers[1] >> 16, 0);
+        assert_ne!(features.registers[2] & (1 << 24), 0);
+        let one = with_topology(features, 0, 1);
+        assert_eq!(one.registers[1] >> 16 & 0xff, 1);
+        assert_eq!(one.registers[3] & (1 << 28), 0);
+        let third = with_topology(features, 2, 4);
+        assert_eq!(third.registers[1] >> 24, 2);
+        assert_eq!(with_topology(leaf(0xb, 1, [0; 4]), 2, 4).registers, [2, 4, 0x201, 2]);
+    }
+}

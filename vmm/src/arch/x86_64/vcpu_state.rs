@@ -1,0 +1,251 @@
+//! The state of one vCPU: what is read at a save and written at a thaw or reset, in the order that
+//! KVM's interfaces between registers demand.
+//!
+//! Save: MP_STATE first (reading it makes KVM accept pending INIT and SIPI), events last.
+//! Restore: MP_STATE, REGS, SREGS, XSAVE, XCRS, debug registers, LAPIC, MSRs with TSC_DEADLINE
+//! after all others (before the LAPIC's timer mode is known its value is dropped, and the guest
+//! would sleep for ever), events, KVMCLOCK_CTRL.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs, kvm_device_attr, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
+
+use crate::stats::ioctl_error;
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+// Device attributes of a vCPU: kvm-ioctls has them for aarch64 only. `_IOW(KVMIO, nr, 24 bytes)`.
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+const KVM_HAS_DEVICE_ATTR: libc::c_ulong = 0x4018_aee3;
+
+/// A vCPU's state could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    /// KVM refused one part.
+    #[error("KVM {what}: {source}")]
+    Kvm {
+        /// Which ioctl.
+        what: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM stopped in the middle of the MSRs.
+    #[error("KVM would not {verb} MSR {index:#x}")]
+    Msr {
+        /// `read` or `set`.
+        verb: &'static str,
+        /// The first that failed.
+        index: u32,
+    },
+    /// The snapshot has MSRs that this host's KVM does not know.
+    #[error("MSR {index:#x} is in the snapshot but not settable on this host")]
+    UnknownMsr {
+        /// Its index.
+        index: u32,
+    },
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
+    move |source| VcpuStateError::Kvm { what, source }
+}
+
+/// Registers of one vCPU.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+    /// Guest TSC minus host TSC in ticks, on the host that saved.
+    tsc_offset: i64,
+}
+
+/// Which MSRs make up a vCPU's state on this host: all that KVM lists and lets us write back.
+///
+/// What can't be written back from user space can't have been written by the guest either: KVM
+/// checks both through the same function, and the host's check is the laxer one.
+///
+/// # Errors
+/// KVM's.
+pub fn msr_list(kvm_fd: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, VcpuStateError> {
+    let list = kvm_fd.get_msr_index_list().map_err(kvm("GET_MSR_INDEX_LIST"))?;
+    let mut indices: Vec<u32> = list
+        .as_slice()
+        .iter()
+        .copied()
+        // The TSC is set by its offset; see `tsc_offset`.
+        .filter(|&index| index != MSR_TSC && index != MSR_TSC_DEADLINE)
+        .collect();
+    retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
+    let mut values = read_msrs(vcpu, &indices)?;
+    // Writing what was read: the first refusal names an MSR to leave out; go on behind it.
+    let mut writable = Vec::with_capacity(values.len());
+    while !values.is_empty() {
+        let done = vcpu.set_msrs(&msrs_of(&values)?).map_err(kvm("SET_MSRS"))?;
+        writable.extend(values.iter().take(done).map(|&(index, _)| index));
+        values.drain(..(done + 1).min(values.len()));
+    }
+    if kvm_fd.check_extension(Cap::TscDeadlineTimer) {
+        writable.push(MSR_TSC_DEADLINE);
+    }
+    Ok(writable)
+}
+
+/// Drops from `indices` those that KVM can't read.
+fn retain_prefix_failures(
+    indices: &mut Vec<u32>,
+    get: impl Fn(&mut Msrs) -> Result<usize, kvm_ioctls::Error>,
+) -> Result<(), VcpuStateError> {
+    let mut from = 0;
+    while from < indices.len() {
+        let entries: Vec<_> = indices[from..].iter().map(|&index| (index, 0)).collect();
+        let done = get(&mut msrs_of(&entries)?).map_err(kvm("GET_MSRS"))?;
+        from += done;
+        if from < indices.len() {
+            indices.remove(from);
+        }
+    }
+    Ok(())
+}
+
+fn msrs_of(values: &[(u32, u64)]) -> Result<Msrs, VcpuStateError> {
+    let entries: Vec<kvm_msr_entry> = values
+        .iter()
+        .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+        .collect();
+    Msrs::from_entries(&entries).map_err(|_| kvm("MSRS")(kvm_ioctls::Error::new(libc::E2BIG)))
+}
+
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let values: Vec<_> = indices.iter().map(|&index| (index, 0)).collect();
+    let mut msrs = msrs_of(&values)?;
+    let done = vcpu.get_msrs(&mut msrs).map_err(kvm("GET_MSRS"))?;
+    if let Some(&index) = indices.get(done) {
+        return Err(VcpuStateError::Msr { verb: "read", index });
+    }
+    Ok(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)).collect())
+}
+
+impl VcpuState {
+    /// Reads the state of a stopped vCPU whose I/O completions have been drained.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, VcpuStateError> {
+        let mp_state = vcpu.get_mp_state().map_err(kvm("GET_MP_STATE"))?;
+        let regs = vcpu.get_regs().map_err(kvm("GET_REGS"))?;
+        let sregs = vcpu.get_sregs().map_err(kvm("GET_SREGS"))?;
+        let xsave = vcpu.get_xsave().map_err(kvm("GET_XSAVE"))?;
+        let xcrs = vcpu.get_xcrs().map_err(kvm("GET_XCRS"))?;
+        let debug = vcpu.get_debug_regs().map_err(kvm("GET_DEBUGREGS"))?;
+        let lapic = vcpu.get_lapic().map_err(kvm("GET_LAPIC"))?;
+        let msrs = read_msrs(vcpu, msr_indices)?;
+        let events = vcpu.get_vcpu_events().map_err(kvm("GET_VCPU_EVENTS"))?;
+        let tsc_offset = tsc_offset(vcpu).unwrap_or(0);
+        Ok(Self { mp_state, regs, sregs, xsave, xcrs, debug, lapic, msrs, events, tsc_offset })
+    }
+
+    /// Whether this host can take the state.
+    ///
+    /// # Errors
+    /// [`VcpuStateError::UnknownMsr`].
+    pub fn check(&self, msr_indices: &[u32]) -> Result<(), VcpuStateError> {
+        match self.msrs.iter().find(|(index, _)| !msr_indices.contains(index)) {
+            Some(&(index, _)) => Err(VcpuStateError::UnknownMsr { index }),
+            None => Ok(()),
+        }
+    }
+
+    /// Guest TSC minus host TSC in ticks, as saved.
+    pub fn tsc_offset(&self) -> i64 {
+        self.tsc_offset
+    }
+
+    /// Writes the state to a stopped and drained vCPU. `tsc_shift` is the host's TSC at the save
+    /// minus the host's TSC now: the same for all vCPUs, so that they stay as synchronous as they
+    /// were.
+    ///
+    /// # Errors
+    /// KVM's; a short count of MSRs is one.
+    pub fn restore(&self, vcpu: &VcpuFd, tsc_shift: i64) -> Result<(), VcpuStateError> {
+        vcpu.set_mp_state(self.mp_state).map_err(kvm("SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs).map_err(kvm("SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs).map_err(kvm("SET_SREGS"))?;
+        // SAFETY: `kvm_xsave` is 4096 bytes. KVM_SET_XSAVE reads more only where the vCPU has
+        // dynamically enabled features (AMX), which the CPUID template never offers.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(kvm("SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(kvm("SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debug).map_err(kvm("SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
+        // Before the deadline MSR, which counts in guest TSC.
+        set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(tsc_shift))?;
+        let done = vcpu.set_msrs(&msrs_of(&self.msrs)?).map_err(kvm("SET_MSRS"))?;
+        if let Some(&(index, _)) = self.msrs.get(done) {
+            return Err(VcpuStateError::Msr { verb: "set", index });
+        }
+        vcpu.set_vcpu_events(&self.events).map_err(kvm("SET_VCPU_EVENTS"))?;
+        mark_paused(vcpu);
+        Ok(())
+    }
+}
+
+/// Tells the guest's kvmclock that the host had stopped it, lest its watchdogs bark.
+///
+/// A guest without kvmclock has nothing to be told (`EINVAL`), which is no error.
+pub fn mark_paused(vcpu: &VcpuFd) {
+    let _ = vcpu.kvmclock_ctrl();
+}
+
+/// Sets guest TSC minus host TSC.
+///
+/// By attribute, never by writing MSR 0x10: KVM takes a write within a second of the expected
+/// value for an attempt at synchronising vCPUs and changes it (`kvm_synchronize_tsc`). A KVM
+/// without the attribute keeps the offset that it chose.
+///
+/// # Errors
+/// KVM's.
+pub fn set_tsc_offset(vcpu: &VcpuFd, offset: i64) -> Result<(), VcpuStateError> {
+    let mut value = offset;
+    if tsc_attribute(vcpu, KVM_HAS_DEVICE_ATTR, &mut value).is_err() {
+        return Ok(());
+    }
+    tsc_attribute(vcpu, KVM_SET_DEVICE_ATTR, &mut value).map_err(kvm("SET_DEVICE_ATTR(TSC_OFFSET)"))
+}
+
+/// Reads guest TSC minus host TSC; `None` where KVM doesn't tell.
+pub fn tsc_offset(vcpu: &VcpuFd) -> Option<i64> {
+    let mut offset = 0;
+    tsc_attribute(vcpu, KVM_GET_DEVICE_ATTR, &mut offset).ok().map(|()| offset)
+}
+
+fn tsc_attribute(
+    vcpu: &VcpuFd,
+    request: libc::c_ulong,
+    value: &mut i64,
+) -> Result<(), kvm_ioctls::Error> {
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: value as *mut i64 as u64,
+        flags: 0,
+    };
+    // SAFETY: the descriptor is a vCPU's; each of the three requests reads `attribute` and at most
+    // reads or writes the 8 bytes at its `addr`, which is `value`: borrowed mutably, so alive,
+    // writable and unaliased across the call.
+    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &attribute) };
+    ioctl_error(result)
+        .map(drop)
+        .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)))
+}

@@ -1,0 +1,31 @@
+//! `firn-vmm`: one process, one microVM.
+//!
+//! The process is born in a cage (`firn-jailer`) with two descriptors, a control socket and
+//! `/dev/kvm`; everything else arrives over the socket (`firn_proto::control`). It knows nothing of
+//! Lambda, HTTP or files' names, trusts its own process only, and treats every byte from the guest
+//! and from a snapshot as hostile.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`memory`] | guest memory: layout, reservation, mapping of a snapshot |
+//! | [`arch`] | all that is x86_64: boot, CPUID, MP table, vCPU and VM state |
+//! | [`virtio`], [`devices`] | the MMIO transport and what hangs behind it |
+//! | [`machine`] | the fixed plan of devices and the dispatch of exits to them |
+//! | [`vcpu`] | the vCPU threads |
+//! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
+//! | [`snapshot`] | the bytes of a saved VM |
+//! | [`control`] | the control socket and the device thread's event loop |
+//! | [`seccomp`] | what each thread may ask of the kernel |
+//! | [`stats`] | phase stamps, exit counters and KVM's statistics |
+
+pub mod arch;
+pub mod control;
+pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod seccomp;
+pub mod snapshot;
+pub mod stats;
+pub mod vcpu;
+pub mod virtio;
+pub mod vm;

@@ -1,0 +1,348 @@
+//! The machine around the vCPUs: one fixed plan of devices in one order, and the dispatch of
+//! port and MMIO exits to them.
+//!
+//! | MMIO window, interrupt line | device |
+//! |---|---|
+//! | 0 | vsock |
+//! | 1 | rng |
+//! | 2 … | block devices, `/dev/vda` first |
+//!
+//! Port space holds the reset line of a keyboard controller (0x64) and, on request, a 16550A at
+//! 0x3f8. All dispatch runs on the vCPU thread that took the exit; each device has its own lock.
+
+use std::{
+    io::Stderr,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use firn_proto::control::{DiskKind, DiskSource, ShellConfig};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use vm_superio::{Serial, Trigger, serial::NoEvents};
+
+use crate::{
+    arch::{FIRST_IRQ, MMIO_BASE, MMIO_SIZE},
+    devices::{
+        block::{Block, BlockState, Medium, MediumError},
+        rng::{Rng, RngState},
+        vsock::{NotQuiet, Vsock, VsockState},
+    },
+    memory::GuestMemory,
+    virtio::{
+        DeviceError, Interrupt, RestoreError,
+        mmio::{VirtioMmio, VirtioMmioState},
+    },
+};
+
+const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
+const SERIAL_IRQ: u32 = 4;
+const I8042_DATA: u16 = 0x60;
+const I8042_COMMAND: u16 = 0x64;
+const I8042_RESET: u8 = 0xfe;
+
+/// One edge-triggered line of the in-kernel IOAPIC.
+struct IrqLine {
+    vm: Arc<VmFd>,
+    line: u32,
+}
+
+impl Interrupt for IrqLine {
+    fn raise(&self) {
+        // A rising edge is what counts. Synchronous on purpose: an irqfd to the IOAPIC would take
+        // a detour through a kernel work queue. Neither call can fail for a line that exists.
+        let _ = self.vm.set_irq_line(self.line, true);
+        let _ = self.vm.set_irq_line(self.line, false);
+    }
+}
+
+impl Trigger for IrqLine {
+    type E = std::convert::Infallible;
+
+    fn trigger(&self) -> Result<(), Self::E> {
+        self.raise();
+        Ok(())
+    }
+}
+
+/// What a port write means beyond the device that took it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortEffect {
+    /// Nothing.
+    None,
+    /// The guest pulled the reset line.
+    Reset,
+}
+
+/// All devices of a microVM.
+pub struct Machine {
+    vsock: Mutex<VirtioMmio<Vsock>>,
+    rng: Mutex<VirtioMmio<Rng>>,
+    disks: Vec<Mutex<VirtioMmio<Block>>>,
+    serial: Option<Mutex<Serial<IrqLine, NoEvents, Stderr>>>,
+}
+
+/// Saved state of all devices.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineState {
+    vsock: VirtioMmioState<VsockState>,
+    rng: VirtioMmioState<RngState>,
+    disks: Vec<VirtioMmioState<BlockState>>,
+}
+
+/// Devices can't take a saved state.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineRestoreError {
+    /// The snapshot has another number of block devices.
+    #[error("snapshot has {found} block devices, this shell has {expected}")]
+    Disks {
+        /// In the snapshot.
+        found: usize,
+        /// Here.
+        expected: usize,
+    },
+    /// One device refuses.
+    #[error("{device}: {source}")]
+    Device {
+        /// Which.
+        device: String,
+        /// Why.
+        source: RestoreError,
+    },
+    /// A medium does not fit its device.
+    #[error("{device}: {source}")]
+    Medium {
+        /// Which.
+        device: String,
+        /// Why.
+        source: MediumError,
+    },
+}
+
+/// A device's lock. Device code does not panic, and if it did, the process would end before
+/// anyone saw the poison (see `main`); so poison carries no information.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Makes the devices of `config`.
+    pub fn new(config: &ShellConfig, memory: &Arc<GuestMemory>, vm: &Arc<VmFd>) -> Self {
+        let mut next_line = FIRST_IRQ;
+        let mut line = || -> Arc<dyn Interrupt> {
+            let irq = IrqLine { vm: vm.clone(), line: next_line };
+            next_line += 1;
+            Arc::new(irq)
+        };
+        let vsock = VirtioMmio::new(Vsock::new(memory.clone()), memory.clone(), line());
+        let rng = VirtioMmio::new(Rng::new(memory.clone()), memory.clone(), line());
+        let disks = config.disks.iter().enumerate().map(|(slot, &kind)| {
+            let block = Block::new(memory.clone(), kind, &format!("firn-disk-{slot}"));
+            Mutex::new(VirtioMmio::new(block, memory.clone(), line()))
+        });
+        let disks = disks.collect();
+        let serial = config.serial.then(|| {
+            let irq = IrqLine { vm: vm.clone(), line: SERIAL_IRQ };
+            Mutex::new(Serial::new(irq, std::io::stderr()))
+        });
+        Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial }
+    }
+
+    /// Number of virtio devices for `disks` block devices.
+    pub fn devices(disks: &[DiskKind]) -> usize {
+        2 + disks.len()
+    }
+
+    /// Handles a read of a device register; what answers nowhere reads as ones.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        let Some((index, offset)) = window(address) else { return };
+        match index {
+            0 => lock(&self.vsock).read(offset, data),
+            1 => lock(&self.rng).read(offset, data),
+            n => {
+                if let Some(disk) = self.disks.get(n - 2) {
+                    lock(disk).read(offset, data);
+                }
+            }
+        }
+    }
+
+    /// Handles a write of a device register; queue notifications do their work here.
+    ///
+    /// # Errors
+    /// [`DeviceError`] if the guest did what no driver may do.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) -> Result<(), DeviceError> {
+        let Some((index, offset)) = window(address) else { return Ok(()) };
+        match index {
+            0 => lock(&self.vsock).write(offset, data),
+            1 => lock(&self.rng).write(offset, data),
+            n => match self.disks.get(n - 2) {
+                Some(disk) => lock(disk).write(offset, data),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Handles a port read.
+    pub fn port_in(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (Some(serial), true, [byte]) =
+            (&self.serial, SERIAL_PORTS.contains(&port), &mut *data)
+        {
+            *byte = lock(serial).read((port - SERIAL_PORTS.start()) as u8);
+        } else if matches!(port, I8042_DATA | I8042_COMMAND) {
+            // "Input buffer empty": the guest need not wait before it pulls the reset line.
+            data.fill(0);
+        }
+    }
+
+    /// Handles a port write.
+    pub fn port_out(&self, port: u16, data: &[u8]) -> PortEffect {
+        match (port, data) {
+            (I8042_COMMAND, [I8042_RESET]) => return PortEffect::Reset,
+            (port, [byte]) if SERIAL_PORTS.contains(&port) => {
+                if let Some(serial) = &self.serial {
+                    // A full or closed standard error loses output, never the guest.
+                    let _ = lock(serial).write((port - SERIAL_PORTS.start()) as u8, *byte);
+                }
+            }
+            _ => {}
+        }
+        PortEffect::None
+    }
+
+    /// Gives the invoke connection a new host end; returns its descriptor for polling.
+    pub fn set_host_stream(&self, stream: UnixStream) -> RawFd {
+        let descriptor = stream.as_raw_fd();
+        lock(&self.vsock).set_host_stream(stream);
+        descriptor
+    }
+
+    /// Moves bytes between guest and host until nothing can move.
+    ///
+    /// # Errors
+    /// [`DeviceError`] if the guest did what no driver may do.
+    pub fn pump(&self) -> Result<(), DeviceError> {
+        lock(&self.vsock).pump()
+    }
+
+    /// Whether the host has written something that the guest has not got yet.
+    pub fn host_has_bytes(&self) -> bool {
+        lock(&self.vsock).host_has_bytes()
+    }
+
+    /// When the first byte from the guest reached the host, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub fn first_byte(&self) -> Option<u64> {
+        lock(&self.vsock).first_byte()
+    }
+
+    /// Whether the machine can be saved.
+    ///
+    /// # Errors
+    /// [`NotQuiet`] names what is still on its way.
+    pub fn quiescent(&self) -> Result<(), NotQuiet> {
+        lock(&self.vsock).quiescent()
+    }
+
+    /// Puts the first media in, before the guest runs.
+    ///
+    /// # Errors
+    /// [`MachineRestoreError::Medium`].
+    pub fn install(
+        &self,
+        sources: &[DiskSource],
+        descriptors: &mut impl Iterator<Item = OwnedFd>,
+    ) -> Result<(), MachineRestoreError> {
+        if sources.len() != self.disks.len() {
+            return Err(MachineRestoreError::Disks {
+                found: sources.len(),
+                expected: self.disks.len(),
+            });
+        }
+        for (slot, (disk, &source)) in self.disks.iter().zip(sources).enumerate() {
+            Medium::from_source(source, descriptors)
+                .and_then(|medium| lock(disk).install(medium))
+                .map_err(|source| MachineRestoreError::Medium {
+                    device: disk_name(slot),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Replaces a medium while the guest runs.
+    ///
+    /// # Errors
+    /// [`MediumError`]; `None`: there is no such slot.
+    pub fn replace(
+        &self,
+        slot: usize,
+        source: DiskSource,
+        descriptors: &mut impl Iterator<Item = OwnedFd>,
+    ) -> Option<Result<(), MediumError>> {
+        let disk = self.disks.get(slot)?;
+        Some(Medium::from_source(source, descriptors).and_then(|medium| lock(disk).replace(medium)))
+    }
+
+    /// The copy-on-write disks' slots, in order.
+    pub fn writable_slots(kinds: &[DiskKind]) -> impl Iterator<Item = usize> {
+        kinds.iter().enumerate().filter(|(_, k)| **k == DiskKind::CopyOnWrite).map(|(slot, _)| slot)
+    }
+
+    /// Writes what the guest has changed on one disk into an empty file.
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn save_delta(&self, slot: usize, out: &std::fs::File) -> std::io::Result<()> {
+        match self.disks.get(slot) {
+            Some(disk) => lock(disk).save_delta(out).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// All devices' state, while the machine is quiescent.
+    pub fn save(&self) -> MachineState {
+        MachineState {
+            vsock: lock(&self.vsock).save(),
+            rng: lock(&self.rng).save(),
+            disks: self.disks.iter().map(|disk| lock(disk).save()).collect(),
+        }
+    }
+
+    /// Takes over a saved state; media must have been installed before.
+    ///
+    /// # Errors
+    /// [`MachineRestoreError`].
+    pub fn restore(&self, state: &MachineState) -> Result<(), MachineRestoreError> {
+        let refused = |device: &str| {
+            let device = device.to_string();
+            move |source| MachineRestoreError::Device { device, source }
+        };
+        if state.disks.len() != self.disks.len() {
+            return Err(MachineRestoreError::Disks {
+                found: state.disks.len(),
+                expected: self.disks.len(),
+            });
+        }
+        lock(&self.vsock).restore(&state.vsock).map_err(refused("vsock"))?;
+        lock(&self.rng).restore(&state.rng).map_err(refused("rng"))?;
+        for (slot, (disk, saved)) in self.disks.iter().zip(&state.disks).enumerate() {
+            lock(disk).restore(saved).map_err(refused(&disk_name(slot)))?;
+        }
+        Ok(())
+    }
+}
+
+fn disk_name(slot: usize) -> String {
+    format!("block device {slot}")
+}
+
+/// Which device's window `address` lies in, and where in it.
+fn window(address: u64) -> Option<(usize, u64)> {
+    let distance = address.checked_sub(MMIO_BASE)?;
+    Some(((distance / MMIO_SIZE) as usize, distance % MMIO_SIZE))
+}

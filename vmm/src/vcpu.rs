@@ -1,0 +1,447 @@
+//! The vCPU threads. Each owns its vCPU: after the shell is built, every ioctl on it is made here.
+//!
+//! A thread waits for a [`Command`], carries it out and answers with a [`Reply`]. While the guest
+//! runs, the device thread gets it back by [`Vcpu::stop`]: it sets `immediate_exit` in the shared
+//! `kvm_run` page and sends a signal, so that the request is seen whether the thread is inside
+//! `KVM_RUN` or on its way there. `KVM_RUN` then first completes pending port and MMIO I/O, and
+//! only after that returns `EINTR`: a vCPU that has answered [`Reply::Stopped`] is drained.
+
+use std::{
+    os::{fd::AsRawFd, unix::thread::JoinHandleExt},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::JoinHandle,
+};
+
+use firn_proto::control::{Exit, ExitReason, Phase};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::{
+    arch::{
+        boot,
+        vcpu_state::{self, VcpuState, VcpuStateError},
+    },
+    machine::{Machine, PortEffect},
+    memory::Memory,
+    seccomp,
+    stats::{Clock, ExitCounters, ExitKind},
+};
+
+/// What a vCPU thread is told to do.
+pub enum Command {
+    /// Set the TSC offset and, if given, the registers of the boot protocol; stay stopped.
+    Boot {
+        /// Kernel entry point; `None`: an application processor, which waits for its SIPI.
+        entry: Option<u64>,
+        /// Guest TSC minus host TSC in ticks.
+        tsc_offset: i64,
+    },
+    /// Restore this vCPU's part of a snapshot, meet the others, and run if the plan says so.
+    Thaw(Arc<ThawPlan>),
+    /// Run until stopped.
+    Run,
+    /// Read the state.
+    Save,
+}
+
+/// What a vCPU thread answers.
+pub enum Reply {
+    /// Done; the vCPU is stopped and drained.
+    Stopped,
+    /// The state.
+    Saved(Box<VcpuState>),
+    /// The command failed.
+    Failed(VcpuStateError),
+    /// The guest is over.
+    Ended(Exit),
+}
+
+/// A thaw as the vCPU threads see it. The last one to have restored its vCPU puts the first
+/// message into the receive queue (its interrupt needs every LAPIC in place) and opens the gate;
+/// so between the device thread and `KVM_RUN` lies one hand-over, however many vCPUs there are.
+pub struct ThawPlan {
+    states: Vec<VcpuState>,
+    tsc_shift: i64,
+    resume: bool,
+    missing: AtomicUsize,
+    gate: Mutex<Gate>,
+    opened: Condvar,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gate {
+    Closed,
+    Open,
+    Broken,
+}
+
+impl ThawPlan {
+    /// A plan for all vCPUs. `tsc_shift`: see [`VcpuState::restore`].
+    pub fn new(states: Vec<VcpuState>, tsc_shift: i64, resume: bool) -> Self {
+        let missing = AtomicUsize::new(states.len());
+        let gate = Mutex::new(Gate::Closed);
+        Self { states, tsc_shift, resume, missing, gate, opened: Condvar::new() }
+    }
+
+    fn open(&self, gate: Gate) {
+        *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = gate;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) -> Gate {
+        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let gate = self.opened.wait_while(gate, |gate| *gate == Gate::Closed);
+        *gate.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all vCPU threads share.
+pub struct Shared {
+    /// The devices.
+    pub machine: Arc<Machine>,
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// Phase stamps.
+    pub clock: Arc<Clock>,
+    /// Exit counters.
+    pub exits: Arc<ExitCounters>,
+    /// The MSRs that make up a vCPU's state.
+    pub msrs: Vec<u32>,
+    /// Rung when a vCPU ends by itself.
+    pub bell: rustix::fd::OwnedFd,
+}
+
+/// The device thread's handle of one vCPU thread.
+pub struct Vcpu {
+    commands: Sender<Command>,
+    replies: Receiver<Reply>,
+    stop: Arc<AtomicBool>,
+    immediate_exit: ImmediateExit,
+    thread: JoinHandle<()>,
+}
+
+/// `kvm_run.immediate_exit` of a vCPU, in the page that it shares with KVM.
+#[derive(Clone, Copy)]
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the pointee is one byte in a mapping that lives as long as the vCPU's descriptor, which
+// its thread holds until the process ends (threads are never joined), and it is accessed only as an
+// atomic by user space; KVM reads it once per KVM_RUN.
+unsafe impl Send for ImmediateExit {}
+
+impl ImmediateExit {
+    fn of(vcpu: &mut VcpuFd) -> Self {
+        Self((&raw mut vcpu.get_kvm_run().immediate_exit).cast())
+    }
+
+    fn set(self, value: u8) {
+        // SAFETY: see the `Send` implementation; alignment of a byte is trivial.
+        unsafe { (*self.0).store(value, Ordering::Release) };
+    }
+}
+
+/// Installs the handler of the signal that gets a vCPU out of `KVM_RUN`. It does nothing: that
+/// the signal interrupts is its whole effect.
+///
+/// # Errors
+/// The kernel's.
+pub fn install_kick_handler() -> std::io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: all-zero is a valid `sigaction` (no flags: no SA_RESTART, empty mask).
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = nothing as *const () as usize;
+    // SAFETY: `action` is initialised and alive; the handler is async-signal-safe, being empty.
+    let result = unsafe { libc::sigaction(kick_signal(), &action, std::ptr::null_mut()) };
+    crate::stats::ioctl_error(result).map(drop)
+}
+
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `id`; it waits for its first command.
+    ///
+    /// # Errors
+    /// If no thread can be had.
+    pub fn start(id: u8, mut fd: VcpuFd, shared: Arc<Shared>) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let (outbox, replies) = channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let immediate_exit = ImmediateExit::of(&mut fd);
+        let mut worker =
+            Worker { id, fd, shared, stop: stop.clone(), immediate_exit, outbox, entered: false };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(256 << 10)
+            .spawn(move || worker.serve(&inbox))?;
+        Ok(Self { commands, replies, stop, immediate_exit, thread })
+    }
+
+    /// Gives a command. The thread must be idle.
+    pub fn tell(&self, command: Command) {
+        // A thread that is gone has left its last word in `replies`.
+        let _ = self.commands.send(command);
+    }
+
+    /// Makes a running vCPU stop; its answer follows.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.immediate_exit.set(1);
+        // SAFETY: the thread has not been joined or detached, so its id is valid; the handler is
+        // installed before any vCPU is started.
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
+    }
+
+    /// Waits for the answer to the last command.
+    pub fn reply(&self) -> Reply {
+        self.replies.recv().unwrap_or_else(|_| {
+            Reply::Ended(Exit {
+                reason: ExitReason::VmmError,
+                detail: "a vCPU thread has vanished".into(),
+            })
+        })
+    }
+
+    /// The answer, if there already is one.
+    pub fn poll(&self) -> Option<Reply> {
+        self.replies.try_recv().ok()
+    }
+}
+
+struct Worker {
+    id: u8,
+    fd: VcpuFd,
+    shared: Arc<Shared>,
+    stop: Arc<AtomicBool>,
+    immediate_exit: ImmediateExit,
+    outbox: Sender<Reply>,
+    entered: bool,
+}
+
+impl Worker {
+    fn serve(&mut self, inbox: &Receiver<Command>) {
+        if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu) {
+            let detail = format!("seccomp of vCPU {}: {error}", self.id);
+            self.end(Exit { reason: ExitReason::VmmError, detail });
+            return;
+        }
+        while let Ok(command) = inbox.recv() {
+            let reply = match command {
+                Command::Boot { entry, tsc_offset } => self.boot(entry, tsc_offset),
+                Command::Thaw(plan) => self.thaw(&plan),
+                Command::Run => {
+                    vcpu_state::mark_paused(&self.fd);
+                    self.run()
+                }
+                Command::Save => match VcpuState::save(&self.fd, &self.shared.msrs) {
+                    Ok(state) => Reply::Saved(Box::new(state)),
+                    Err(error) => Reply::Failed(error),
+                },
+            };
+            if let Reply::Ended(exit) = reply {
+                self.end(exit);
+                return;
+            }
+            let _ = self.outbox.send(reply);
+        }
+    }
+
+    /// Says that the guest is over, and rings the device thread's bell.
+    fn end(&self, exit: Exit) {
+        let _ = self.outbox.send(Reply::Ended(exit));
+        let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
+    }
+
+    fn boot(&mut self, entry: Option<u64>, tsc_offset: i64) -> Reply {
+        let kvm = |what| move |source| VcpuStateError::Kvm { what, source };
+        let result = vcpu_state::set_tsc_offset(&self.fd, tsc_offset).and_then(|()| {
+            let Some(entry) = entry else { return Ok(()) };
+            let sregs = self.fd.get_sregs().map_err(kvm("GET_SREGS"))?;
+            self.fd.set_sregs(&boot::entry_sregs(sregs)).map_err(kvm("SET_SREGS"))?;
+            self.fd.set_regs(&boot::entry_regs(entry)).map_err(kvm("SET_REGS"))
+        });
+        match result {
+            Ok(()) => Reply::Stopped,
+            Err(error) => Reply::Failed(error),
+        }
+    }
+
+    fn thaw(&mut self, plan: &ThawPlan) -> Reply {
+        let Some(state) = plan.states.get(usize::from(self.id)) else {
+            return Reply::Stopped;
+        };
+        if let Err(error) = state.restore(&self.fd, plan.tsc_shift) {
+            plan.open(Gate::Broken);
+            return Reply::Failed(error);
+        }
+        if plan.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.shared.clock.stamp(Phase::VcpuSet);
+            let gate = match self.shared.machine.pump() {
+                Ok(()) => Gate::Open,
+                Err(error) => {
+                    plan.open(Gate::Broken);
+                    return Reply::Ended(violation(error));
+                }
+            };
+            plan.open(gate);
+        } else if plan.wait() == Gate::Broken {
+            return Reply::Stopped;
+        }
+        if plan.resume { self.run() } else { Reply::Stopped }
+    }
+
+    /// Runs the guest until it is stopped or over.
+    fn run(&mut self) -> Reply {
+        if !self.entered {
+            self.shared.clock.stamp(Phase::Entered);
+        }
+        loop {
+            let result = self.fd.run();
+            if !self.entered {
+                self.entered = true;
+                self.shared.clock.stamp(Phase::FirstExit);
+            }
+            let Shared { machine, exits, .. } = &*self.shared;
+            match result {
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    exits.count(ExitKind::MmioRead);
+                    machine.mmio_read(address, data);
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    exits.count(ExitKind::MmioWrite);
+                    if let Err(error) = machine.mmio_write(address, data) {
+                        return Reply::Ended(violation(error));
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    exits.count(ExitKind::PortIn);
+                    machine.port_in(port, data);
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    exits.count(ExitKind::PortOut);
+                    if machine.port_out(port, data) == PortEffect::Reset {
+                        return Reply::Ended(self.reset());
+                    }
+                }
+                Err(error) if error.errno() == libc::EINTR => {
+                    exits.count(ExitKind::Interrupted);
+                    let stopped = self.stop.swap(false, Ordering::AcqRel);
+                    self.immediate_exit.set(0);
+                    if stopped {
+                        return Reply::Stopped;
+                    }
+                }
+                // A vCPU that waits for its start-up IPI, or a mapping that is being replaced.
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::Shutdown) => {
+                    let detail = self.registers();
+                    return Reply::Ended(Exit { reason: ExitReason::TripleFault, detail });
+                }
+                Ok(VcpuExit::InternalError) => return Reply::Ended(self.internal_error()),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    let detail = format!(
+                        "hardware refused to enter the guest: reason {reason:#x} on CPU {cpu}; {}",
+                        self.registers()
+                    );
+                    return Reply::Ended(Exit { reason: ExitReason::KvmInternalError, detail });
+                }
+                Ok(other) => {
+                    exits.count(ExitKind::Other);
+                    let detail = format!("unexpected exit {other:?}");
+                    return Reply::Ended(Exit { reason: ExitReason::KvmInternalError, detail });
+                }
+                Err(error) => {
+                    let detail = format!("KVM_RUN of vCPU {}: {error}", self.id);
+                    return Reply::Ended(Exit { reason: ExitReason::KvmInternalError, detail });
+                }
+            }
+        }
+    }
+
+    /// The guest has pulled the reset line: orderly, or after a panic.
+    fn reset(&self) -> Exit {
+        if boot::panicked(&self.shared.memory) {
+            let detail = "the guest's kernel panicked; run it with a serial console to see why";
+            return Exit { reason: ExitReason::GuestPanic, detail: detail.into() };
+        }
+        Exit { reason: ExitReason::GuestShutdown, detail: "reset by the guest".into() }
+    }
+
+    /// RIP, RSP, CR0, CR3, as far as they can be had.
+    fn registers(&self) -> String {
+        match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => format!(
+                "vCPU {} at RIP {:#x}, RSP {:#x}, RFLAGS {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
+                self.id,
+                regs.rip,
+                regs.rsp,
+                regs.rflags,
+                sregs.cr0,
+                sregs.cr2,
+                sregs.cr3,
+                sregs.cr4
+            ),
+            _ => format!("vCPU {} (registers unreadable)", self.id),
+        }
+    }
+
+    fn internal_error(&mut self) -> Exit {
+        const EMULATION: u32 = 1;
+        let run = self.fd.get_kvm_run();
+        // SAFETY: after KVM_EXIT_INTERNAL_ERROR KVM has filled in this member of the union, and
+        // all its fields are plain integers, valid whatever their bits.
+        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        let registers = self.registers();
+        if suberror == EMULATION {
+            let bytes = self.code_at_rip();
+            let detail = format!("KVM could not emulate [{bytes}]; {registers}");
+            return Exit { reason: ExitReason::EmulationFailure, detail };
+        }
+        let detail = format!("KVM internal error {suberror}; {registers}");
+        Exit { reason: ExitReason::KvmInternalError, detail }
+    }
+
+    /// Up to 15 bytes (the longest instruction) from RIP, in hexadecimal.
+    fn code_at_rip(&self) -> String {
+        use vm_memory::{Bytes, GuestAddress};
+        let Ok(regs) = self.fd.get_regs() else { return "RIP unreadable".into() };
+        let linear = match self.fd.get_sregs() {
+            Ok(sregs) if sregs.efer & (1 << 10) == 0 => sregs.cs.base.wrapping_add(regs.rip),
+            _ => regs.rip,
+        };
+        let physical = match self.fd.translate_gva(linear) {
+            Ok(translation) if translation.valid != 0 => translation.physical_address,
+            _ => return format!("RIP {linear:#x} is not mapped"),
+        };
+        let mut code = [0u8; 15];
+        let memory = self.shared.memory.guest();
+        let found = memory.read(&mut code, GuestAddress(physical)).unwrap_or(0);
+        code[..found].iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn violation(error: crate::virtio::DeviceError) -> Exit {
+    Exit { reason: ExitReason::DeviceViolation, detail: error.to_string() }
+}
+
+impl std::fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vcpu").field("thread", &self.thread.thread().name()).finish()
+    }
+}
+
+/// Makes an eventfd for [`Shared::bell`].
+///
+/// # Errors
+/// The kernel's.
+pub fn bell() -> std::io::Result<rustix::fd::OwnedFd> {
+    use rustix::event::{EventfdFlags, eventfd};
+    let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    debug_assert!(bell.as_raw_fd() >= 0);
+    Ok(bell)
+}

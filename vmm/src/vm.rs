@@ -1,0 +1,621 @@
+//! What the control messages do: build a shell, boot or thaw it, pause, resume, attach, save.
+//!
+//! A [`Vm`] is built once and never rebuilt. It is *empty* until boot or thaw, then *running* or
+//! *paused*; a request that does not fit its state is refused and changes nothing.
+
+use std::{
+    fs::File,
+    io::Seek,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    sync::Arc,
+};
+
+use firn_proto::control::{
+    self, DiskSource, Exit, ExitReason, Failure, FailureKind, Phase, SaveReport, ShellConfig, Stats,
+};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VmFd};
+
+use crate::{
+    arch::{self, boot, cpuid::Signature, vcpu_state, vm_state::VmState},
+    machine::{Machine, MachineRestoreError},
+    memory::{Memory, MemoryError},
+    snapshot::{self, SavedVm},
+    stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
+    vcpu::{self, Command, Reply, Shared, ThawPlan, Vcpu},
+};
+
+/// Largest difference of TSC frequencies that a thaw tolerates, in millionths: what NTP corrects
+/// without stepping.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Why a request was not carried out.
+#[derive(Debug)]
+pub enum RequestError {
+    /// It failed and the VMM goes on.
+    Refused(Failure),
+    /// The guest ended meanwhile.
+    Ended(Exit),
+}
+
+impl RequestError {
+    /// A failure of `kind` with `message`.
+    pub fn refused(kind: FailureKind, message: impl ToString) -> Self {
+        Self::Refused(Failure { kind, message: message.to_string() })
+    }
+}
+
+impl From<MemoryError> for RequestError {
+    fn from(error: MemoryError) -> Self {
+        let kind = match error {
+            MemoryError::Size(_) => FailureKind::BadRequest,
+            MemoryError::FileSize { .. } => FailureKind::SnapshotShape,
+            _ => FailureKind::Io,
+        };
+        Self::refused(kind, error)
+    }
+}
+
+impl From<MachineRestoreError> for RequestError {
+    fn from(error: MachineRestoreError) -> Self {
+        Self::refused(FailureKind::SnapshotShape, error)
+    }
+}
+
+fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> RequestError {
+    move |error| RequestError::refused(FailureKind::Kvm, format!("KVM {what}: {error}"))
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(std::io::Error) -> RequestError {
+    move |error| RequestError::refused(FailureKind::Io, format!("{what}: {error}"))
+}
+
+type Result<T> = std::result::Result<T, RequestError>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Empty,
+    Running,
+    Paused,
+}
+
+/// One microVM.
+pub struct Vm {
+    config: ShellConfig,
+    vm: Arc<VmFd>,
+    memory: Arc<Memory>,
+    machine: Arc<Machine>,
+    signature: Signature,
+    tsc_khz: u32,
+    vcpus: Vec<Vcpu>,
+    shared: Arc<Shared>,
+    statistics: Vec<KvmStats>,
+    clock: Arc<Clock>,
+    tsc_offset: i64,
+    state: State,
+}
+
+impl Vm {
+    /// Builds everything that does not depend on what will run.
+    ///
+    /// # Errors
+    /// [`RequestError::Refused`].
+    pub fn build(config: ShellConfig, kvm: &Kvm, clock: Arc<Clock>) -> Result<Self> {
+        check(&config)?;
+        let vm = Arc::new(kvm.create_vm().map_err(kvm_error("CREATE_VM"))?);
+        // What real-mode guests need on Intel; the others ignore it.
+        vm.set_identity_map_address(arch::IDENTITY_MAP_ADDRESS)
+            .map_err(kvm_error("SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(arch::TSS_ADDRESS).map_err(kvm_error("SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(kvm_error("CREATE_IRQCHIP"))?;
+
+        let memory = Arc::new(Memory::reserve(config.memory_mib)?);
+        for (slot, region) in memory.regions().iter().enumerate() {
+            let memslot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start,
+                memory_size: region.bytes,
+                userspace_addr: memory.host_address(region),
+            };
+            // SAFETY: the host range is a mapping of exactly this size that lives as long as
+            // `memory`, which outlives the VM's last run: vCPU threads end with the process.
+            unsafe { vm.set_user_memory_region(memslot) }
+                .map_err(kvm_error("SET_USER_MEMORY_REGION"))?;
+        }
+
+        let signature = Signature::of_host(kvm, config.cpu_template)
+            .map_err(kvm_error("GET_SUPPORTED_CPUID"))?;
+        let machine = Arc::new(Machine::new(&config, memory.guest(), &vm));
+        let mut statistics: Vec<_> = KvmStats::open(vm.as_ref(), "vm").into_iter().collect();
+        let mut descriptors = Vec::with_capacity(usize::from(config.vcpus));
+        for id in 0..config.vcpus {
+            let fd = vm.create_vcpu(u64::from(id)).map_err(kvm_error("CREATE_VCPU"))?;
+            let cpuid = signature.for_vcpu(id, config.vcpus).map_err(kvm_error("CPUID table"))?;
+            fd.set_cpuid2(&cpuid).map_err(kvm_error("SET_CPUID2"))?;
+            statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));
+            descriptors.push(fd);
+        }
+        let msrs = vcpu_state::msr_list(kvm, &descriptors[0])
+            .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
+        let tsc_khz = descriptors[0].get_tsc_khz().map_err(kvm_error("GET_TSC_KHZ"))?;
+
+        let shared = Arc::new(Shared {
+            machine: machine.clone(),
+            memory: memory.clone(),
+            clock: clock.clone(),
+            exits: Arc::new(ExitCounters::default()),
+            msrs,
+            bell: vcpu::bell().map_err(io_error("eventfd"))?,
+        });
+        vcpu::install_kick_handler().map_err(io_error("sigaction"))?;
+        let vcpus = descriptors
+            .into_iter()
+            .enumerate()
+            .map(|(id, fd)| Vcpu::start(id as u8, fd, shared.clone()))
+            .collect::<std::io::Result<Vec<_>>>()
+            .map_err(io_error("vCPU thread"))?;
+        Ok(Self {
+            config,
+            vm,
+            memory,
+            machine,
+            signature,
+            tsc_khz,
+            vcpus,
+            shared,
+            statistics,
+            clock,
+            tsc_offset: 0,
+            state: State::Empty,
+        })
+    }
+
+    /// The descriptor that is readable when a vCPU has ended by itself.
+    pub fn bell(&self) -> RawFd {
+        self.shared.bell.as_raw_fd()
+    }
+
+    /// What ended the guest, if something did.
+    pub fn ended(&self) -> Option<Exit> {
+        self.vcpus.iter().find_map(|vcpu| match vcpu.poll() {
+            Some(Reply::Ended(exit)) => Some(exit),
+            _ => None,
+        })
+    }
+
+    /// Loads a kernel and starts; returns the descriptor of the invoke stream for polling.
+    ///
+    /// # Errors
+    /// [`RequestError`]; the VM is of no further use then.
+    pub fn boot(
+        &mut self,
+        cmdline: &str,
+        initramfs: bool,
+        disks: &[DiskSource],
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<RawFd> {
+        self.expect(State::Empty)?;
+        let expected = 2 + usize::from(initramfs) + count(disks);
+        let mut descriptors = expect_descriptors(descriptors, expected)?;
+        let mut kernel = File::from(next(&mut descriptors)?);
+        let mut initramfs = match initramfs {
+            true => Some(File::from(next(&mut descriptors)?)),
+            false => None,
+        };
+        let stream = UnixStream::from(next(&mut descriptors)?);
+        self.machine
+            .install(disks, &mut descriptors)
+            .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
+        let stream = self.machine.set_host_stream(stream);
+        self.memory.advise_huge();
+        let bad_kernel = |error: boot::BootError| {
+            let kind = match error {
+                boot::BootError::Cmdline(_) => FailureKind::BadRequest,
+                boot::BootError::Read { .. } => FailureKind::Io,
+                _ => FailureKind::BadKernel,
+            };
+            RequestError::refused(kind, error)
+        };
+        let devices = Machine::devices(&self.config.disks);
+        let cmdline = boot::cmdline(cmdline, devices).map_err(bad_kernel)?;
+        let entry =
+            boot::load(&self.memory, &mut kernel, initramfs.as_mut(), &cmdline, self.config.vcpus)
+                .map_err(bad_kernel)?;
+        self.clock.stamp(Phase::Mapped);
+        // The guest's TSC starts at 0 now, on all vCPUs.
+        self.tsc_offset = (arch::tsc() as i64).wrapping_neg();
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            let entry = (id == 0).then_some(entry);
+            vcpu.tell(Command::Boot { entry, tsc_offset: self.tsc_offset });
+        }
+        self.all_stopped()?;
+        self.clock.stamp(Phase::VcpuSet);
+        self.run();
+        Ok(stream)
+    }
+
+    /// Restores a snapshot; returns the descriptor of the invoke stream for polling.
+    ///
+    /// # Errors
+    /// [`RequestError`]; the VM is of no further use then.
+    pub fn thaw(
+        &mut self,
+        disks: &[DiskSource],
+        resume: bool,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<RawFd> {
+        self.expect(State::Empty)?;
+        let mut descriptors = expect_descriptors(descriptors, 3 + count(disks))?;
+        let memory = next(&mut descriptors)?;
+        let state = File::from(next(&mut descriptors)?);
+        let stream = UnixStream::from(next(&mut descriptors)?);
+        let saved = self.read_state(&state)?;
+        self.memory.map_file(memory.as_fd())?;
+        self.clock.stamp(Phase::Mapped);
+        self.machine.install(disks, &mut descriptors)?;
+        self.machine.restore(&saved.machine)?;
+        let stream = self.machine.set_host_stream(stream);
+        saved.vm.restore(&self.vm).map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
+        self.clock.stamp(Phase::DevicesSet);
+        let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
+        self.tsc_offset =
+            saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
+        let plan = Arc::new(ThawPlan::new(saved.vcpus, shift, resume));
+        for vcpu in &self.vcpus {
+            vcpu.tell(Command::Thaw(plan.clone()));
+        }
+        if resume {
+            self.state = State::Running;
+        } else {
+            self.all_stopped()?;
+            self.state = State::Paused;
+        }
+        Ok(stream)
+    }
+
+    fn read_state(&self, file: &File) -> Result<SavedVm> {
+        let io = io_error("VM state");
+        let length = file.metadata().map(|m| m.len()).unwrap_or(u64::MAX);
+        if length > snapshot::MAX_BODY as u64 + 16 {
+            return Err(RequestError::refused(
+                FailureKind::SnapshotCorrupt,
+                format!("VM state of {length} bytes is longer than any"),
+            ));
+        }
+        let mut bytes = vec![0; length as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(io)?;
+        let saved =
+            SavedVm::decode(&bytes).map_err(|error| RequestError::refused(error.kind(), error))?;
+        self.check_shape(&saved)?;
+        Ok(saved)
+    }
+
+    fn check_shape(&self, saved: &SavedVm) -> Result<()> {
+        let shape = |message: String| RequestError::refused(FailureKind::SnapshotShape, message);
+        let cpu = |message: String| RequestError::refused(FailureKind::SnapshotCpu, message);
+        if saved.memory_mib != self.config.memory_mib {
+            return Err(shape(format!(
+                "snapshot has {} MiB of memory, this shell has {}",
+                saved.memory_mib, self.config.memory_mib
+            )));
+        }
+        if saved.vcpus.len() != usize::from(self.config.vcpus) {
+            return Err(shape(format!(
+                "snapshot has {} vCPUs, this shell has {}",
+                saved.vcpus.len(),
+                self.config.vcpus
+            )));
+        }
+        if saved.disks != self.config.disks {
+            return Err(shape(format!(
+                "snapshot has disks {:?}, this shell has {:?}",
+                saved.disks, self.config.disks
+            )));
+        }
+        if let Some(difference) = saved.signature.difference(&self.signature) {
+            return Err(cpu(difference));
+        }
+        let (theirs, ours) = (u64::from(saved.tsc_khz), u64::from(self.tsc_khz));
+        if theirs.abs_diff(ours) * 1_000_000 > ours * TSC_TOLERANCE_PPM {
+            return Err(cpu(format!(
+                "TSC frequency is {theirs} kHz in the snapshot, {ours} kHz on this host"
+            )));
+        }
+        for vcpu in &saved.vcpus {
+            vcpu.check(&self.shared.msrs).map_err(|error| cpu(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Stops all vCPUs; without effect on a paused VM.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub fn pause(&mut self) -> Result<()> {
+        if self.state == State::Paused {
+            return Ok(());
+        }
+        self.expect(State::Running)?;
+        for vcpu in &self.vcpus {
+            vcpu.stop();
+        }
+        self.all_stopped()?;
+        self.state = State::Paused;
+        Ok(())
+    }
+
+    /// Lets the vCPUs run; without effect on a running VM.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub fn resume(&mut self) -> Result<()> {
+        if self.state == State::Running {
+            return Ok(());
+        }
+        self.expect(State::Paused)?;
+        self.run();
+        Ok(())
+    }
+
+    /// The invoke stream has become readable or writable. Bytes for a paused guest resume it.
+    ///
+    /// # Errors
+    /// [`RequestError::Ended`].
+    pub fn stream_ready(&mut self) -> Result<()> {
+        if self.state == State::Paused && !self.machine.host_has_bytes() {
+            return Ok(());
+        }
+        self.machine.pump().map_err(|error| {
+            RequestError::Ended(Exit {
+                reason: ExitReason::DeviceViolation,
+                detail: error.to_string(),
+            })
+        })?;
+        if self.state == State::Paused {
+            self.run();
+        }
+        Ok(())
+    }
+
+    /// Replaces a disk's medium.
+    ///
+    /// # Errors
+    /// [`RequestError::Refused`].
+    pub fn attach(
+        &mut self,
+        slot: u8,
+        source: DiskSource,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<()> {
+        let bad = |message: String| RequestError::refused(FailureKind::BadRequest, message);
+        if self.state == State::Empty {
+            return Err(bad("nothing runs here yet".into()));
+        }
+        let mut descriptors = expect_descriptors(descriptors, source.descriptors())?;
+        self.machine
+            .replace(usize::from(slot), source, &mut descriptors)
+            .ok_or_else(|| bad(format!("there is no disk slot {slot}")))?
+            .map_err(|error| bad(error.to_string()))
+    }
+
+    /// Writes the paused VM down.
+    ///
+    /// # Errors
+    /// [`RequestError::Refused`]; the VM stays as it was.
+    pub fn save(&mut self, base: bool, descriptors: Vec<OwnedFd>) -> Result<SaveReport> {
+        self.expect(State::Paused)?;
+        let started = monotonic_ns();
+        let writable: Vec<usize> = Machine::writable_slots(&self.config.disks).collect();
+        let expected = 2 + usize::from(base) + writable.len();
+        let mut descriptors = expect_descriptors(descriptors, expected)?;
+        let memory_out = File::from(next(&mut descriptors)?);
+        let mut state_out = File::from(next(&mut descriptors)?);
+        let base = match base {
+            true => Some(Mapping::of(next(&mut descriptors)?, self.memory.bytes())?),
+            false => None,
+        };
+        self.machine
+            .quiescent()
+            .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
+
+        for vcpu in &self.vcpus {
+            vcpu.tell(Command::Save);
+        }
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| match vcpu.reply() {
+                Reply::Saved(state) => Ok(*state),
+                reply => Err(unexpected(reply)),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let vm = VmState::save(&self.vm).map_err(kvm_error("GET_IRQCHIP or GET_CLOCK"))?;
+        let host_tsc = arch::tsc();
+        for slot in writable {
+            let delta = File::from(next(&mut descriptors)?);
+            self.machine.save_delta(slot, &delta).map_err(io_error("disk delta"))?;
+        }
+        let saved = SavedVm {
+            memory_mib: self.config.memory_mib,
+            signature: self.signature.clone(),
+            tsc_khz: self.tsc_khz,
+            host_tsc,
+            disks: self.config.disks.clone(),
+            vm,
+            vcpus,
+            machine: self.machine.save(),
+        };
+        // SAFETY: every vCPU has answered `Saved` and waits for its next command, and devices
+        // only work on vCPU threads or on this one, which is here.
+        let contents = unsafe { self.memory.contents() };
+        let (pages_written, bitmap) =
+            snapshot::write_memory(contents, base.as_ref().map(Mapping::bytes), &memory_out)
+                .map_err(io_error("snapshot memory"))?;
+        let state =
+            saved.encode().map_err(|error| RequestError::refused(FailureKind::Io, error))?;
+        let written = state_out.rewind().and_then(|()| {
+            use std::io::Write;
+            state_out.write_all(&state)?;
+            state_out.write_all(bitmap.as_bytes())
+        });
+        written.map_err(io_error("snapshot state"))?;
+        Ok(SaveReport {
+            memory_bytes: self.memory.bytes(),
+            pages_written,
+            state_bytes: state.len() as u64,
+            bitmap_bytes: bitmap.as_bytes().len() as u64,
+            duration_ns: monotonic_ns() - started,
+        })
+    }
+
+    /// Counters since the process started.
+    pub fn stats(&self) -> Stats {
+        if let Some(ns) = self.machine.first_byte() {
+            self.clock.stamp_at(Phase::FirstByte, ns);
+        }
+        let mut kvm = Vec::new();
+        for file in &self.statistics {
+            file.read(&mut kvm);
+        }
+        Stats {
+            stamps: self.clock.stamps(),
+            exits: self.shared.exits.read(),
+            kvm,
+            tsc_offset: self.tsc_offset,
+            tsc_khz: self.tsc_khz,
+            paused: self.state == State::Paused,
+        }
+    }
+
+    fn run(&mut self) {
+        for vcpu in &self.vcpus {
+            vcpu.tell(Command::Run);
+        }
+        self.state = State::Running;
+    }
+
+    fn expect(&self, state: State) -> Result<()> {
+        if self.state == state {
+            return Ok(());
+        }
+        let message = format!("the microVM is {:?}, the request needs it {state:?}", self.state);
+        Err(RequestError::refused(FailureKind::BadRequest, message))
+    }
+
+    fn all_stopped(&self) -> Result<()> {
+        for vcpu in &self.vcpus {
+            match vcpu.reply() {
+                Reply::Stopped => {}
+                reply => return Err(unexpected(reply)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn unexpected(reply: Reply) -> RequestError {
+    match reply {
+        Reply::Ended(exit) => RequestError::Ended(exit),
+        Reply::Failed(error) => RequestError::refused(FailureKind::Kvm, error),
+        Reply::Stopped | Reply::Saved(_) => {
+            RequestError::refused(FailureKind::Kvm, "a vCPU answered another question")
+        }
+    }
+}
+
+fn check(config: &ShellConfig) -> Result<()> {
+    let bad = |message: String| Err(RequestError::refused(FailureKind::BadRequest, message));
+    if config.version != control::VERSION {
+        return bad(format!(
+            "control protocol version {} is not {}",
+            config.version,
+            control::VERSION
+        ));
+    }
+    if !(1..=control::MAX_VCPUS).contains(&config.vcpus) {
+        return bad(format!("{} vCPUs are not within 1 to {}", config.vcpus, control::MAX_VCPUS));
+    }
+    if config.disks.len() > control::MAX_DISKS {
+        return bad(format!("{} disks exceed {}", config.disks.len(), control::MAX_DISKS));
+    }
+    Ok(())
+}
+
+fn count(disks: &[DiskSource]) -> usize {
+    disks.iter().map(|disk| disk.descriptors()).sum()
+}
+
+fn expect_descriptors(
+    descriptors: Vec<OwnedFd>,
+    expected: usize,
+) -> Result<std::vec::IntoIter<OwnedFd>> {
+    if descriptors.len() != expected {
+        let message = format!("{} descriptors came, {expected} are needed", descriptors.len());
+        return Err(RequestError::refused(FailureKind::BadRequest, message));
+    }
+    Ok(descriptors.into_iter())
+}
+
+fn next(descriptors: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
+    descriptors
+        .next()
+        .ok_or_else(|| RequestError::refused(FailureKind::BadRequest, "a descriptor is missing"))
+}
+
+/// A file mapped for reading.
+struct Mapping {
+    address: *mut libc::c_void,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn of(file: OwnedFd, bytes: u64) -> Result<Self> {
+        let found =
+            rustix::fs::fstat(&file).map_err(|e| io_error("base memory")(e.into()))?.st_size;
+        if (found as u64) < bytes {
+            return Err(MemoryError::FileSize { found: found as u64, expected: bytes }.into());
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice; that the file does not
+        // shrink under it is what the sealed memfd of a resident snapshot is for.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io_error("base memory")(std::io::Error::last_os_error()));
+        }
+        Ok(Self { address, bytes: bytes as usize })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
+        // against writing, as the protocol demands of a base.
+        unsafe { std::slice::from_raw_parts(self.address.cast(), self.bytes) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is this value's own mapping, and no slice of it outlives `self`.
+        unsafe { libc::munmap(self.address, self.bytes) };
+    }
+}
+
+/// Takes over `/dev/kvm` at its fixed descriptor.
+///
+/// # Safety
+/// The descriptor must be open and nobody else's.
+pub unsafe fn kvm_at(descriptor: RawFd) -> Kvm {
+    // SAFETY: the caller's promise.
+    unsafe { Kvm::from_raw_fd(descriptor) }
+}

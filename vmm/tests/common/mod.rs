@@ -1,0 +1,206 @@
+//! The host's side of the control socket, and tiny guests: a page of machine code each, entered in
+//! long mode at [`ENTRY`] with all of low memory identity mapped (see `arch/x86_64/boot.rs`).
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::{
+    fs::File,
+    io::{IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt},
+    },
+    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
+};
+
+use firn_proto::control::{
+    self, CONTROL_FD, CpuTemplate, DiskKind, DiskSource, FromVmm, KVM_FD, ShellConfig, ToVmm,
+};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType,
+};
+
+/// Where a tiny guest's code is loaded and entered.
+pub const ENTRY: u64 = 0x10_0000;
+
+/// A `firn-vmm` process without a jail.
+pub struct Vmm {
+    socket: OwnedFd,
+    child: Child,
+    pub stderr: Option<ChildStderr>,
+}
+
+/// Opens `/dev/kvm`, or says why the calling test is skipped.
+pub fn kvm() -> Option<File> {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(file) => Some(file),
+        Err(error) => {
+            eprintln!("skipped: /dev/kvm: {error}");
+            None
+        }
+    }
+}
+
+impl Vmm {
+    /// Starts a process with the two descriptors that it inherits.
+    pub fn spawn(kvm: &File) -> Self {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let (control, kvm) = (theirs.as_raw_fd(), kvm.as_raw_fd());
+        let mut command = Command::new(program());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // SAFETY: dup2 and fcntl are async-signal-safe. The sources are first moved out of the
+        // way, since either may have the other's target number.
+        unsafe {
+            command.pre_exec(move || {
+                let control = libc::fcntl(control, libc::F_DUPFD, 100);
+                let kvm = libc::fcntl(kvm, libc::F_DUPFD, 100);
+                if libc::dup2(control, CONTROL_FD) < 0 || libc::dup2(kvm, KVM_FD) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                libc::close_range(KVM_FD as u32 + 1, u32::MAX, 0);
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().unwrap();
+        let stderr = child.stderr.take();
+        Self { socket: ours, child, stderr }
+    }
+
+    /// Starts a process and builds a shell.
+    pub fn shell(kvm: &File, config: &ShellConfig) -> Self {
+        let vmm = Self::spawn(kvm);
+        match vmm.request(&ToVmm::Build(config.clone()), &[]) {
+            FromVmm::Ready(_) => vmm,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn send(&self, message: &ToVmm, descriptors: &[BorrowedFd<'_>]) {
+        let bytes = control::encode(message).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
+        }
+        rustix::net::sendmsg(
+            &self.socket,
+            &[IoSlice::new(&bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+        .unwrap();
+    }
+
+    pub fn receive(&self) -> FromVmm {
+        let mut bytes = vec![0; control::MAX_MESSAGE];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut []);
+        let received = rustix::net::recvmsg(
+            &self.socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut ancillary,
+            RecvFlags::empty(),
+        )
+        .unwrap();
+        assert_ne!(received.bytes, 0, "the VMM closed its socket");
+        control::decode_from_vmm(&bytes[..received.bytes]).unwrap()
+    }
+
+    pub fn request(&self, message: &ToVmm, descriptors: &[BorrowedFd<'_>]) -> FromVmm {
+        self.send(message, descriptors);
+        self.receive()
+    }
+
+    /// Boots a kernel with nothing else; returns our end of the invoke stream.
+    pub fn boot(&self, kernel: &File) -> (FromVmm, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: Vec::new() };
+        (self.request(&message, &[kernel.as_fd(), theirs.as_fd()]), ours)
+    }
+
+    /// Waits for the process's end and returns all that it said on standard error.
+    pub fn wait(mut self) -> (ExitStatus, String) {
+        let mut said = Vec::new();
+        if let Some(mut stderr) = self.stderr.take() {
+            stderr.read_to_end(&mut said).unwrap();
+        }
+        (self.child.wait().unwrap(), String::from_utf8_lossy(&said).into_owned())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The program under test: cargo's, or one that `FIRN_VMM` names (where tests run elsewhere).
+fn program() -> String {
+    std::env::var("FIRN_VMM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_firn-vmm").into())
+}
+
+/// A shell of `vcpus` vCPUs and 16 MiB without disks.
+pub fn config(vcpus: u8, serial: bool) -> ShellConfig {
+    ShellConfig {
+        version: control::VERSION,
+        vcpus,
+        memory_mib: 16,
+        cpu_template: CpuTemplate::Host,
+        disks: Vec::new(),
+        serial,
+    }
+}
+
+/// As [`config`], with disks.
+pub fn config_with_disks(disks: &[DiskKind]) -> ShellConfig {
+    ShellConfig { disks: disks.to_vec(), ..config(1, true) }
+}
+
+/// No media for `n` disks.
+pub fn empty(n: usize) -> Vec<DiskSource> {
+    vec![DiskSource::Empty; n]
+}
+
+/// An anonymous file with `contents`.
+pub fn memfd(contents: &[u8]) -> File {
+    let mut file: File =
+        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+    file.write_all(contents).unwrap();
+    file
+}
+
+/// An ELF kernel that is nothing but `code`, loaded and entered at [`ENTRY`].
+pub fn elf(code: &[u8]) -> File {
+    const HEADERS: u64 = 64 + 56;
+    let mut file = Vec::new();
+    file.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    file.extend_from_slice(&2u16.to_le_bytes()); // ET_EXEC
+    file.extend_from_slice(&62u16.to_le_bytes()); // x86_64
+    file.extend_from_slice(&1u32.to_le_bytes());
+    for word in [ENTRY, 64, 0] {
+        file.extend_from_slice(&word.to_le_bytes());
+    }
+    file.extend_from_slice(&0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 64, 0, 0] {
+        file.extend_from_slice(&half.to_le_bytes());
+    }
+    file.extend_from_slice(&1u32.to_le_bytes()); // PT_LOAD
+    file.extend_from_slice(&7u32.to_le_bytes());
+    for word in [HEADERS, ENTRY, ENTRY, code.len() as u64, code.len() as u64, 4096] {
+        file.extend_from_slice(&word.to_le_bytes());
+    }
+    file.extend_from_slice(code);
+    memfd(&file)
+}
