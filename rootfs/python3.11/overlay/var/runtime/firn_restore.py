@@ -1,0 +1,37 @@
+"""Makes the random number generators of a thawed Python process its own.
+
+Every clone of a snapshot starts with the same memory. The kernel's generator has new entropy by the
+time this runs; generators in user space have to be told. See the image's README for what still
+repeats.
+"""
+
+import os
+import sys
+
+
+def register():
+    """Has `reseed` called after every thaw, before the hooks that the function registers."""
+    from snapshot_restore_py import register_after_restore
+
+    register_after_restore(reseed)
+
+
+def reseed():
+    """Reseeds the generators that the process has loaded; loads none."""
+    random = sys.modules.get("random")
+    if random is not None:
+        random.seed()
+
+    # OpenSSL's public and private generators reseed from the primary one, and that from the
+    # kernel, when bytes are added to it.
+    ssl = sys.modules.get("_ssl")
+    if ssl is not None:
+        ssl.RAND_add(os.urandom(48), 48.0)
+
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        try:
+            numpy_random.seed()
+        except TypeError:
+            # The function has replaced numpy's global generator by one that can't be reseeded.
+            pass
