@@ -1,2 +1,26 @@
-//! Placeholder until the next commit.
-fn main() {}
+//! The `firn` command.
+
+mod doctor;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Runs functions, each in its own microVM.
+#[derive(Debug, Parser)]
+#[command(name = "firn", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Doctor(doctor::Arguments),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Doctor(arguments) => doctor::run(&arguments),
+    }
+}

@@ -6,9 +6,12 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+
+use crate::scratch;
 
 /// Collects what goes into an entry.
 pub struct Key(blake3::Hasher);
@@ -47,7 +50,6 @@ impl Key {
 
     /// Adds names, modes and contents of a directory's files, in order of name.
     pub fn add_tree(&mut self, root: &Path) -> Result<&mut Self> {
-        use std::os::unix::fs::PermissionsExt;
         let mut names: Vec<_> = match fs::read_dir(root) {
             Ok(entries) => entries.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
@@ -91,6 +93,15 @@ pub fn root() -> Result<PathBuf> {
 
 /// Returns the entry, after `build` has filled it if it was missing.
 pub fn entry(kind: &str, key: &Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    entry_knowing(kind, key, |temporary, _| build(temporary))
+}
+
+/// Like [`entry`]; `build` also learns where the entry will lie.
+pub fn entry_knowing(
+    kind: &str,
+    key: &Key,
+    build: impl FnOnce(&Path, &Path) -> Result<()>,
+) -> Result<PathBuf> {
     let root = root()?;
     let name = format!("{kind}-{}", key.hex());
     let path = root.join(&name);
@@ -101,14 +112,13 @@ pub fn entry(kind: &str, key: &Key, build: impl FnOnce(&Path) -> Result<()>) -> 
     if path.exists() {
         return Ok(path);
     }
-    let temporary = tempfile::Builder::new().prefix(&format!(".{kind}-")).tempdir_in(&root)?;
-    build(temporary.path())?;
+    let temporary = scratch::beside(&root, kind)?;
+    build(&temporary, &path)?;
     // A temporary directory is private to its owner; an entry need not be.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(temporary.path(), mode)?;
-    fs::rename(temporary.path(), &path)
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&temporary, &path)
         .with_context(|| format!("cannot rename to {}", path.display()))?;
-    let _ = temporary.keep();
+    scratch::remove_one(&temporary);
     Ok(path)
 }
 

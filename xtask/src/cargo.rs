@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+use crate::step;
+
 /// Executables of a build by name.
 pub struct Binaries(BTreeMap<String, PathBuf>);
 
@@ -20,6 +22,17 @@ impl Binaries {
 /// The root of the repository.
 pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+}
+
+/// Where cargo builds, which a person may have set elsewhere.
+pub fn target_directory() -> Result<PathBuf> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        target_directory: PathBuf,
+    }
+    let text = step::output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Metadata = serde_json::from_str(&text).context("cargo printed no JSON")?;
+    Ok(metadata.target_directory)
 }
 
 /// `cargo` as the one that runs this program.

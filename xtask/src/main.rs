@@ -1,12 +1,17 @@
 //! `cargo xtask`: everything that a person runs while developing Firn.
 
-#[allow(dead_code, reason = "the kernel and the images come next")]
+mod artifacts;
 mod cache;
 mod cargo;
 mod cpio;
 #[allow(dead_code, reason = "the demo and the tests come next")]
 mod host_vm;
+mod images;
+mod kernel;
+mod packages;
+mod python;
 mod scratch;
+mod step;
 
 use std::process::ExitCode;
 
@@ -23,6 +28,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    Artifacts(artifacts::Arguments),
     HostVm(host_vm::command::Arguments),
 }
 
@@ -42,6 +48,7 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<i32> {
     scratch::clean_up_on_signals()?;
     match arguments.task {
+        Task::Artifacts(arguments) => artifacts::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),
     }
 }

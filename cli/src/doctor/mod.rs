@@ -1,0 +1,180 @@
+//! `firn doctor`: can functions run on this machine, and if not, what is to be done?
+//!
+//! It only looks: it creates and drops a microVM of a few pages and changes nothing. Each
+//! [`Finding`] says what is, why it matters and how to mend it. One [`Severity::Error`] means that
+//! functions can't run here natively; the rest is advice.
+
+mod host;
+mod kvm;
+mod speed;
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+/// Look whether functions can run on this machine, and what to mend if not.
+///
+/// Exits with 0 if they can, with 1 if they can't.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Print JSON for machines.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How much a finding matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// As it should be.
+    Ok,
+    /// Worth knowing.
+    Note,
+    /// Works, but worse than it could.
+    Warning,
+    /// Functions can't run here.
+    Error,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Stable name for machines.
+    pub id: &'static str,
+    /// How much it matters.
+    pub severity: Severity,
+    /// What was found.
+    pub what: String,
+    /// Why that matters.
+    pub why: String,
+    /// What to do about it; nothing if it is fine.
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    fn new(id: &'static str, severity: Severity, what: impl Into<String>, why: &str) -> Self {
+        Self { id, severity, what: what.into(), why: why.to_owned(), fix: None }
+    }
+
+    fn fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+/// Where functions run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lane {
+    /// On this machine's own KVM.
+    Native,
+    /// In the dev host VM that `cargo xtask` boots.
+    HostVm,
+}
+
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Version of this form.
+    pub version: u32,
+    /// Where functions can run.
+    pub lane: Lane,
+    /// Whether they can run here without the dev host VM.
+    pub ok: bool,
+    /// In the order in which things were looked at.
+    pub findings: Vec<Finding>,
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    let report = examine();
+    let text = if arguments.json { json(&report) } else { text(&report) };
+    print!("{text}");
+    if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Looks at everything.
+pub fn examine() -> Report {
+    let mut findings = kvm::examine();
+    findings.extend(host::examine());
+    let ok = findings.iter().all(|finding| finding.severity < Severity::Error);
+    let lane = if ok { Lane::Native } else { Lane::HostVm };
+    Report { version: 1, lane, ok, findings }
+}
+
+fn json(report: &Report) -> String {
+    // Strings and numbers only: this can't fail, and if it did, no report is the right answer.
+    serde_json::to_string_pretty(report).map_or_else(|_| String::new(), |text| text + "\n")
+}
+
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    for finding in &report.findings {
+        let mark = match finding.severity {
+            Severity::Ok => "ok     ",
+            Severity::Note => "note   ",
+            Severity::Warning => "warning",
+            Severity::Error => "ERROR  ",
+        };
+        let _ = writeln!(text, "{mark}  {}", finding.what);
+        if finding.severity > Severity::Ok {
+            let _ = writeln!(text, "         why: {}", finding.why);
+        }
+        if let Some(fix) = &finding.fix {
+            let _ = writeln!(text, "         fix: {fix}");
+        }
+    }
+    let verdict = match report.lane {
+        Lane::Native => "Functions can run on this machine (lane: native).",
+        Lane::HostVm => {
+            "Functions can't run on this machine itself. Everything works in the dev host VM, a \
+             small server\nunder QEMU that needs no KVM: `cargo xtask demo` and `cargo xtask test` \
+             use it by themselves\n(lane: host-vm)."
+        }
+    };
+    let _ = writeln!(text, "\n{verdict}");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(severity: Severity) -> Report {
+        let finding = Finding::new("a.b", severity, "the what", "the why").fix("the fix");
+        let ok = severity < Severity::Error;
+        let lane = if ok { Lane::Native } else { Lane::HostVm };
+        Report { version: 1, lane, ok, findings: vec![finding] }
+    }
+
+    #[test]
+    fn text_says_what_why_and_fix() {
+        let text = text(&report(Severity::Error));
+        for part in ["ERROR", "the what", "why: the why", "fix: the fix", "lane: host-vm"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn json_names_lane_and_severity() {
+        let value: serde_json::Value =
+            serde_json::from_str(&json(&report(Severity::Note))).unwrap();
+        assert_eq!(value["lane"], "native");
+        assert_eq!(value["ok"], true);
+        assert_eq!(value["findings"][0]["severity"], "note");
+    }
+
+    #[test]
+    fn this_machine_can_be_examined() {
+        let report = examine();
+        assert!(!report.findings.is_empty());
+        assert_eq!(report.ok, report.lane == Lane::Native);
+        for finding in &report.findings {
+            assert!(!finding.what.is_empty() && !finding.why.is_empty(), "{finding:?}");
+            if finding.severity >= Severity::Warning {
+                assert!(finding.fix.is_some(), "{finding:?}");
+            }
+        }
+    }
+}

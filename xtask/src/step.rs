@@ -1,0 +1,178 @@
+//! Long steps: run a program quietly, show that it advances, and say what it printed if it fails.
+
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// How often a line of progress is printed where the output is no terminal.
+const INTERVAL: Duration = Duration::from_secs(15);
+
+/// Lines of output that an error shows.
+const TAIL: usize = 25;
+
+/// Prints what happens next.
+pub fn say(text: &str) {
+    eprintln!("xtask: {text}");
+}
+
+/// Makes the kernel kill the program when the calling thread ends, however it ends.
+pub fn die_with_us(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec the closure makes one system call; it neither allocates nor
+    // takes a lock.
+    unsafe {
+        command.pre_exec(|| {
+            let kill = rustix::process::Signal::KILL;
+            Ok(rustix::process::set_parent_process_death_signal(Some(kill))?)
+        })
+    }
+}
+
+/// Runs a program and returns what it printed on standard output. Its standard error appears in
+/// the message if it fails.
+pub fn output(command: &mut Command) -> Result<String> {
+    let shown = shown(command);
+    let output = die_with_us(command.stdin(Stdio::null()))
+        .output()
+        .with_context(|| format!("cannot run {shown}"))?;
+    if !output.status.success() {
+        let error = String::from_utf8_lossy(&output.stderr);
+        bail!("`{shown}` failed ({}):\n{}", output.status, indent(error.lines()));
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{shown} printed no UTF-8"))
+}
+
+/// Runs a program, showing only `what` and the time.
+pub fn run(what: &str, command: &mut Command) -> Result<()> {
+    run_counting(what, command, |_| false, 0).map(drop)
+}
+
+/// Runs a program and shows how many of about `total` lines satisfy `counts`. Returns the time it
+/// took.
+pub fn run_counting(
+    what: &str,
+    command: &mut Command,
+    counts: impl Fn(&str) -> bool + Send + 'static,
+    total: usize,
+) -> Result<Duration> {
+    let started = Instant::now();
+    let shown = shown(command);
+    say(&format!("{what} …"));
+    let (reader, writer) = std::io::pipe()?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let mut child = die_with_us(command).spawn().with_context(|| format!("cannot run {shown}"))?;
+    // The command holds the pipe's writing end; while it does, the pipe never ends.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let progress = Arc::new(Mutex::new(Progress::default()));
+    let collector = {
+        let progress = progress.clone();
+        thread::spawn(move || collect(reader, &progress, counts))
+    };
+    let mut last = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        thread::sleep(Duration::from_millis(20));
+        let terminal = std::io::stderr().is_terminal();
+        if last.elapsed() > if terminal { Duration::from_secs(1) } else { INTERVAL } {
+            last = Instant::now();
+            let count = progress.lock().map(|progress| progress.count).unwrap_or_default();
+            show(what, started.elapsed(), count, total, terminal);
+        }
+    };
+    let _ = collector.join();
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+    if !status.success() {
+        let progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let tail = indent(progress.tail.iter().map(String::as_str));
+        bail!("{what} failed: `{shown}` ended with {status}; its last lines:\n{tail}");
+    }
+    let elapsed = started.elapsed();
+    if elapsed > Duration::from_secs(2) {
+        say(&format!("{what}: done in {}", time(elapsed)));
+    }
+    Ok(elapsed)
+}
+
+/// A duration for people: `3.2 s`, `4 min 05 s`.
+pub fn time(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    if seconds < 60 {
+        return format!("{:.1} s", duration.as_secs_f64());
+    }
+    format!("{} min {:02} s", seconds / 60, seconds % 60)
+}
+
+#[derive(Default)]
+struct Progress {
+    count: usize,
+    tail: Vec<String>,
+}
+
+fn collect(from: impl Read, progress: &Mutex<Progress>, counts: impl Fn(&str) -> bool) {
+    for line in BufReader::new(from).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        progress.count += usize::from(counts(&line));
+        if progress.tail.len() == TAIL {
+            progress.tail.remove(0);
+        }
+        progress.tail.push(line);
+    }
+}
+
+fn show(what: &str, elapsed: Duration, count: usize, total: usize, terminal: bool) {
+    let part = if total > 0 { format!(", {count} of about {total}") } else { String::new() };
+    let line = format!("xtask: {what}: {}{part}", time(elapsed));
+    let mut stderr = std::io::stderr().lock();
+    let _ = match terminal {
+        true => write!(stderr, "\r\x1b[K{line}"),
+        false => writeln!(stderr, "{line}"),
+    };
+    let _ = stderr.flush();
+}
+
+fn shown(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
+    words.extend(command.get_args().map(|word| word.to_string_lossy().into_owned()));
+    let text = words.join(" ");
+    if text.chars().count() > 200 {
+        return text.chars().take(200).chain(['…']).collect();
+    }
+    text
+}
+
+fn indent<'a>(lines: impl Iterator<Item = &'a str>) -> String {
+    lines.map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_show_what_was_printed() {
+        let error = run("trying", Command::new("sh").args(["-c", "echo why >&2; exit 3"]));
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("  | why") && text.contains("trying failed"), "{text}");
+        assert!(output(&mut Command::new("/does/not/exist")).is_err());
+    }
+
+    #[test]
+    fn output_is_returned() {
+        assert_eq!(output(Command::new("echo").arg("x")).unwrap(), "x\n");
+    }
+
+    #[test]
+    fn durations_read_well() {
+        assert_eq!(time(Duration::from_millis(3210)), "3.2 s");
+        assert_eq!(time(Duration::from_secs(245)), "4 min 05 s");
+    }
+}
