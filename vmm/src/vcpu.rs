@@ -259,6 +259,7 @@ impl Worker {
     fn boot(&mut self, entry: Option<u64>, tsc_offset: i64) -> Reply {
         let kvm = |what| move |source| VcpuStateError::Kvm { what, source };
         let result = vcpu_state::set_tsc_offset(&self.fd, tsc_offset).and_then(|()| {
+            vcpu_state::enable_xsave(&self.fd).map_err(kvm("SET_XCRS"))?;
             let Some(entry) = entry else { return Ok(()) };
             let sregs = self.fd.get_sregs().map_err(kvm("GET_SREGS"))?;
             self.fd.set_sregs(&boot::entry_sregs(sregs)).map_err(kvm("SET_SREGS"))?;

@@ -66,7 +66,8 @@ impl Chain {
         )
     }
 
-    pub(super) fn begin(&mut self, head: u16) {
+    /// Empties it for the chain that starts at `head`.
+    pub(crate) fn begin(&mut self, head: u16) {
         self.head = head;
         self.segments.clear();
         self.readable = 0;
@@ -78,7 +79,7 @@ impl Chain {
     }
 
     /// Adds a buffer; `None` if it is not wholly in memory. Readable ones must come first.
-    pub(super) fn push(&mut self, address: GuestAddress, len: u32, writable: bool) -> Option<()> {
+    pub(crate) fn push(&mut self, address: GuestAddress, len: u32, writable: bool) -> Option<()> {
         if len == 0 {
             return Some(());
         }

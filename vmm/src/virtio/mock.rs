@@ -104,6 +104,17 @@ impl<D: Device> Mock<D> {
         mock
     }
 
+    /// The same guest, thawed in other memory behind another device: what a clone is.
+    pub(crate) fn thaw(&self, device: impl FnOnce(Arc<GuestMemory>) -> D) -> Self {
+        let memory = memory();
+        memory.write_slice(&self.read_vec(0, MEMORY), GuestAddress(0)).unwrap();
+        let bytes = postcard::to_allocvec(&self.device.save()).unwrap();
+        let mut clone = Self::cold(memory.clone(), device(memory));
+        clone.device.restore(&postcard::from_bytes(&bytes).unwrap()).unwrap();
+        clone.queues = self.queues.clone();
+        clone
+    }
+
     pub(crate) fn get(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.device.read(offset, &mut data);

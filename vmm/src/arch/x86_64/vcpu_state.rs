@@ -201,6 +201,30 @@ impl VcpuState {
     }
 }
 
+/// Enables in XCR0 all that the guest's CPUID offers, before it runs.
+///
+/// Linux does the same as its first XSETBV. Where a hypervisor does not intercept that instruction
+/// (QEMU's emulated SVM), KVM would never learn of it: it would report the size of an x87-only
+/// XSAVE area, which makes Linux give up AVX, and a snapshot would hold the wrong XCR0.
+///
+/// # Errors
+/// KVM's.
+pub fn enable_xsave(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    const XSAVE: u32 = 1 << 26;
+    let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
+    let leaf = |function| cpuid.as_slice().iter().find(move |e| (e.function, e.index) == function);
+    let Some(features) =
+        leaf((0xd, 0)).filter(|_| leaf((1, 0)).is_some_and(|l| l.ecx & XSAVE != 0))
+    else {
+        return Ok(());
+    };
+    let mut xcrs = vcpu.get_xcrs()?;
+    xcrs.nr_xcrs = 1;
+    xcrs.xcrs[0].xcr = 0;
+    xcrs.xcrs[0].value = u64::from(features.eax) | u64::from(features.edx) << 32;
+    vcpu.set_xcrs(&xcrs)
+}
+
 /// Tells the guest's kvmclock that the host had stopped it, lest its watchdogs bark.
 ///
 /// A guest without kvmclock has nothing to be told (`EINVAL`), which is no error.

@@ -1,0 +1,203 @@
+//! The VMM against Linux with `firn-init`. Needs a KVM that runs kernels, and names of files:
+//! `FIRN_TEST_KERNELS` (ELF and bzImage, separated by colons), `FIRN_TEST_INITRAMFS` (firn-init as
+//! `/init`), `FIRN_TEST_ROOTFS` and `FIRN_TEST_TMP` (disk images). Skipped without them.
+
+mod common;
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    time::{Duration, Instant},
+};
+
+use common::{Vmm, kvm, memfd};
+use firn_proto::{
+    control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, ShellConfig, ToVmm},
+    guest::{self, FromGuest, Renew, ToGuest},
+};
+
+struct Files {
+    kvm: File,
+    kernels: Vec<String>,
+    initramfs: File,
+    rootfs: File,
+    tmp: File,
+}
+
+fn files() -> Option<Files> {
+    let name = |key: &str| match std::env::var(key) {
+        Ok(name) => Some(name),
+        Err(_) => {
+            eprintln!("skipped: {key} is not set");
+            None
+        }
+    };
+    let kernels = name("FIRN_TEST_KERNELS")?.split(':').map(str::to_string).collect();
+    let open = |path: String| File::open(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    Some(Files {
+        kvm: kvm()?,
+        kernels,
+        initramfs: open(name("FIRN_TEST_INITRAMFS")?),
+        rootfs: open(name("FIRN_TEST_ROOTFS")?),
+        tmp: open(name("FIRN_TEST_TMP")?),
+    })
+}
+
+fn shell(vcpus: u8) -> ShellConfig {
+    ShellConfig {
+        version: control::VERSION,
+        vcpus,
+        memory_mib: 128,
+        cpu_template: CpuTemplate::Host,
+        disks: vec![DiskKind::ReadOnly, DiskKind::ReadOnly, DiskKind::CopyOnWrite],
+        serial: std::env::var_os("FIRN_TEST_SERIAL").is_some(),
+    }
+}
+
+/// A guest that runs, and its host.
+struct Guest {
+    vmm: Vmm,
+    stream: UnixStream,
+}
+
+impl Guest {
+    fn boot(files: &Files, kernel: &str, vcpus: u8) -> Self {
+        let config = shell(vcpus);
+        let mut vmm = Vmm::shell(&files.kvm, &config);
+        drain(&mut vmm);
+        let (stream, theirs) = UnixStream::pair().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        let console = if config.serial { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
+        let message = ToVmm::Boot {
+            cmdline: format!("{console} panic=-1"),
+            initramfs: true,
+            disks: vec![DiskSource::ReadOnly, DiskSource::Empty, DiskSource::CopyOnWrite],
+        };
+        let kernel = File::open(kernel).unwrap();
+        let delta = memfd(b"");
+        let descriptors = [
+            kernel.as_fd(),
+            files.initramfs.as_fd(),
+            theirs.as_fd(),
+            files.rootfs.as_fd(),
+            files.tmp.as_fd(),
+            delta.as_fd(),
+        ];
+        let answer = vmm.request(&message, &descriptors);
+        assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
+        Self { vmm, stream }
+    }
+
+    fn say(&mut self, message: &ToGuest) {
+        self.stream.write_all(&guest::encode(message).unwrap()).unwrap();
+    }
+
+    fn hear(&mut self) -> FromGuest {
+        let mut prefix = [0; 4];
+        if let Err(error) = self.stream.read_exact(&mut prefix) {
+            panic!("no frame: {error}; stats {:?}", self.vmm.request(&ToVmm::Stats, &[]));
+        }
+        let mut message = vec![0; guest::frame_length(prefix).unwrap()];
+        self.stream.read_exact(&mut message).unwrap();
+        guest::decode_from_guest(&message).unwrap()
+    }
+
+    /// Freeze, pause, save, and thaw into a new process.
+    fn move_on(mut self, files: &Files, vcpus: u8, generation: u32) -> Self {
+        self.say(&ToGuest::Freeze);
+        assert_eq!(self.hear(), FromGuest::Frozen);
+        assert_eq!(self.vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
+        let answer = self.vmm.request(
+            &ToVmm::Save { base: false },
+            &[memory.as_fd(), state.as_fd(), frozen.as_fd()],
+        );
+        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
+        state.set_len(report.state_bytes).unwrap();
+        drop(self);
+
+        let mut vmm = Vmm::shell(&files.kvm, &shell(vcpus));
+        drain(&mut vmm);
+        let (stream, theirs) = UnixStream::pair().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        let mut guest = Self { vmm, stream };
+        let id = format!("generation-{generation}");
+        guest.say(&ToGuest::Renew(Renew {
+            wall_clock_ns: 1_800_000_000_000_000_000,
+            entropy: vec![generation as u8; guest::ENTROPY_BYTES],
+            instance_id: id.clone(),
+            hook_timeout_ms: 10_000,
+        }));
+        let delta = memfd(b"");
+        let message = ToVmm::Thaw {
+            disks: vec![DiskSource::ReadOnly, DiskSource::Empty, DiskSource::CopyOnWriteThawed],
+            resume: true,
+        };
+        let descriptors = [
+            memory.as_fd(),
+            state.as_fd(),
+            theirs.as_fd(),
+            files.rootfs.as_fd(),
+            files.tmp.as_fd(),
+            frozen.as_fd(),
+            delta.as_fd(),
+        ];
+        let answer = guest.vmm.request(&message, &descriptors);
+        assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
+        let FromGuest::Renewed(renewed) = guest.hear() else { panic!("not renewed") };
+        assert_eq!(renewed.instance_id, id);
+        guest
+    }
+}
+
+/// Passes on what the VMM says, so that it never blocks on a full pipe.
+fn drain(vmm: &mut Vmm) {
+    if let Some(mut stderr) = vmm.stderr.take() {
+        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::stderr()));
+    }
+}
+
+fn ready(guest: &mut Guest) -> guest::Ready {
+    match guest.hear() {
+        FromGuest::Ready(ready) => ready,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn both_kernel_formats_boot_to_init() {
+    let Some(files) = files() else { return };
+    for kernel in &files.kernels {
+        let started = Instant::now();
+        let mut guest = Guest::boot(&files, kernel, 1);
+        let ready = ready(&mut guest);
+        eprintln!("{kernel}: {:?} {ready:?}", started.elapsed());
+        assert_eq!(ready.version, guest::VERSION);
+    }
+}
+
+#[test]
+fn two_and_eight_vcpus_boot() {
+    let Some(files) = files() else { return };
+    for vcpus in [2, 8] {
+        let mut guest = Guest::boot(&files, &files.kernels[0], vcpus);
+        ready(&mut guest);
+    }
+}
+
+#[test]
+fn snapshot_thaw_snapshot_thaw() {
+    let Some(files) = files() else { return };
+    for vcpus in [1, 2] {
+        let mut guest = Guest::boot(&files, &files.kernels[0], vcpus);
+        ready(&mut guest);
+        for generation in 1..=3 {
+            guest = guest.move_on(&files, vcpus, generation);
+        }
+        guest.say(&ToGuest::Shutdown);
+        let answer = guest.vmm.receive();
+        let FromVmm::Exited(exit) = answer else { panic!("{answer:?}") };
+        assert_eq!(exit.reason, control::ExitReason::GuestShutdown);
+    }
+}
