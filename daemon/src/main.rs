@@ -1,2 +1,141 @@
-//! Placeholder until the next commit.
-fn main() {}
+//! `firnd`: an HTTP API compatible with AWS Lambda's on top of the [`firn`] library.
+//!
+//! Thin by intent: HTTP in ([`api`]), [`firn`] out ([`scheduler`], [`prepare`]), state in a store
+//! ([`store`], [`code`], [`logs`]). It never reads guest memory and parses nothing that comes from
+//! a guest beyond `firn-proto`'s messages.
+
+mod api;
+mod backend;
+mod code;
+mod config;
+#[cfg(test)]
+mod fake;
+mod function;
+mod logs;
+mod outcome;
+mod prepare;
+mod report;
+mod scheduler;
+mod serve;
+mod store;
+mod workshop;
+
+use std::{io, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{backend::Backend, config::Options, workshop::Workshop};
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match start(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("firnd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(options: Options) -> anyhow::Result<()> {
+    options.check()?;
+    let filter = EnvFilter::try_new(&options.log)
+        .with_context(|| format!("--log {:?} is no filter; try `info`", options.log))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("can't start the threads of the daemon")?;
+    runtime.block_on(run(options))
+}
+
+async fn run(options: Options) -> anyhow::Result<()> {
+    // First, so that a signal during start-up is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let _lock = config::lock_state(&options.state)?;
+    let listener = TcpListener::bind(options.listen).await.map_err(|error| {
+        let hint = match error.kind() {
+            io::ErrorKind::AddrInUse => "something else listens there: stop it, or name another \
+                                         port with --listen",
+            io::ErrorKind::PermissionDenied => "ports below 1024 need privileges: name another \
+                                                port with --listen",
+            io::ErrorKind::AddrNotAvailable => "this machine has no such address: name another \
+                                                with --listen",
+            _ => "name another address with --listen",
+        };
+        anyhow::anyhow!("can't listen on {}: {error}; {hint}", options.listen)
+    })?;
+    let host = firn::Host::open(options.host()).await.map_err(|error| {
+        let hint = match &error {
+            firn::OpenError::Artifact { .. }
+            | firn::OpenError::NoImages { .. }
+            | firn::OpenError::Image { .. } => {
+                "\nname a complete installation with --artifacts, or build one with \
+                 `cargo xtask artifacts`"
+            }
+            firn::OpenError::NoKvm | firn::OpenError::KvmPermission | firn::OpenError::Kvm(_) => {
+                "\n`firn doctor` says what this machine lacks"
+            }
+            _ => "",
+        };
+        anyhow::anyhow!("{error}{hint}")
+    })?;
+    let result = daemon(&options, host.clone(), listener, stop).await;
+    // Also when start-up failed half way: nothing may stay behind.
+    host.shutdown().await;
+    result
+}
+
+async fn daemon<B: Backend>(
+    options: &Options,
+    backend: B,
+    listener: TcpListener,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let state = &options.state;
+    let store = store::Store::open(&state.join("store.sqlite"))?;
+    let store = Arc::new(store);
+    let functions = store.all();
+    let workshop = Workshop {
+        backend,
+        place: options.place(),
+        code: code::CodeStore::open(state.join("code"), |sha256| store.uses_code(sha256))
+            .with_context(|| format!("can't use {}", state.join("code").display()))?,
+        logs: logs::Logs::open(state.join("logs"), logs::Bounds::default())
+            .with_context(|| format!("can't use {}", state.join("logs").display()))?,
+        patience: options.patience,
+    };
+    let snapshots = state.join("snapshots");
+    let preparer = prepare::Preparer::open(workshop.clone(), snapshots.clone(), &functions)
+        .with_context(|| format!("can't use {}", snapshots.display()))?;
+    let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
+    for function in &functions {
+        scheduler.deployed(function, None);
+    }
+    let concurrency = options.concurrency as usize;
+    let app = api::App::new(store, workshop, scheduler.clone(), concurrency);
+    let address = listener.local_addr().context("the listener has no address")?;
+    println!("firnd: ready on http://{address}");
+    let patience = Duration::from_secs_f64(options.stop_timeout);
+    serve::serve(listener, api::router(app), stop, patience).await;
+    tracing::info!("stopping");
+    scheduler.close(patience).await;
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! What Lambda's API has no words for, under `/firn/v1`: readiness, snapshots, instances, code.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderValue, Response, StatusCode, header},
+};
+use serde_json::json;
+
+use super::{App, Target, blocking, error::ApiError, json};
+use crate::{backend::Backend, prepare::Status};
+
+/// Whether the daemon serves.
+pub async fn health<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+) -> Result<Response<Body>, ApiError> {
+    let body = json!({
+        "status": "ok",
+        "version": env!("CARGO_PKG_VERSION"),
+        "runtimes": app.backend.runtimes(),
+    });
+    json(StatusCode::OK, &body)
+}
+
+/// Where the snapshot of a function stands.
+pub async fn snapshot<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+) -> Result<Response<Body>, ApiError> {
+    let function = app.find(&reference)?;
+    let status = app.scheduler.snapshot(&function);
+    let mut body = json!({ "state": status.word() });
+    if let Status::Failed(reason) = status {
+        body["reason"] = reason.into();
+    }
+    json(StatusCode::OK, &body)
+}
+
+/// All live instances.
+pub async fn instances<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+) -> Result<Response<Body>, ApiError> {
+    json(StatusCode::OK, &json!({ "Instances": app.scheduler.instances() }))
+}
+
+/// A function's code as it was uploaded: where `Code.Location` of GetFunction leads.
+pub async fn code<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+) -> Result<Response<Body>, ApiError> {
+    let function = app.find(&reference)?;
+    let path = app.code.zip(&function.code.sha256);
+    let zip = blocking(move || {
+        std::fs::read(&path).map_err(|e| ApiError::Service(format!("The code can't be read: {e}")))
+    })
+    .await?;
+    let mut response = Response::new(Body::from(zip));
+    let value = HeaderValue::from_static("application/zip");
+    response.headers_mut().insert(header::CONTENT_TYPE, value);
+    Ok(response)
+}

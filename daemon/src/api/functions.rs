@@ -1,0 +1,405 @@
+//! CreateFunction, GetFunction, GetFunctionConfiguration, ListFunctions, UpdateFunctionCode,
+//! UpdateFunctionConfiguration, DeleteFunction, GetAccountSettings.
+//!
+//! Order of a change: check everything, write the code, commit the record, tell the scheduler.
+//! What fails before the commit leaves nothing behind; what follows it can't fail.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, Response, StatusCode, header},
+};
+use base64::{
+    Engine,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use firn::code::{CodeError, MAX_UNZIPPED, MAX_ZIPPED};
+use serde_json::{Value, json};
+
+use super::{
+    App, MAX_UPLOAD, Parameters, Target, blocking,
+    error::ApiError,
+    json, names, read_body,
+    shapes::{
+        CodeUpload, CreateFunction, FunctionConfiguration, UpdateFunctionCode,
+        UpdateFunctionConfiguration,
+    },
+    validate,
+};
+use crate::{
+    backend::Backend,
+    code::Pin,
+    function::{Function, LATEST, now_ms},
+    store::{StoreError, check_revision},
+};
+
+/// Functions in one page of ListFunctions, at most.
+const PAGE: usize = 50;
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Exists(_) => Self::ResourceConflict(error.to_string()),
+            StoreError::Revision { .. } => Self::PreconditionFailed,
+            StoreError::Unknown(name) => {
+                Self::ResourceNotFound(format!("Function not found: {name}"))
+            }
+            other => Self::Service(other.to_string()),
+        }
+    }
+}
+
+/// CreateFunction.
+pub async fn create<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let _turn = app.uploads.acquire().await;
+    let body = body(request, "CreateFunction").await?;
+    let work = app.clone();
+    let function = blocking(move || {
+        let input: CreateFunction = parse(&body)?;
+        let name = input.function_name.as_deref().ok_or_else(|| {
+            ApiError::validation("functionName", "null", "Member must not be null".into())
+        })?;
+        let reference = names::Reference::parse(name, None)?;
+        if reference.qualifier.is_some() || !reference.reaches(&work.place) {
+            return Err(ApiError::InvalidParameterValue(format!(
+                "A function can only be created under its own name or ARN in {} of account {}, \
+                 without a qualifier; not as {name}",
+                work.place.region, work.place.account
+            )));
+        }
+        let name = reference.name;
+        let tags = input.settings.tags.clone().unwrap_or_default();
+        let config = validate::create(input.settings, &work.backend.runtimes())?;
+        if work.store.get(&name).is_some() {
+            return Err(StoreError::Exists(name).into());
+        }
+        let pin = store_code(&work, input.code.unwrap_or_default())?;
+        let function = Function {
+            name,
+            config,
+            code: pin.code.clone(),
+            tags,
+            last_modified_ms: now_ms(),
+            revision: uuid::Uuid::new_v4().to_string(),
+        };
+        let result = work.store.create(function);
+        let sha256 = pin.code.sha256.clone();
+        drop(pin);
+        work.code.collect(&sha256, || work.store.uses_code(&sha256));
+        Ok(result?)
+    })
+    .await?;
+    tracing::info!(function = function.name, "function created");
+    app.scheduler.deployed(&function, None);
+    json(StatusCode::CREATED, &FunctionConfiguration::of(&function, &app.place, false))
+}
+
+/// GetFunction.
+pub async fn get<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+    headers: HeaderMap,
+) -> Result<Response<Body>, ApiError> {
+    let function = app.find(&reference)?;
+    let qualified = reference.qualifier.is_some();
+    let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
+    let (name, sha256) = (&function.name, &function.code.sha256);
+    let mut output = json!({
+        "Configuration": FunctionConfiguration::of(&function, &app.place, qualified),
+        "Code": {
+            "RepositoryType": "S3",
+            "Location": format!("http://{host}/firn/v1/functions/{name}/code?sha256={sha256}"),
+        },
+    });
+    if !function.tags.is_empty() {
+        output["Tags"] = json!(function.tags);
+    }
+    json(StatusCode::OK, &output)
+}
+
+/// GetFunctionConfiguration.
+pub async fn get_configuration<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+) -> Result<Response<Body>, ApiError> {
+    let function = app.find(&reference)?;
+    let qualified = reference.qualifier.is_some();
+    json(StatusCode::OK, &FunctionConfiguration::of(&function, &app.place, qualified))
+}
+
+/// ListFunctions.
+pub async fn list<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Parameters(query): Parameters,
+) -> Result<Response<Body>, ApiError> {
+    let limit = match query.get("MaxItems") {
+        None => PAGE,
+        Some(text) => match text.parse() {
+            Ok(n @ 1..=10_000) => PAGE.min(n),
+            _ => {
+                let range = "Member must have value between 1 and 10000";
+                return Err(ApiError::validation("maxItems", text, range.into()));
+            }
+        },
+    };
+    let all_versions = match query.get("FunctionVersion").map(String::as_str) {
+        None => false,
+        Some("ALL") => true,
+        Some(other) => {
+            let values = "Member must satisfy enum value set: [ALL]";
+            return Err(ApiError::validation("functionVersion", other, values.into()));
+        }
+    };
+    let after = match query.get("Marker").filter(|marker| !marker.is_empty()) {
+        None => None,
+        Some(marker) => {
+            let name = URL_SAFE_NO_PAD.decode(marker).ok().and_then(|b| String::from_utf8(b).ok());
+            let invalid = || ApiError::InvalidParameterValue("Invalid pagination token".into());
+            Some(name.ok_or_else(invalid)?)
+        }
+    };
+    let (page, more) = app.store.list(after.as_deref(), limit);
+    let next = page.last().filter(|_| more).map(|last| URL_SAFE_NO_PAD.encode(&last.name));
+    let functions: Vec<_> =
+        page.iter().map(|f| FunctionConfiguration::of(f, &app.place, all_versions)).collect();
+    json(StatusCode::OK, &json!({"Functions": functions, "NextMarker": next}))
+}
+
+/// UpdateFunctionCode.
+pub async fn update_code<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let _turn = app.uploads.acquire().await;
+    let body = body(request, "UpdateFunctionCode").await?;
+    let current = app.find(&reference)?;
+    refuse_qualifier(&reference)?;
+    let work = app.clone();
+    let (old, new, dry_run) = blocking(move || {
+        let input: UpdateFunctionCode = parse(&body)?;
+        let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
+        check_revision(&current, revision)?;
+        if input.publish {
+            return Err(ApiError::InvalidParameterValue(
+                "Firn does not support Publish (versions) yet. Leave it out.".into(),
+            ));
+        }
+        for architecture in input.architectures.iter().flatten() {
+            if architecture != "x86_64" {
+                return Err(ApiError::InvalidParameterValue(format!(
+                    "Architecture '{architecture}' is not supported here; use x86_64."
+                )));
+            }
+        }
+        let pin = store_code(&work, input.code)?;
+        let change = |function: &Function| Function {
+            code: pin.code.clone(),
+            last_modified_ms: now_ms(),
+            revision: uuid::Uuid::new_v4().to_string(),
+            ..function.clone()
+        };
+        let result = if input.dry_run {
+            Ok((current.clone(), Arc::new(change(&current))))
+        } else {
+            work.store.update(&current.name, revision, |f| Ok::<_, ApiError>(change(f)))
+        };
+        let fresh = pin.code.sha256.clone();
+        drop(pin);
+        let before = result.as_ref().map_or(&current, |(old, _)| old).code.sha256.clone();
+        for sha256 in [fresh, before] {
+            work.code.collect(&sha256, || work.store.uses_code(&sha256));
+        }
+        let (old, new) = result?;
+        Ok((old, new, input.dry_run))
+    })
+    .await?;
+    if !dry_run {
+        tracing::info!(function = new.name, "code updated");
+        app.scheduler.deployed(&new, Some(&old));
+    }
+    json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, false))
+}
+
+/// UpdateFunctionConfiguration.
+pub async fn update_configuration<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let body = body(request, "UpdateFunctionConfiguration").await?;
+    let current = app.find(&reference)?;
+    refuse_qualifier(&reference)?;
+    let work = app.clone();
+    let (old, new) = blocking(move || {
+        let input: UpdateFunctionConfiguration = parse(&body)?;
+        let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
+        let runtimes = work.backend.runtimes();
+        work.store.update(&current.name, revision, |function| {
+            Ok::<_, ApiError>(Function {
+                config: validate::update(&function.config, input.settings, &runtimes)?,
+                last_modified_ms: now_ms(),
+                revision: uuid::Uuid::new_v4().to_string(),
+                ..function.clone()
+            })
+        })
+    })
+    .await?;
+    tracing::info!(function = new.name, "configuration updated");
+    app.scheduler.deployed(&new, Some(&old));
+    json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, false))
+}
+
+/// DeleteFunction.
+pub async fn delete<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+) -> Result<Response<Body>, ApiError> {
+    let function = app.find(&reference)?;
+    if reference.qualifier.as_deref() == Some(LATEST) {
+        return Err(ApiError::InvalidParameterValue(
+            "$LATEST version cannot be deleted without deleting the function.".into(),
+        ));
+    }
+    let work = app.clone();
+    let old = blocking(move || {
+        let old = work.store.delete(&function.name)?;
+        let sha256 = &old.code.sha256;
+        work.code.collect(sha256, || work.store.uses_code(sha256));
+        Ok(old)
+    })
+    .await?;
+    tracing::info!(function = old.name, "function deleted");
+    app.scheduler.removed(&old);
+    app.logs.remove(&old.name).await;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    Ok(response)
+}
+
+/// GetAccountSettings.
+pub async fn account_settings<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+) -> Result<Response<Body>, ApiError> {
+    let functions = app.store.all();
+    let code_size: u64 = functions.iter().map(|f| f.code.size).sum();
+    let settings: Value = json!({
+        "AccountLimit": {
+            // 75 GB is Lambda's figure; here the disk is the limit.
+            "TotalCodeSize": 80_530_636_800_u64,
+            "CodeSizeUnzipped": MAX_UNZIPPED,
+            "CodeSizeZipped": MAX_ZIPPED,
+            "ConcurrentExecutions": app.concurrency,
+            "UnreservedConcurrentExecutions": app.concurrency,
+        },
+        "AccountUsage": {"TotalCodeSize": code_size, "FunctionCount": functions.len()},
+    });
+    json(StatusCode::OK, &settings)
+}
+
+async fn body(request: Request, operation: &'static str) -> Result<bytes::Bytes, ApiError> {
+    let (parts, body) = request.into_parts();
+    let too_large = |_| ApiError::RequestEntityTooLarge { limit: MAX_UPLOAD, operation };
+    read_body(&parts.headers, body, MAX_UPLOAD, too_large).await
+}
+
+fn parse<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+    // An absent body means that no member is given.
+    let body = if body.is_empty() { b"{}" } else { body };
+    serde_json::from_slice(body).map_err(|error| {
+        // serde's words name position and expectation; a wrongly typed value itself may be a
+        // secret and stays out.
+        let (line, column) = (error.line(), error.column());
+        let what = match error.classify() {
+            serde_json::error::Category::Data => "a member has the wrong type",
+            _ => "it is not valid JSON",
+        };
+        ApiError::Serialization(format!(
+            "Could not parse request body into json: {what} (line {line}, column {column})"
+        ))
+    })
+}
+
+fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiError> {
+    match &reference.qualifier {
+        None => Ok(()),
+        Some(qualifier) => Err(ApiError::InvalidParameterValue(format!(
+            "This operation is permitted on Lambda functions only. Aliases and versions do not \
+             support this operation. Please specify either a function name or an unqualified \
+             function ARN (without ':{qualifier}')."
+        ))),
+    }
+}
+
+/// Decodes, checks and stores uploaded code.
+fn store_code<B: Backend>(app: &App<B>, upload: CodeUpload<'_>) -> Result<Pin, ApiError> {
+    let refuse = |message: &str| Err(ApiError::InvalidParameterValue(message.into()));
+    if upload.image_uri.is_some() {
+        return refuse("Firn does not support ImageUri yet. Use ZipFile.");
+    }
+    if upload.s3_bucket.is_some() || upload.s3_key.is_some() {
+        return refuse("Firn does not support S3Bucket and S3Key yet. Use ZipFile.");
+    }
+    let Some(blob) = upload.zip_file else {
+        return refuse("Please provide a source for function code.");
+    };
+    let Ok(zip) = STANDARD.decode(blob.0.as_bytes()) else {
+        return Err(ApiError::Serialization("ZipFile is not valid base64".into()));
+    };
+    app.code.put(&zip, |zip, out| app.backend.build_disk(zip, out)).map_err(code_error)
+}
+
+fn code_error(error: CodeError) -> ApiError {
+    match error {
+        CodeError::ZippedTooLarge { limit, .. } => ApiError::InvalidParameterValue(format!(
+            "Zipped size must be smaller than {limit} bytes"
+        )),
+        CodeError::UnzippedTooLarge { limit } => ApiError::InvalidParameterValue(format!(
+            "Unzipped size must be smaller than {limit} bytes"
+        )),
+        CodeError::Empty => {
+            ApiError::InvalidParameterValue("Uploaded file must be a non-empty zip".into())
+        }
+        error @ (CodeError::TooManyEntries { .. }
+        | CodeError::NotAZip { .. }
+        | CodeError::Entry { .. }
+        | CodeError::Damaged { .. }) => ApiError::InvalidParameterValue(format!(
+            "Could not unzip uploaded file. Please check your file, then try to upload again. \
+             ({error})"
+        )),
+        error => ApiError::Service(format!("The code could not be stored: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn code_errors_blame_the_right_side() {
+        let entry = CodeError::Entry { name: "../x".into(), reason: "leads out of the archive" };
+        let error = code_error(entry);
+        assert_eq!(error.name(), "InvalidParameterValueException");
+        assert!(error.to_string().starts_with("Could not unzip uploaded file."));
+        assert!(error.to_string().contains("../x"));
+        let large = code_error(CodeError::ZippedTooLarge { size: 1, limit: MAX_ZIPPED });
+        assert_eq!(large.to_string(), "Zipped size must be smaller than 52428800 bytes");
+        let large = code_error(CodeError::UnzippedTooLarge { limit: MAX_UNZIPPED });
+        assert_eq!(large.to_string(), "Unzipped size must be smaller than 262144000 bytes");
+        let ours = code_error(CodeError::Mkfs { reason: "missing".into() });
+        assert_eq!(ours.name(), "ServiceException");
+    }
+
+    #[test]
+    fn parse_errors_do_not_repeat_values() {
+        let error = parse::<UpdateFunctionConfiguration>(br#"{"Timeout": "hunter2"}"#);
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("wrong type") && !text.contains("hunter2"), "{text}");
+        assert!(parse::<UpdateFunctionConfiguration>(b"").is_ok());
+    }
+}

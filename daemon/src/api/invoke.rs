@@ -1,0 +1,243 @@
+//! Invoke.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
+};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use firn::Invocation;
+
+use super::{App, MAX_EVENT, RequestInfo, Target, announced, error::ApiError, names, read_body};
+use crate::{
+    backend::Backend,
+    function::LATEST,
+    scheduler::{self, Refusal, Served, StartKind, Trace},
+};
+
+/// Longest client context in bytes, as it is sent.
+const MAX_CLIENT_CONTEXT: usize = 3583;
+
+const INVOCATION_TYPE: &str = "x-amz-invocation-type";
+const LOG_TYPE: &str = "x-amz-log-type";
+const CLIENT_CONTEXT: &str = "x-amz-client-context";
+const TRACE_ID: HeaderName = HeaderName::from_static("x-amzn-trace-id");
+const START: &str = "x-firn-start";
+
+/// Invoke, for the invocation types `RequestResponse` and `DryRun`.
+pub async fn invoke<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let (parts, body) = request.into_parts();
+    let headers = &parts.headers;
+    let info = parts.extensions.get::<RequestInfo>().cloned();
+    let RequestInfo { id, received } =
+        info.ok_or_else(|| ApiError::Service("the request has no id".into()))?;
+    let mut trace = Trace::new(received);
+
+    let size = announced(headers).unwrap_or(MAX_EVENT).min(MAX_EVENT);
+    // Held until the answer is there: this is what bounds the memory for events.
+    let _room = app.events.acquire_many((size / 1024 + 1) as u32).await;
+    let payload = read_body(headers, body, MAX_EVENT, too_large).await?;
+    trace.mark("body");
+
+    let function = app.find(&reference)?;
+    let kind = choice(headers, INVOCATION_TYPE, "invocationType", &[
+        "RequestResponse",
+        "Event",
+        "DryRun",
+    ])?;
+    let tail = choice(headers, LOG_TYPE, "logType", &["None", "Tail"])? == Some("Tail");
+    let force = match headers.get(START).map(HeaderValue::to_str) {
+        None => None,
+        Some(text) => Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
+            let text = "X-Firn-Start must be one of boot, thaw, warm";
+            ApiError::InvalidParameterValue(text.into())
+        })?),
+    };
+    let client_context = client_context(headers)?;
+    match kind {
+        Some("DryRun") => {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::NO_CONTENT;
+            return Ok(response);
+        }
+        Some("Event") => {
+            return Err(ApiError::InvalidParameterValue(
+                "Firn does not support the invocation type Event yet. Use RequestResponse.".into(),
+            ));
+        }
+        _ => {}
+    }
+    let payload = checked_event(payload)?;
+    let trace_id = trace_id(headers);
+    let invocation = Invocation {
+        request_id: id,
+        function_arn: invoked_arn(&reference, &app.place),
+        trace_id: trace_id.clone(),
+        client_context,
+        cognito_identity: String::new(),
+        timeout: function.timeout(),
+        payload,
+    };
+    let request = scheduler::Request { function, invocation, force, trace };
+    let served = app.scheduler.invoke(request).await.map_err(|refusal| match refusal {
+        Refusal::Throttled => ApiError::TooManyRequests {
+            reason: "ConcurrentInvocationLimitExceeded",
+            retry_after: 1,
+        },
+        Refusal::Impossible(message) => ApiError::ResourceConflict(message),
+        Refusal::Failed(message) => {
+            tracing::error!(message, "an invocation could not be served");
+            ApiError::Service(message)
+        }
+    })?;
+    Ok(respond(served, tail, &trace_id))
+}
+
+fn respond(served: Served, tail: bool, trace_id: &str) -> Response<Body> {
+    let Served { kind, answer, tail: log, mut trace } = served;
+    trace.mark("responding");
+    let mut response = Response::new(Body::from(answer.payload));
+    let headers = response.headers_mut();
+    let text = HeaderValue::from_static;
+    headers.insert(header::CONTENT_TYPE, text("application/json"));
+    headers.insert("x-amz-executed-version", text(LATEST));
+    headers.insert("x-firn-start-kind", text(kind.word()));
+    if let Some(error) = answer.function_error {
+        headers.insert("x-amz-function-error", text(error));
+    }
+    let made = [
+        (HeaderName::from_static("x-amz-log-result"), tail.then(|| STANDARD.encode(log))),
+        (HeaderName::from_static("x-firn-phases"), serde_json::to_string(&trace).ok()),
+        (TRACE_ID, Some(trace_id.to_owned())),
+    ];
+    for (name, value) in made {
+        if let Some(value) = value.and_then(|v| HeaderValue::try_from(v).ok()) {
+            headers.insert(name, value);
+        }
+    }
+    response
+}
+
+fn too_large(size: Option<usize>) -> ApiError {
+    ApiError::RequestTooLarge(match size {
+        Some(size) => format!(
+            "{size} byte payload is too large for the RequestResponse invocation type (limit \
+             {MAX_EVENT} bytes)"
+        ),
+        None => format!("Request must be smaller than {MAX_EVENT} bytes for the Invoke operation"),
+    })
+}
+
+/// The event, which must be JSON; no event at all means `{}`.
+fn checked_event(payload: Bytes) -> Result<Bytes, ApiError> {
+    if payload.is_empty() {
+        return Ok(Bytes::from_static(b"{}"));
+    }
+    let invalid = |what: &dyn std::fmt::Display| {
+        ApiError::InvalidRequestContent(format!(
+            "Could not parse request body into json: {what}"
+        ))
+    };
+    let text = std::str::from_utf8(&payload).map_err(|e| invalid(&e))?;
+    // Builds nothing and does not recurse, so neither size nor depth of the event matters.
+    serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|e| invalid(&e))?;
+    Ok(payload)
+}
+
+/// A header that takes one of a few values.
+fn choice(
+    headers: &HeaderMap,
+    header: &str,
+    member: &str,
+    values: &[&'static str],
+) -> Result<Option<&'static str>, ApiError> {
+    let Some(value) = headers.get(header) else { return Ok(None) };
+    let found = values.iter().find(|v| v.as_bytes() == value.as_bytes());
+    found.map(|v| Some(*v)).ok_or_else(|| {
+        let shown = String::from_utf8_lossy(value.as_bytes());
+        let set = format!("Member must satisfy enum value set: [{}]", values.join(", "));
+        ApiError::validation(member, &shown, set)
+    })
+}
+
+fn client_context(headers: &HeaderMap) -> Result<String, ApiError> {
+    let Some(value) = headers.get(CLIENT_CONTEXT) else { return Ok(String::new()) };
+    if value.len() > MAX_CLIENT_CONTEXT {
+        return Err(ApiError::InvalidRequestContent(format!(
+            "Client context must be at most {MAX_CLIENT_CONTEXT} bytes; it is {}",
+            value.len()
+        )));
+    }
+    let text = STANDARD.decode(value).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    // Headers can't carry line ends, and the guest hands it on in a header.
+    let text = text.filter(|t| serde_json::from_str::<serde_json::Map<_, _>>(t).is_ok());
+    text.map(|t| t.replace(['\r', '\n'], " ")).ok_or_else(|| {
+        ApiError::InvalidRequestContent(
+            "Client context must be a valid Base64-encoded JSON object.".into(),
+        )
+    })
+}
+
+/// The caller's trace header, or a new one that is not sampled.
+fn trace_id(headers: &HeaderMap) -> String {
+    let own = headers.get(TRACE_ID).and_then(|value| value.to_str().ok());
+    if let Some(own) = own.filter(|own| !own.is_empty() && own.len() <= 1024) {
+        return own.to_owned();
+    }
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    let parent = uuid::Uuid::new_v4().simple().to_string();
+    let seconds = crate::function::now_ms() / 1000;
+    format!("Root=1-{seconds:08x}-{};Parent={};Sampled=0", &random[..24], &parent[..16])
+}
+
+/// The ARN that the function sees: with the qualifier if the caller gave one.
+fn invoked_arn(reference: &names::Reference, place: &names::Place) -> String {
+    reference.arn(place)
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn events_are_json_of_any_depth() {
+        assert_eq!(&checked_event(Bytes::new()).unwrap()[..], b"{}");
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        assert!(checked_event(Bytes::from(deep)).is_ok());
+        for bad in [&b"{"[..], b"{} x", b"\"\xff\"", b"nul", b"'a'"] {
+            let error = checked_event(Bytes::copy_from_slice(bad)).unwrap_err();
+            assert_eq!(error.name(), "InvalidRequestContentException");
+        }
+    }
+
+    #[test]
+    fn trace_ids_are_passed_on_or_made() {
+        let mut headers = HeaderMap::new();
+        let made = trace_id(&headers);
+        assert!(made.starts_with("Root=1-") && made.ends_with(";Sampled=0"), "{made}");
+        assert_eq!(made.split(['-', ';']).nth(2).unwrap().len(), 24);
+        headers.insert(TRACE_ID, HeaderValue::from_static("Root=1-2-3"));
+        assert_eq!(trace_id(&headers), "Root=1-2-3");
+    }
+
+    #[test]
+    fn client_contexts_are_decoded_and_bounded() {
+        let with = |value: String| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CLIENT_CONTEXT, HeaderValue::try_from(value).unwrap());
+            client_context(&headers)
+        };
+        assert_eq!(with(STANDARD.encode(r#"{"custom":{}}"#)).unwrap(), r#"{"custom":{}}"#);
+        assert!(with("!".into()).is_err());
+        assert!(with(STANDARD.encode("[1]")).is_err());
+        assert!(with("A".repeat(3584)).is_err());
+        assert_eq!(client_context(&HeaderMap::new()).unwrap(), "");
+    }
+}

@@ -1,0 +1,297 @@
+//! Lambda's HTTP API: routes, bodies, and what all responses have in common.
+//!
+//! SigV4 signatures are accepted and not checked: whoever can reach the port may do everything.
+//! That is why the daemon binds to loopback unless told otherwise.
+
+pub mod error;
+mod firn_api;
+mod functions;
+mod invoke;
+pub mod names;
+mod shapes;
+mod validate;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request},
+    http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts},
+    middleware::{self, Next},
+    routing::{MethodRouter, get, post, put},
+};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use serde::Serialize;
+use tokio::sync::Semaphore;
+
+use self::{
+    error::ApiError,
+    names::{Place, Reference},
+};
+use crate::{
+    backend::Backend, code::CodeStore, function::Function, logs::Logs, scheduler::Scheduler,
+    store::Store,
+};
+
+/// Most bytes of a request that carries code.
+pub const MAX_UPLOAD: usize = 70_167_211;
+
+/// Most bytes of an event.
+pub const MAX_EVENT: usize = 6_291_456;
+
+/// Uploads that are handled at once: each may occupy several times its size.
+const UPLOADS: usize = 4;
+
+/// KiB of events that may be in memory at once; further requests wait.
+const EVENT_KIB: usize = 1 << 20;
+
+/// Time without a byte after which a body is given up.
+const STALL: Duration = Duration::from_secs(30);
+
+/// Time that a whole body may take.
+const BODY: Duration = Duration::from_secs(300);
+
+/// Bytes of an oversized body that are read and dropped so that the client gets to see the error.
+const DRAIN: usize = 256 << 20;
+
+/// All that requests need.
+#[derive(Debug)]
+pub struct App<B: Backend> {
+    /// Functions.
+    pub store: Arc<Store>,
+    /// Their code.
+    pub code: CodeStore,
+    /// Their logs.
+    pub logs: Logs,
+    /// Who runs them.
+    pub scheduler: Arc<Scheduler<B>>,
+    /// What runs them.
+    pub backend: B,
+    /// What ARNs say.
+    pub place: Place,
+    /// The limit that GetAccountSettings shows.
+    pub concurrency: usize,
+    uploads: Semaphore,
+    events: Semaphore,
+}
+
+impl<B: Backend> App<B> {
+    /// Puts the parts together.
+    pub fn new(
+        store: Arc<Store>,
+        workshop: crate::workshop::Workshop<B>,
+        scheduler: Arc<Scheduler<B>>,
+        concurrency: usize,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            code: workshop.code,
+            logs: workshop.logs,
+            scheduler,
+            backend: workshop.backend,
+            place: workshop.place,
+            concurrency,
+            uploads: Semaphore::new(UPLOADS),
+            events: Semaphore::new(EVENT_KIB),
+        })
+    }
+
+    /// The function that a reference means.
+    ///
+    /// # Errors
+    /// [`ApiError::ResourceNotFound`] with the ARN as the caller meant it.
+    fn find(&self, reference: &Reference) -> Result<Arc<Function>, ApiError> {
+        reference
+            .reaches(&self.place)
+            .then(|| self.store.get(&reference.name))
+            .flatten()
+            .ok_or_else(|| self.missing(reference))
+    }
+
+    fn missing(&self, reference: &Reference) -> ApiError {
+        ApiError::ResourceNotFound(format!("Function not found: {}", reference.arn(&self.place)))
+    }
+}
+
+/// All routes.
+pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
+    let functions = get(functions::list::<B>).post(functions::create::<B>);
+    let function = get(functions::get::<B>).delete(functions::delete::<B>);
+    let configuration =
+        get(functions::get_configuration::<B>).put(functions::update_configuration::<B>);
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 10] = [
+        ("/2015-03-31/functions", functions),
+        ("/2015-03-31/functions/{name}", function),
+        ("/2015-03-31/functions/{name}/configuration", configuration),
+        ("/2015-03-31/functions/{name}/code", put(functions::update_code::<B>)),
+        ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
+        ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
+        ("/firn/v1/health", get(firn_api::health::<B>)),
+        ("/firn/v1/instances", get(firn_api::instances::<B>)),
+        ("/firn/v1/functions/{name}/snapshot", get(firn_api::snapshot::<B>)),
+        ("/firn/v1/functions/{name}/code", get(firn_api::code::<B>)),
+    ];
+    let mut router = Router::new();
+    for (path, handlers) in routes {
+        let handlers = handlers.fallback(no_method);
+        // SDKs of several ages differ in whether a slash ends the path.
+        router = router.route(path, handlers.clone()).route(&format!("{path}/"), handlers);
+    }
+    router
+        .fallback(no_operation)
+        // Every handler sets its own limit as it reads.
+        .layer(DefaultBodyLimit::disable())
+        .layer(middleware::from_fn(common))
+        .with_state(app)
+}
+
+/// What a request is known by.
+#[derive(Debug, Clone)]
+struct RequestInfo {
+    id: String,
+    received: Instant,
+}
+
+/// Gives each request an id and a time, and each response the id.
+async fn common(mut request: Request, next: Next) -> Response<Body> {
+    let info = RequestInfo { id: uuid::Uuid::new_v4().to_string(), received: Instant::now() };
+    let id = HeaderValue::from_str(&info.id).ok();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    request.extensions_mut().insert(info.clone());
+    let mut response = next.run(request).await;
+    response.headers_mut().extend(id.map(|id| (header::HeaderName::from_static("x-amzn-requestid"), id)));
+    let status = response.status();
+    let us = info.received.elapsed().as_micros() as u64;
+    // Paths name functions; headers and bodies may hold secrets and are never logged.
+    if status.is_server_error() {
+        tracing::error!(%method, path, status = status.as_u16(), id = info.id, us, "request");
+    } else {
+        tracing::debug!(%method, path, status = status.as_u16(), id = info.id, us, "request");
+    }
+    response
+}
+
+async fn no_operation(request: Request) -> ApiError {
+    let (method, path) = (request.method(), request.uri().path());
+    let path: String = path.chars().take(200).collect();
+    ApiError::UnknownOperation(format!("Firn does not know the operation {method} {path}."))
+}
+
+async fn no_method(request: Request) -> ApiError {
+    let (method, path) = (request.method(), request.uri().path());
+    let path: String = path.chars().take(200).collect();
+    ApiError::MethodNotAllowed(format!("Firn does not know the operation {method} {path}."))
+}
+
+/// Parameters of the query.
+struct Parameters(HashMap<String, String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Parameters {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let query = Query::from_request_parts(parts, state).await;
+        query.map(|Query(query)| Self(query)).map_err(|e| {
+            ApiError::InvalidParameterValue(format!("The query string is malformed: {e}"))
+        })
+    }
+}
+
+/// The function that the path and the `Qualifier` parameter name.
+struct Target(Reference);
+
+impl<S: Send + Sync> FromRequestParts<S> for Target {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Path(name) = Path::<String>::from_request_parts(parts, state).await.map_err(|e| {
+            ApiError::InvalidParameterValue(format!("The path is malformed: {e}"))
+        })?;
+        let Parameters(query) = Parameters::from_request_parts(parts, state).await?;
+        Ok(Self(Reference::parse(&name, query.get("Qualifier").map(String::as_str))?))
+    }
+}
+
+/// A JSON response.
+fn json(status: StatusCode, body: &impl Serialize) -> Result<Response<Body>, ApiError> {
+    let body = serde_json::to_vec(body)
+        .map_err(|e| ApiError::Service(format!("The response could not be encoded: {e}")))?;
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
+    let value = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, value);
+    Ok(response)
+}
+
+/// Runs what blocks where blocking is allowed.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let task = tokio::task::spawn_blocking(work).await;
+    task.map_err(|e| ApiError::Service(format!("internal error: {e}")))?
+}
+
+/// Length of the body as its head says.
+fn announced(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Reads a body of at most `limit` bytes. `too_large` makes the error for a longer one, from its
+/// length where that is known.
+async fn read_body(
+    headers: &HeaderMap,
+    mut body: Body,
+    limit: usize,
+    too_large: impl FnOnce(Option<usize>) -> ApiError,
+) -> Result<Bytes, ApiError> {
+    let announced = announced(headers);
+    let mut bytes = BytesMut::with_capacity(announced.unwrap_or(0).min(limit).min(1 << 20));
+    let mut dropped = 0;
+    let read = async {
+        loop {
+            let frame = match tokio::time::timeout(STALL, body.frame()).await {
+                Err(_) => {
+                    let seconds = STALL.as_secs();
+                    return Err(ApiError::RequestTimeout(format!(
+                        "The request body stalled for {seconds} seconds."
+                    )));
+                }
+                Ok(None) => return Ok(()),
+                Ok(Some(Err(_))) => {
+                    return Err(ApiError::RequestTimeout("The request body broke off.".into()));
+                }
+                Ok(Some(Ok(frame))) => frame,
+            };
+            let Some(data) = frame.data_ref() else { continue };
+            if dropped > 0 || announced.is_some_and(|n| n > limit) || bytes.len() + data.len() > limit
+            {
+                dropped += data.len();
+                bytes = BytesMut::new();
+                if dropped > DRAIN {
+                    return Ok(());
+                }
+            } else {
+                bytes.extend_from_slice(data);
+            }
+        }
+    };
+    match tokio::time::timeout(BODY, read).await {
+        Ok(result) => result?,
+        Err(_) => {
+            let seconds = BODY.as_secs();
+            return Err(ApiError::RequestTimeout(format!(
+                "The request body took longer than {seconds} seconds."
+            )));
+        }
+    }
+    if dropped > 0 { Err(too_large(announced)) } else { Ok(bytes.freeze()) }
+}

@@ -1,0 +1,231 @@
+//! The JSON of Lambda's control plane: what requests may say and what responses say.
+//!
+//! Names and spelling follow the service model (`2015-03-31`). Members that Firn does not know are
+//! ignored as Lambda ignores them; members that it knows and can't honour are kept as raw values
+//! for [`super::validate`] to refuse.
+
+use std::{borrow::Cow, collections::BTreeMap};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::names::Place;
+use crate::function::{Function, LATEST};
+
+/// Everything that CreateFunction and UpdateFunctionConfiguration have in common.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Settings {
+    pub(crate) runtime: Option<String>,
+    pub(crate) role: Option<String>,
+    pub(crate) handler: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) timeout: Option<i64>,
+    pub(crate) memory_size: Option<i64>,
+    pub(crate) environment: Option<Environment>,
+    pub(crate) package_type: Option<String>,
+    pub(crate) architectures: Option<Vec<String>>,
+    pub(crate) ephemeral_storage: Option<EphemeralStorage>,
+    #[serde(deserialize_with = "null_is_default")]
+    pub(crate) publish: bool,
+    pub(crate) snap_start: Option<SnapStart>,
+    pub(crate) tracing_config: Option<TracingConfig>,
+    pub(crate) logging_config: Option<LoggingConfig>,
+    pub(crate) tags: Option<BTreeMap<String, String>>,
+    pub(crate) vpc_config: Option<Value>,
+    pub(crate) dead_letter_config: Option<Value>,
+    pub(crate) layers: Option<Value>,
+    pub(crate) file_system_configs: Option<Value>,
+    pub(crate) code_signing_config_arn: Option<Value>,
+    pub(crate) image_config: Option<Value>,
+    #[serde(rename = "KMSKeyArn")]
+    pub(crate) kms_key_arn: Option<Value>,
+    pub(crate) capacity_provider_config: Option<Value>,
+    pub(crate) durable_config: Option<Value>,
+    pub(crate) tenancy_config: Option<Value>,
+}
+
+/// `Environment`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Environment {
+    pub(crate) variables: Option<BTreeMap<String, String>>,
+}
+
+/// `EphemeralStorage`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct EphemeralStorage {
+    pub(crate) size: i64,
+}
+
+/// `SnapStart`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct SnapStart {
+    pub(crate) apply_on: Option<String>,
+}
+
+/// `TracingConfig`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct TracingConfig {
+    pub(crate) mode: Option<String>,
+}
+
+/// `LoggingConfig`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct LoggingConfig {
+    pub(crate) log_format: Option<String>,
+    pub(crate) log_group: Option<String>,
+}
+
+/// CreateFunction.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct CreateFunction<'a> {
+    pub(crate) function_name: Option<String>,
+    #[serde(borrow, default)]
+    pub(crate) code: Option<CodeUpload<'a>>,
+    #[serde(flatten)]
+    pub(crate) settings: Settings,
+}
+
+/// UpdateFunctionConfiguration.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct UpdateFunctionConfiguration {
+    pub(crate) revision_id: Option<String>,
+    #[serde(flatten)]
+    pub(crate) settings: Settings,
+}
+
+/// UpdateFunctionCode.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct UpdateFunctionCode<'a> {
+    pub(crate) revision_id: Option<String>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(crate) dry_run: bool,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(crate) publish: bool,
+    pub(crate) architectures: Option<Vec<String>>,
+    #[serde(flatten, borrow)]
+    pub(crate) code: CodeUpload<'a>,
+}
+
+/// Where code comes from. The zip file is borrowed from the body: it may be 70 MB of base64.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct CodeUpload<'a> {
+    #[serde(borrow)]
+    pub(crate) zip_file: Option<Blob<'a>>,
+    pub(crate) s3_bucket: Option<String>,
+    pub(crate) s3_key: Option<String>,
+    pub(crate) image_uri: Option<String>,
+}
+
+/// Base64 text. A type of its own because serde borrows a `Cow` only where it stands alone.
+#[derive(Debug, Deserialize)]
+pub struct Blob<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
+
+fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// `FunctionConfiguration`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct FunctionConfiguration<'a> {
+    function_name: &'a str,
+    function_arn: String,
+    runtime: &'a str,
+    role: &'a str,
+    handler: &'a str,
+    code_size: u64,
+    description: &'a str,
+    timeout: u32,
+    memory_size: u32,
+    last_modified: String,
+    code_sha256: String,
+    version: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    environment: Option<Value>,
+    tracing_config: Value,
+    revision_id: &'a str,
+    state: &'static str,
+    last_update_status: &'static str,
+    package_type: &'static str,
+    architectures: [&'static str; 1],
+    ephemeral_storage: Value,
+    snap_start: Value,
+    logging_config: Value,
+}
+
+impl<'a> FunctionConfiguration<'a> {
+    /// How a function looks from outside. By the time that a function is in the store its code is
+    /// unpacked and it can be invoked, so it is `Active` at once: there is nothing to wait for.
+    pub fn of(function: &'a Function, place: &Place, qualified: bool) -> Self {
+        let arn = place.arn(&function.name);
+        let config = &function.config;
+        let environment = &config.environment;
+        Self {
+            function_name: &function.name,
+            function_arn: if qualified { format!("{arn}:{LATEST}") } else { arn },
+            runtime: &config.runtime,
+            role: &config.role,
+            handler: &config.handler,
+            code_size: function.code.size,
+            description: &config.description,
+            timeout: config.timeout_s,
+            memory_size: config.memory_mb,
+            last_modified: function.last_modified(),
+            code_sha256: function.code.sha256_base64(),
+            version: LATEST,
+            environment: (!environment.is_empty())
+                .then(|| serde_json::json!({ "Variables": environment })),
+            tracing_config: serde_json::json!({ "Mode": config.tracing }),
+            revision_id: &function.revision,
+            state: "Active",
+            last_update_status: "Successful",
+            package_type: "Zip",
+            architectures: ["x86_64"],
+            ephemeral_storage: serde_json::json!({ "Size": 512 }),
+            snap_start: serde_json::json!({ "ApplyOn": "None", "OptimizationStatus": "Off" }),
+            logging_config: serde_json::json!({
+                "LogFormat": "Text",
+                "LogGroup": format!("/aws/lambda/{}", function.name),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zip_files_are_borrowed_even_through_flatten() {
+        let body = br#"{"ZipFile": "UEsFBg==", "DryRun": null, "Unknown": [1]}"#;
+        let update: UpdateFunctionCode = serde_json::from_slice(body).unwrap();
+        assert!(matches!(update.code.zip_file, Some(Blob(Cow::Borrowed("UEsFBg==")))));
+        assert!(!update.dry_run);
+    }
+
+    #[test]
+    fn configuration_has_the_models_names() {
+        let function = crate::function::tests::example("hello");
+        let place = Place { region: "us-east-1".into(), account: "000000000000".into() };
+        let json = serde_json::to_value(FunctionConfiguration::of(&function, &place, true));
+        let json = json.unwrap();
+        assert_eq!(json["FunctionArn"], "arn:aws:lambda:us-east-1:000000000000:function:hello:$LATEST");
+        assert_eq!(json["CodeSha256"].as_str().unwrap().len(), 44);
+        assert_eq!(json["Environment"]["Variables"]["STAGE"], "test");
+        assert_eq!(json["LastModified"], "2026-01-01T00:00:00.000+0000");
+    }
+}

@@ -1,0 +1,231 @@
+//! The command line, and what must hold before the daemon starts.
+
+use std::{
+    fs::{self, File},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use clap::Parser;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::{
+    api::names::{Place, is_region},
+    scheduler::Limits,
+};
+
+/// Runs functions the way AWS Lambda does, each in its own microVM.
+///
+/// Serves Lambda's HTTP API. Request signatures are accepted and not checked: whoever can reach
+/// the port may do everything.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "firnd", version)]
+pub struct Options {
+    /// Address and port to listen on; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:9000", value_name = "ADDRESS:PORT")]
+    pub listen: SocketAddr,
+    /// Allow addresses other than loopback. Requests are not authenticated.
+    #[arg(long)]
+    pub listen_anywhere: bool,
+    /// Where functions, code, snapshots and logs are kept.
+    #[arg(long, default_value = "/var/lib/firn", value_name = "DIR")]
+    pub state: PathBuf,
+    /// The installation: bin/, kernel/, images/.
+    #[arg(long, default_value = "/usr/lib/firn", value_name = "DIR")]
+    pub artifacts: PathBuf,
+    /// Region that ARNs and functions see.
+    #[arg(long, default_value = "us-east-1")]
+    pub region: String,
+    /// Account that ARNs see, twelve digits.
+    #[arg(long, default_value = "000000000000")]
+    pub account: String,
+    /// Invocations at once.
+    #[arg(long, default_value_t = 1000, value_name = "COUNT")]
+    pub concurrency: u32,
+    /// Seconds after which an idle instance is retired.
+    #[arg(long, default_value_t = 300.0, value_name = "SECONDS")]
+    pub idle_timeout: f64,
+    /// Host memory that instances leave alone, in MiB.
+    #[arg(long, default_value_t = 128, value_name = "MIB")]
+    pub memory_reserve: u64,
+    /// Shells kept ready for each size class in use.
+    #[arg(long, default_value_t = 2, value_name = "COUNT")]
+    pub shells: usize,
+    /// Seconds that invocations in flight get when the daemon is told to stop.
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    pub stop_timeout: f64,
+    /// Multiplies the time limits for boot, thaw and initialisation, for slow machines.
+    #[arg(long, default_value_t = 1, value_name = "FACTOR")]
+    pub patience: u32,
+    /// Don't limit CPU time in proportion to a function's memory.
+    #[arg(long)]
+    pub no_cpu_limits: bool,
+    /// Run although the host has no control groups to limit microVMs with.
+    #[arg(long)]
+    pub allow_no_cgroups: bool,
+    /// Give every guest a serial console; its output is logged at debug level.
+    #[arg(long)]
+    pub serial: bool,
+    /// What to log, such as `info` or `firnd=debug`.
+    #[arg(long, default_value = "info", value_name = "FILTER")]
+    pub log: String,
+}
+
+impl Options {
+    /// Checks what the command line alone can be wrong about.
+    ///
+    /// # Errors
+    /// Names the flag and what it takes.
+    pub fn check(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.listen_anywhere || self.listen.ip().is_loopback(),
+            "--listen {} is not a loopback address, and firnd does not authenticate requests: add \
+             --listen-anywhere if only trusted clients can reach it",
+            self.listen
+        );
+        ensure!(
+            is_region(&self.region),
+            "--region {:?} is no region; one looks like us-east-1",
+            self.region
+        );
+        ensure!(
+            self.account.len() == 12 && self.account.bytes().all(|b| b.is_ascii_digit()),
+            "--account {:?} must be twelve digits",
+            self.account
+        );
+        ensure!(
+            (1..=100_000).contains(&self.concurrency),
+            "--concurrency {} must be between 1 and 100000",
+            self.concurrency
+        );
+        ensure!(
+            (0.0..=86_400.0).contains(&self.idle_timeout),
+            "--idle-timeout {} must be between 0 and 86400 seconds",
+            self.idle_timeout
+        );
+        ensure!(
+            (0.0..=900.0).contains(&self.stop_timeout),
+            "--stop-timeout {} must be between 0 and 900 seconds",
+            self.stop_timeout
+        );
+        ensure!(
+            (1..=1000).contains(&self.patience),
+            "--patience {} must be between 1 and 1000",
+            self.patience
+        );
+        Ok(())
+    }
+
+    /// What ARNs say.
+    pub fn place(&self) -> Place {
+        Place { region: self.region.clone(), account: self.account.clone() }
+    }
+
+    /// What bounds the scheduler.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            concurrency: self.concurrency as usize,
+            idle: Duration::from_secs_f64(self.idle_timeout),
+            reserve_mib: self.memory_reserve,
+        }
+    }
+
+    /// What the library is opened with.
+    pub fn host(&self) -> firn::HostConfig {
+        let mut config = firn::HostConfig::new(&self.artifacts, &self.state);
+        config.shells = self.shells;
+        config.serial = self.serial;
+        config.patience = self.patience;
+        config.cpu_limits = !self.no_cpu_limits;
+        config.allow_no_cgroups = self.allow_no_cgroups;
+        config
+    }
+}
+
+/// The state directory, held by this process alone for as long as the value lives.
+#[derive(Debug)]
+pub struct StateLock(#[expect(dead_code, reason = "closing it gives up the lock")] File);
+
+/// Makes the state directory if needed and takes it for this process.
+///
+/// # Errors
+/// Says what to do.
+pub fn lock_state(state: &Path) -> anyhow::Result<StateLock> {
+    fs::create_dir_all(state).with_context(|| {
+        format!("can't make the state directory {}: name another with --state", state.display())
+    })?;
+    let path = state.join("firnd.lock");
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .with_context(|| {
+            format!(
+                "can't write in the state directory {}: give it to this user, or name another \
+                 with --state",
+                state.display()
+            )
+        })?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(StateLock(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            "another firnd uses the state directory {}: stop it, or name another with --state",
+            state.display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("can't lock {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(arguments: &[&str]) -> Result<(), String> {
+        let all = std::iter::once(&"firnd").chain(arguments);
+        let options = Options::try_parse_from(all).map_err(|e| e.to_string())?;
+        options.check().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn only_loopback_unless_told_otherwise() {
+        assert!(check(&[]).is_ok());
+        assert!(check(&["--listen", "[::1]:0"]).is_ok());
+        let error = check(&["--listen", "0.0.0.0:9000"]).unwrap_err();
+        assert!(error.contains("--listen-anywhere"), "{error}");
+        assert!(check(&["--listen", "0.0.0.0:9000", "--listen-anywhere"]).is_ok());
+    }
+
+    #[test]
+    fn bad_flags_are_named() {
+        for (flag, value) in [
+            ("--region", "mars"),
+            ("--account", "12"),
+            ("--concurrency", "0"),
+            ("--idle-timeout", "-1"),
+            ("--idle-timeout", "NaN"),
+            ("--stop-timeout", "1e9"),
+            ("--patience", "0"),
+            ("--listen", "nowhere"),
+        ] {
+            let error = check(&[&format!("{flag}={value}")]).expect_err(value);
+            assert!(error.contains(flag), "{flag}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_state_directory_has_one_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("new/state");
+        let lock = lock_state(&state).unwrap();
+        let error = lock_state(&state).unwrap_err().to_string();
+        assert!(error.contains("another firnd") && error.contains("--state"), "{error}");
+        drop(lock);
+        lock_state(&state).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let error = lock_state(&dir.path().join("file")).unwrap_err().to_string();
+        assert!(error.contains("--state"), "{error}");
+    }
+}

@@ -1,0 +1,263 @@
+//! A backend without microVMs, for this crate's tests: functions are commands in their events.
+//!
+//! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `die`, `flood`, `timeout` do as
+//! they say; anything else is echoed.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use firn::{
+    Disk, FunctionSpec, InstanceError, Invocation, InvokeReport, LoadReport, LogLine, LogSink,
+    Phases, ShellClass, SnapshotError, SnapshotMeta, StartError, VmmExit,
+    code::{CodeDisk, CodeError},
+    guest::{self, FunctionError, Outcome},
+};
+
+use crate::backend::{Backend, Machine};
+
+/// What the tests want to know and set.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub boots: AtomicUsize,
+    pub thaws: AtomicUsize,
+    pub alive: AtomicUsize,
+    pub paused: AtomicUsize,
+    /// No snapshot can be written.
+    pub disk_full: AtomicBool,
+    /// No instance can be started.
+    pub broken: AtomicBool,
+    /// Preparation takes this long.
+    pub slow_load: Mutex<Duration>,
+    /// Environments that were loaded.
+    pub environments: Mutex<Vec<Vec<(String, String)>>>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Fake(pub Arc<Counters>);
+
+#[derive(Debug)]
+pub struct FakeMachine {
+    id: String,
+    counters: Arc<Counters>,
+    alive: bool,
+    log: Option<LogSink>,
+    phases: Phases,
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.counters.alive.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Fake {
+    fn machine(&self) -> FakeMachine {
+        self.0.alive.fetch_add(1, Ordering::SeqCst);
+        FakeMachine {
+            id: uuid::Uuid::new_v4().to_string(),
+            counters: self.0.clone(),
+            alive: true,
+            log: None,
+            phases: Phases(vec![("ready", Duration::from_micros(10))]),
+        }
+    }
+
+    fn spawn(&self) -> Result<FakeMachine, StartError> {
+        if self.0.broken.load(Ordering::SeqCst) {
+            let source = std::io::Error::other("no more processes");
+            return Err(StartError::Io { operation: "spawn", source });
+        }
+        Ok(self.machine())
+    }
+}
+
+impl Backend for Fake {
+    type Machine = FakeMachine;
+    type Resident = String;
+
+    fn runtimes(&self) -> Vec<String> {
+        vec!["python3.11".into()]
+    }
+
+    fn image_hash(&self, runtime: &str) -> Option<String> {
+        (runtime == "python3.11").then(|| "0123456789abcdef0123".into())
+    }
+
+    async fn boot(&self, _runtime: &str, _class: ShellClass) -> Result<FakeMachine, StartError> {
+        self.0.boots.fetch_add(1, Ordering::SeqCst);
+        self.spawn()
+    }
+
+    async fn thaw(
+        &self,
+        _snapshot: &String,
+        first: Option<&Invocation>,
+        log: Option<LogSink>,
+    ) -> Result<(FakeMachine, Option<InvokeReport>), StartError> {
+        self.0.thaws.fetch_add(1, Ordering::SeqCst);
+        let mut machine = self.spawn()?;
+        machine.log = log;
+        let Some(first) = first else { return Ok((machine, None)) };
+        match machine.invoke(first).await {
+            Ok(mut report) => {
+                report.renewed = Some(guest::Renewed {
+                    instance_id: machine.id.clone(),
+                    renew_us: 100,
+                    hooks_us: 50,
+                    error: None,
+                });
+                Ok((machine, Some(report)))
+            }
+            Err(InstanceError::Died { exit }) => Err(StartError::Died { exit }),
+            Err(other) => Err(StartError::Protocol(other.to_string())),
+        }
+    }
+
+    async fn make_resident(
+        &self,
+        dir: &Path,
+        _base: Option<&String>,
+        _code: Option<&Disk>,
+    ) -> Result<String, SnapshotError> {
+        fs::read_to_string(dir.join("state"))
+            .map_err(|source| SnapshotError::Io { what: "state".into(), source })
+    }
+
+    fn build_disk(&self, zip: &[u8], out: &Path) -> Result<CodeDisk, CodeError> {
+        if zip.len() as u64 > firn::code::MAX_ZIPPED {
+            let (size, limit) = (zip.len() as u64, firn::code::MAX_ZIPPED);
+            return Err(CodeError::ZippedTooLarge { size, limit });
+        }
+        if !zip.starts_with(b"PK") {
+            return Err(CodeError::NotAZip { reason: "no signature".into() });
+        }
+        fs::write(out, [0; 512])
+            .map_err(|source| CodeError::Io { what: "write".into(), source })?;
+        Ok(CodeDisk { entries: 1, unzipped_bytes: 1, disk_bytes: 512 })
+    }
+
+    async fn shutdown(&self) {}
+}
+
+impl FakeMachine {
+    async fn print(&self, line: &str) {
+        if let Some(log) = &self.log {
+            let stream = guest::Stream::Stdout;
+            let _ = log.send(LogLine { stream, line: line.into(), partial: false }).await;
+        }
+    }
+}
+
+fn exit(detail: &str) -> VmmExit {
+    VmmExit { reason: None, code: None, signal: Some(9), detail: detail.into() }
+}
+
+impl Machine for FakeMachine {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pid(&self) -> u32 {
+        1
+    }
+
+    fn is_alive(&self) -> bool {
+        self.alive
+    }
+
+    fn start_phases(&self) -> &Phases {
+        &self.phases
+    }
+
+    async fn load(
+        &mut self,
+        spec: &FunctionSpec,
+        _for_snapshot: bool,
+    ) -> Result<LoadReport, InstanceError> {
+        self.log = Some(spec.log.clone());
+        let delay = {
+            self.counters.environments.lock().unwrap().push(spec.environment.clone());
+            *self.counters.slow_load.lock().unwrap()
+        };
+        tokio::time::sleep(delay).await;
+        self.print("loading").await;
+        let broken = spec.environment.iter().any(|(key, _)| key == "BROKEN");
+        let error = broken.then(|| FunctionError::Exited { status: "exit status 1".into() });
+        Ok(LoadReport { init_us: 5000, error, phases: Phases::default() })
+    }
+
+    async fn invoke(&mut self, invocation: &Invocation) -> Result<InvokeReport, InstanceError> {
+        let event: serde_json::Value =
+            serde_json::from_slice(&invocation.payload).unwrap_or_default();
+        let respond = |payload: Vec<u8>| Outcome::Response {
+            payload,
+            content_type: "application/json".into(),
+        };
+        let outcome = match event["do"].as_str().unwrap_or_default() {
+            "sleep" => {
+                let ms = event["ms"].as_u64().unwrap_or_default();
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                respond(format!("\"{}\"", self.id).into())
+            }
+            "exit" => Outcome::Error(FunctionError::Exited { status: "exit status 1".into() }),
+            "raise" => Outcome::Error(FunctionError::Reported {
+                error_type: String::new(),
+                payload: br#"{"errorMessage":"oops","errorType":"ValueError"}"#.to_vec(),
+            }),
+            "timeout" => {
+                let limit_ms = invocation.timeout.as_millis() as u64;
+                Outcome::Error(FunctionError::TimedOut { limit_ms })
+            }
+            "die" => {
+                self.alive = false;
+                return Err(InstanceError::Died { exit: exit("killed by the test") });
+            }
+            "flood" => {
+                for i in 0..5000 {
+                    self.print(&format!("{i} {}", "x".repeat(1000))).await;
+                }
+                respond(b"null".to_vec())
+            }
+            _ => {
+                self.print("hello from the function").await;
+                respond(invocation.payload.to_vec())
+            }
+        };
+        Ok(InvokeReport {
+            outcome,
+            duration_us: 1500,
+            init_us: 0,
+            max_memory_bytes: 30 << 20,
+            tsc: (0, 0),
+            renewed: None,
+            phases: Phases(vec![
+                ("renewed", Duration::from_micros(700)),
+                ("done", Duration::from_micros(900)),
+            ]),
+        })
+    }
+
+    async fn pause(&mut self) -> Result<(), InstanceError> {
+        self.counters.paused.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn snapshot(self, dir: &Path, meta: SnapshotMeta) -> Result<(), SnapshotError> {
+        if self.counters.disk_full.load(Ordering::SeqCst) {
+            let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(SnapshotError::Io { what: "memory".into(), source });
+        }
+        fs::create_dir(dir).unwrap();
+        fs::write(dir.join("state"), meta.key).unwrap();
+        Ok(())
+    }
+
+    async fn retire(self) {}
+}

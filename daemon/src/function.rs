@@ -1,0 +1,227 @@
+//! What a function is: the record that the store keeps and everything that follows from it alone
+//! (its ARN, its environment, the fingerprint that decides which instances may serve it).
+
+use std::{collections::BTreeMap, time::Duration};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use time::{OffsetDateTime, macros::format_description};
+
+use crate::api::names::Place;
+
+/// The only version that there is so far.
+pub const LATEST: &str = "$LATEST";
+
+/// A function's code as it was uploaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Code {
+    /// SHA-256 of the zip file in lower-case hexadecimal: the name of its files.
+    pub sha256: String,
+    /// Length of the zip file in bytes.
+    pub size: u64,
+}
+
+impl Code {
+    /// `CodeSha256` as Lambda spells it.
+    pub fn sha256_base64(&self) -> String {
+        let bytes: Vec<u8> = (0..self.sha256.len() / 2)
+            .filter_map(|i| u8::from_str_radix(self.sha256.get(2 * i..2 * i + 2)?, 16).ok())
+            .collect();
+        STANDARD.encode(bytes)
+    }
+}
+
+/// What the owner of a function sets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Runtime, one of the images that are installed.
+    pub runtime: String,
+    /// ARN of the execution role; kept and shown, without effect so far.
+    pub role: String,
+    /// Entry point.
+    pub handler: String,
+    /// Description.
+    pub description: String,
+    /// Longest time that one invocation may take in seconds.
+    pub timeout_s: u32,
+    /// Memory in MB.
+    pub memory_mb: u32,
+    /// The owner's environment variables. Secrets may lie here: never logged.
+    pub environment: BTreeMap<String, String>,
+    /// `TracingConfig.Mode`; nothing is traced so far.
+    pub tracing: String,
+}
+
+/// One function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    /// Bare name.
+    pub name: String,
+    /// What the owner sets.
+    pub config: Config,
+    /// Its code.
+    pub code: Code,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+    /// Milliseconds since the epoch.
+    pub last_modified_ms: i64,
+    /// Changes with every update.
+    pub revision: String,
+}
+
+impl Function {
+    /// `LastModified` as Lambda spells it.
+    pub fn last_modified(&self) -> String {
+        let nanos = i128::from(self.last_modified_ms) * 1_000_000;
+        let format = format_description!(
+            "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]+0000"
+        );
+        OffsetDateTime::from_unix_timestamp_nanos(nanos)
+            .ok()
+            .and_then(|at| at.format(format).ok())
+            .unwrap_or_default()
+    }
+
+    /// Longest time that one invocation may take.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs(self.config.timeout_s.into())
+    }
+
+    /// Hash of everything that a running instance has taken in: instances and snapshots with
+    /// another fingerprint must not serve this function. Timeout, description, role and tags are
+    /// not part of it, for they take effect without a new instance.
+    pub fn fingerprint(&self, place: &Place) -> String {
+        let mut hasher = blake3::Hasher::new();
+        // Each field with its length, so that no two records run together.
+        let mut field = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        };
+        field(b"firn function 1");
+        field(self.code.sha256.as_bytes());
+        field(&self.config.memory_mb.to_le_bytes());
+        for (key, value) in self.environment(place, "", "") {
+            field(key.as_bytes());
+            field(value.as_bytes());
+        }
+        field(self.config.runtime.as_bytes());
+        hasher.finalize().to_hex()[..32].to_owned()
+    }
+
+    /// The runtime's environment but for what the guest alone knows. There are no credentials in
+    /// it: execution roles have no effect yet.
+    pub fn environment(
+        &self,
+        place: &Place,
+        initialization: &str,
+        log_stream: &str,
+    ) -> Vec<(String, String)> {
+        let config = &self.config;
+        let reserved = [
+            ("_HANDLER", config.handler.clone()),
+            ("AWS_REGION", place.region.clone()),
+            ("AWS_DEFAULT_REGION", place.region.clone()),
+            ("AWS_EXECUTION_ENV", format!("AWS_Lambda_{}", config.runtime)),
+            ("AWS_LAMBDA_FUNCTION_NAME", self.name.clone()),
+            ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", config.memory_mb.to_string()),
+            ("AWS_LAMBDA_FUNCTION_VERSION", LATEST.to_owned()),
+            ("AWS_LAMBDA_INITIALIZATION_TYPE", initialization.to_owned()),
+            ("AWS_LAMBDA_LOG_GROUP_NAME", format!("/aws/lambda/{}", self.name)),
+            ("AWS_LAMBDA_LOG_STREAM_NAME", log_stream.to_owned()),
+            ("LAMBDA_TASK_ROOT", "/var/task".to_owned()),
+            ("LAMBDA_RUNTIME_DIR", "/var/runtime".to_owned()),
+        ];
+        let defaults = [
+            ("LANG", "en_US.UTF-8"),
+            ("TZ", ":UTC"),
+            ("PATH", "/var/lang/bin:/usr/local/bin:/usr/bin/:/bin:/opt/bin"),
+            ("LD_LIBRARY_PATH", "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:\
+                                 /var/task:/var/task/lib:/opt/lib"),
+        ];
+        // The owner may replace a default, never a reserved name (validation refuses those).
+        let own = &config.environment;
+        let defaults = defaults.into_iter().filter(|(key, _)| !own.contains_key(*key));
+        defaults
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .chain(own.iter().map(|(key, value)| (key.clone(), value.clone())))
+            .chain(reserved.into_iter().map(|(key, value)| (key.to_owned(), value)))
+            .collect()
+    }
+}
+
+/// Milliseconds since the epoch.
+pub fn now_ms() -> i64 {
+    (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as i64
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A function that is like any other.
+    pub(crate) fn example(name: &str) -> Function {
+        Function {
+            name: name.into(),
+            config: Config {
+                runtime: "python3.11".into(),
+                role: "arn:aws:iam::000000000000:role/r".into(),
+                handler: "lambda_function.lambda_handler".into(),
+                description: String::new(),
+                timeout_s: 3,
+                memory_mb: 128,
+                environment: BTreeMap::from([("STAGE".into(), "test".into())]),
+                tracing: "PassThrough".into(),
+            },
+            code: Code { sha256: "00".repeat(32), size: 300 },
+            tags: BTreeMap::new(),
+            last_modified_ms: 1_767_225_600_000,
+            revision: "r1".into(),
+        }
+    }
+
+    fn place() -> Place {
+        Place { region: "us-east-1".into(), account: "000000000000".into() }
+    }
+
+    #[test]
+    fn times_and_hashes_are_spelled_as_lambda_does() {
+        let function = example("f");
+        assert_eq!(function.last_modified(), "2026-01-01T00:00:00.000+0000");
+        let code = Code {
+            sha256: "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855".into(),
+            size: 0,
+        };
+        assert_eq!(code.sha256_base64(), "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=");
+    }
+
+    #[test]
+    fn the_fingerprint_covers_what_an_instance_takes_in() {
+        let function = example("f");
+        let base = function.fingerprint(&place());
+        let changed = |change: fn(&mut Function)| {
+            let mut other = function.clone();
+            change(&mut other);
+            other.fingerprint(&place()) != base
+        };
+        assert!(changed(|f| f.config.handler = "a.b".into()));
+        assert!(changed(|f| f.config.memory_mb = 129));
+        assert!(changed(|f| f.code.sha256 = "11".repeat(32)));
+        assert!(changed(|f| drop(f.config.environment.insert("A1".into(), "1".into()))));
+        assert!(changed(|f| f.name = "g".into()));
+        assert!(!changed(|f| f.config.description = "else".into()));
+        assert!(!changed(|f| f.config.timeout_s = 900));
+        assert!(!changed(|f| f.revision = "r2".into()));
+    }
+
+    #[test]
+    fn reserved_names_win_and_defaults_yield() {
+        let mut function = example("f");
+        function.config.environment.insert("PATH".into(), "/mine".into());
+        let environment = function.environment(&place(), "on-demand", "stream");
+        let all = |key: &str| -> Vec<&str> {
+            environment.iter().filter(|(k, _)| k == key).map(|(_, v)| v.as_str()).collect()
+        };
+        assert_eq!(all("PATH"), ["/mine"]);
+        assert_eq!(all("AWS_LAMBDA_INITIALIZATION_TYPE"), ["on-demand"]);
+        assert_eq!(all("AWS_LAMBDA_FUNCTION_MEMORY_SIZE"), ["128"]);
+        assert_eq!(all("AWS_ACCESS_KEY_ID"), Vec::<&str>::new());
+    }
+}

@@ -1,0 +1,81 @@
+//! Accepts connections and hands requests to the router.
+//!
+//! Bounded: connections at once, the time and size of a request's head, and the time that an idle
+//! connection may stay. Bodies are bounded where they are read.
+
+use std::{io, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+/// Connections at once; further ones wait in the kernel's queue.
+const CONNECTIONS: usize = 4096;
+
+/// Time for a request's head, and for the next one on an idle connection.
+const HEAD: Duration = Duration::from_secs(75);
+
+/// Most bytes of a request's head.
+const HEAD_BYTES: usize = 64 * 1024;
+
+/// Time that connections get to end when the server stops.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Serves until `stop` is done, then lets requests in flight end for at most `patience`.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    stop: impl Future<Output = ()>,
+    patience: Duration,
+) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let accept = async {
+            let permit = connections.clone().acquire_owned().await;
+            (listener.accept().await, permit)
+        };
+        let (accepted, permit) = tokio::select! {
+            accepted = accept => accepted,
+            () = &mut stop => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if !is_connections_own(&error) {
+                    // Out of descriptors, most likely: waiting is all that helps.
+                    tracing::error!(%error, "can't accept connections");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                continue;
+            }
+        };
+        // Answers are small and waited for.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection broke");
+            }
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(patience + GOODBYE, graceful.shutdown()).await.is_err() {
+        tracing::warn!("connections are cut off");
+    }
+}
+
+fn is_connections_own(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}

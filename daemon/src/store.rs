@@ -1,0 +1,353 @@
+//! The durable record of functions: one SQLite file, with everything that it says also in memory.
+//!
+//! Reads never touch SQLite; writes commit there first (WAL, `synchronous=FULL`) and reach memory
+//! under the same lock, so memory never says what a restart would not. Writing blocks: call it
+//! through [`tokio::task::spawn_blocking`].
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+};
+
+use rusqlite::{Connection, OpenFlags, Row, params};
+
+use crate::function::{Code, Config, Function};
+
+/// The schema, one step a version. Released steps never change; add new ones at the end.
+const MIGRATIONS: [&str; 1] = ["CREATE TABLE functions (
+        name             TEXT    NOT NULL PRIMARY KEY,
+        runtime          TEXT    NOT NULL,
+        role             TEXT    NOT NULL,
+        handler          TEXT    NOT NULL,
+        description      TEXT    NOT NULL,
+        timeout_s        INTEGER NOT NULL CHECK (timeout_s BETWEEN 1 AND 900),
+        memory_mb        INTEGER NOT NULL CHECK (memory_mb BETWEEN 128 AND 10240),
+        environment      TEXT    NOT NULL CHECK (json_valid(environment)),
+        tracing          TEXT    NOT NULL,
+        tags             TEXT    NOT NULL CHECK (json_valid(tags)),
+        code_sha256      TEXT    NOT NULL CHECK (length(code_sha256) = 64),
+        code_size        INTEGER NOT NULL,
+        last_modified_ms INTEGER NOT NULL,
+        revision         TEXT    NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX functions_code ON functions (code_sha256);"];
+
+/// All functions.
+#[derive(Debug)]
+pub struct Store {
+    connection: Mutex<Connection>,
+    functions: RwLock<BTreeMap<String, Arc<Function>>>,
+}
+
+/// Why the store could not be opened or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite says no.
+    #[error("store {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: rusqlite::Error,
+    },
+    /// A newer Firn wrote it.
+    #[error(
+        "store {} has schema version {found}; this firnd knows up to {supported}: use a newer firnd",
+        path.display()
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: usize,
+        /// Ours.
+        supported: usize,
+    },
+    /// A write failed (disk full, for one). Nothing has changed.
+    #[error("the store could not be written: {0}")]
+    Write(#[from] rusqlite::Error),
+    /// A record could not be turned into JSON.
+    #[error("the store could not encode a record: {0}")]
+    Encode(#[from] serde_json::Error),
+    /// A function of that name exists.
+    #[error("Function already exist: {0}")]
+    Exists(String),
+    /// There is no function of that name.
+    #[error("no function {0:?}")]
+    Unknown(String),
+    /// The function's revision is another one.
+    #[error("revision is {found}, not {expected}")]
+    Revision {
+        /// What the caller believed.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+}
+
+impl Store {
+    /// Opens the store at `path`, makes it if it does not exist, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] or [`StoreError::Version`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |source| StoreError::Open { path: path.to_owned(), source };
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+        connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
+        connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+        let found: usize = connection
+            .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
+            .map_err(failed)?
+            .try_into()
+            .unwrap_or(usize::MAX);
+        if found > MIGRATIONS.len() {
+            let supported = MIGRATIONS.len();
+            return Err(StoreError::Version { path: path.to_owned(), found, supported });
+        }
+        for (step, sql) in MIGRATIONS.iter().enumerate().skip(found) {
+            let transaction = connection.transaction().map_err(failed)?;
+            transaction.execute_batch(sql).map_err(failed)?;
+            transaction.pragma_update(None, "user_version", step as i64 + 1).map_err(failed)?;
+            transaction.commit().map_err(failed)?;
+        }
+        let functions = load(&connection).map_err(failed)?;
+        Ok(Self { connection: Mutex::new(connection), functions: RwLock::new(functions) })
+    }
+
+    /// The function of that name.
+    pub fn get(&self, name: &str) -> Option<Arc<Function>> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// At most `limit` functions in the order of their names, from after `after` on, and whether
+    /// there are more.
+    pub fn list(&self, after: Option<&str>, limit: usize) -> (Vec<Arc<Function>>, bool) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = functions.range::<str, _>((after.map_or(Unbounded, Excluded), Unbounded));
+        let page = rest.by_ref().take(limit).map(|(_, f)| f.clone()).collect();
+        (page, rest.next().is_some())
+    }
+
+    /// All functions.
+    pub fn all(&self) -> Vec<Arc<Function>> {
+        self.list(None, usize::MAX).0
+    }
+
+    /// Whether any function uses that code.
+    pub fn uses_code(&self, sha256: &str) -> bool {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.values().any(|f| f.code.sha256 == sha256)
+    }
+
+    /// Adds a function.
+    ///
+    /// # Errors
+    /// [`StoreError::Exists`], or that it could not be written.
+    pub fn create(&self, function: Function) -> Result<Arc<Function>, StoreError> {
+        let connection = self.lock();
+        if self.get(&function.name).is_some() {
+            return Err(StoreError::Exists(function.name));
+        }
+        Ok(self.write(&connection, function)?)
+    }
+
+    /// Replaces a function by what `change` makes of it, if it still has the revision that the
+    /// caller believes in. Returns the old and the new one.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`], [`StoreError::Revision`], what `change` says, or that it could not
+    /// be written.
+    pub fn update<E: From<StoreError>>(
+        &self,
+        name: &str,
+        revision: Option<&str>,
+        change: impl FnOnce(&Function) -> Result<Function, E>,
+    ) -> Result<(Arc<Function>, Arc<Function>), E> {
+        let connection = self.lock();
+        let old = self.get(name).ok_or_else(|| StoreError::Unknown(name.to_owned()))?;
+        check_revision(&old, revision)?;
+        let new = self.write(&connection, change(&old)?)?;
+        Ok((old, new))
+    }
+
+    /// Removes a function.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`], or that it could not be written.
+    pub fn delete(&self, name: &str) -> Result<Arc<Function>, StoreError> {
+        let connection = self.lock();
+        let old = self.get(name).ok_or_else(|| StoreError::Unknown(name.to_owned()))?;
+        connection.execute("DELETE FROM functions WHERE name = ?1", [name])?;
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        Ok(old)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A panic elsewhere can't have left a transaction open: each write is one statement.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(
+        &self,
+        connection: &Connection,
+        function: Function,
+    ) -> Result<Arc<Function>, StoreError> {
+        let Function { name, config, code, tags, last_modified_ms, revision } = &function;
+        connection.execute(
+            "INSERT OR REPLACE INTO functions (name, runtime, role, handler, description,
+                timeout_s, memory_mb, environment, tracing, tags, code_sha256, code_size,
+                last_modified_ms, revision)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+            params![
+                name,
+                config.runtime,
+                config.role,
+                config.handler,
+                config.description,
+                config.timeout_s,
+                config.memory_mb,
+                serde_json::to_string(&config.environment)?,
+                config.tracing,
+                serde_json::to_string(tags)?,
+                code.sha256,
+                code.size as i64,
+                last_modified_ms,
+                revision,
+            ],
+        )?;
+        let function = Arc::new(function);
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        functions.insert(function.name.clone(), function.clone());
+        Ok(function)
+    }
+}
+
+/// Whether `function` has the revision that the caller believes in, if it believes in one.
+///
+/// # Errors
+/// [`StoreError::Revision`].
+pub fn check_revision(function: &Function, revision: Option<&str>) -> Result<(), StoreError> {
+    match revision {
+        Some(expected) if expected != function.revision => Err(StoreError::Revision {
+            expected: expected.to_owned(),
+            found: function.revision.clone(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn load(connection: &Connection) -> rusqlite::Result<BTreeMap<String, Arc<Function>>> {
+    let mut statement = connection.prepare(
+        "SELECT name, runtime, role, handler, description, timeout_s, memory_mb, environment,
+                tracing, tags, code_sha256, code_size, last_modified_ms, revision FROM functions",
+    )?;
+    let rows = statement.query_map([], |row| {
+        let function = Function {
+            name: row.get(0)?,
+            config: Config {
+                runtime: row.get(1)?,
+                role: row.get(2)?,
+                handler: row.get(3)?,
+                description: row.get(4)?,
+                timeout_s: row.get(5)?,
+                memory_mb: row.get(6)?,
+                environment: json(row, 7)?,
+                tracing: row.get(8)?,
+            },
+            tags: json(row, 9)?,
+            code: Code { sha256: row.get(10)?, size: row.get::<_, i64>(11)?.unsigned_abs() },
+            last_modified_ms: row.get(12)?,
+            revision: row.get(13)?,
+        };
+        Ok((function.name.clone(), Arc::new(function)))
+    })?;
+    rows.collect()
+}
+
+fn json(row: &Row<'_>, column: usize) -> rusqlite::Result<BTreeMap<String, String>> {
+    let text: String = row.get(column)?;
+    serde_json::from_str(&text).map_err(|e| {
+        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, e.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::function::tests::example;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store.sqlite")).unwrap();
+        (dir, store)
+    }
+
+    #[test]
+    fn what_is_written_is_there_after_a_restart() {
+        let (dir, store) = store();
+        let mut function = example("a");
+        function.tags.insert("k".into(), "v \"quoted\"".into());
+        store.create(function.clone()).unwrap();
+        store.create(example("b")).unwrap();
+        store.delete("b").unwrap();
+        drop(store);
+        let store = Store::open(&dir.path().join("store.sqlite")).unwrap();
+        assert_eq!(store.all(), [Arc::new(function)]);
+    }
+
+    #[test]
+    fn names_are_unique_and_revisions_guard() {
+        let (_dir, store) = store();
+        store.create(example("a")).unwrap();
+        assert!(matches!(store.create(example("a")), Err(StoreError::Exists(_))));
+        let change = |f: &Function| -> Result<Function, StoreError> {
+            Ok(Function { revision: "r2".into(), ..f.clone() })
+        };
+        let refused = store.update("a", Some("r0"), change);
+        assert!(matches!(refused, Err(StoreError::Revision { .. })));
+        let (old, new) = store.update("a", Some("r1"), change).unwrap();
+        assert_eq!((old.revision.as_str(), new.revision.as_str()), ("r1", "r2"));
+        assert!(matches!(store.update("x", None, change), Err(StoreError::Unknown(_))));
+        assert!(matches!(store.delete("x"), Err(StoreError::Unknown(_))));
+    }
+
+    #[test]
+    fn pages_are_in_order_and_complete() {
+        let (_dir, store) = store();
+        for name in ["c", "a", "e", "b", "d"] {
+            store.create(example(name)).unwrap();
+        }
+        let names = |page: &[Arc<Function>]| -> String {
+            page.iter().map(|f| f.name.as_str()).collect()
+        };
+        let (page, more) = store.list(None, 2);
+        assert_eq!((names(&page).as_str(), more), ("ab", true));
+        let (page, more) = store.list(Some("b"), 2);
+        assert_eq!((names(&page).as_str(), more), ("cd", true));
+        let (page, more) = store.list(Some("d"), 2);
+        assert_eq!((names(&page).as_str(), more), ("e", false));
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused_by_name() {
+        let (dir, store) = store();
+        store.lock().pragma_update(None, "user_version", 99).unwrap();
+        drop(store);
+        let error = Store::open(&dir.path().join("store.sqlite")).unwrap_err();
+        assert!(error.to_string().contains("schema version 99"), "{error}");
+    }
+
+    #[test]
+    fn code_in_use_is_known() {
+        let (_dir, store) = store();
+        store.create(example("a")).unwrap();
+        assert!(store.uses_code(&"00".repeat(32)));
+        store.delete("a").unwrap();
+        assert!(!store.uses_code(&"00".repeat(32)));
+    }
+}

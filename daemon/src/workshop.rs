@@ -1,0 +1,106 @@
+//! What it takes to make an instance of a function: the parts that the scheduler (for requests)
+//! and the preparer (for snapshots) share.
+
+use std::{future::Future, time::Duration};
+
+use firn::{Disk, FunctionSpec, LogLine, LogSink};
+use tokio::sync::mpsc;
+
+use crate::{
+    api::names::Place, backend::Backend, code::CodeStore, function::Function, logs, logs::Logs,
+};
+
+/// Lines of output that may wait between a guest and its log. With [`firn::guest::MAX_LOG`] this
+/// bounds what a flooding function can occupy.
+const LINES: usize = 32;
+
+/// Time that a function's initialisation may take, as in Lambda.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Backend, code and logs.
+#[derive(Debug, Clone)]
+pub struct Workshop<B> {
+    /// What runs microVMs.
+    pub backend: B,
+    /// What ARNs say.
+    pub place: Place,
+    /// Functions' code.
+    pub code: CodeStore,
+    /// Functions' logs.
+    pub logs: Logs,
+    /// Multiplies the time for initialisation on slow machines.
+    pub patience: u32,
+}
+
+/// The log of an instance and the channel through which its output arrives.
+#[derive(Debug)]
+pub struct Output {
+    /// The log.
+    pub stream: logs::Stream,
+    lines: mpsc::Receiver<LogLine>,
+}
+
+impl Output {
+    /// Does `work` and writes down meanwhile what the instance prints; returns when `work` is done
+    /// and everything that came before is in the log.
+    pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let result = loop {
+            // Both are polled in turn: a flood must not starve the work, nor the work the log.
+            tokio::select! {
+                result = &mut work => break result,
+                Some(line) = self.lines.recv() => self.stream.output(&line).await,
+            }
+        };
+        self.drain().await;
+        result
+    }
+
+    /// Writes down what has arrived.
+    pub async fn drain(&mut self) {
+        // At most what the channel holds: a flood goes on for ever.
+        for _ in 0..LINES {
+            match self.lines.try_recv() {
+                Ok(line) => self.stream.output(&line).await,
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+impl<B: Backend> Workshop<B> {
+    /// A log for a new instance of `function`.
+    pub fn output(&self, function: &Function) -> (Output, LogSink) {
+        let (sink, lines) = mpsc::channel(LINES);
+        (Output { stream: self.logs.stream(&function.name), lines }, sink)
+    }
+
+    /// The function's code as a disk.
+    ///
+    /// # Errors
+    /// In plain words.
+    pub async fn disk(&self, function: &Function) -> Result<Disk, String> {
+        let (code, backend) = (self.code.clone(), self.backend.clone());
+        let sha256 = function.code.sha256.clone();
+        let open = move || code.disk(&sha256, |zip, out| backend.build_disk(zip, out));
+        tokio::task::spawn_blocking(open).await.map_err(|e| e.to_string())?
+    }
+
+    /// What to load into an instance.
+    pub fn spec(
+        &self,
+        function: &Function,
+        code: Disk,
+        initialization: &str,
+        output: &Output,
+        log: LogSink,
+    ) -> FunctionSpec {
+        FunctionSpec {
+            environment: function.environment(&self.place, initialization, output.stream.name()),
+            memory_mb: function.config.memory_mb,
+            init_timeout: INIT_TIMEOUT * self.patience,
+            code: Some(code),
+            log,
+        }
+    }
+}
