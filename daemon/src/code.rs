@@ -113,8 +113,9 @@ impl CodeStore {
             other => return other.map_err(|e| e.to_string()),
         }
         let archive = self.zip(sha256);
-        let zip = fs::read(&archive)
-            .map_err(|e| format!("the code of the function is gone ({}): {e}", archive.display()))?;
+        let zip = fs::read(&archive).map_err(|e| {
+            format!("the code of the function is gone ({}): {e}", archive.display())
+        })?;
         build(&zip, &path).map_err(|e| e.to_string())?;
         Disk::open_read_only(&path).map_err(|e| e.to_string())
     }

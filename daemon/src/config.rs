@@ -157,18 +157,15 @@ pub fn lock_state(state: &Path) -> anyhow::Result<StateLock> {
         format!("can't make the state directory {}: name another with --state", state.display())
     })?;
     let path = state.join("firnd.lock");
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .with_context(|| {
+    let file = File::options().write(true).create(true).truncate(false).open(&path).with_context(
+        || {
             format!(
                 "can't write in the state directory {}: give it to this user, or name another \
                  with --state",
                 state.display()
             )
-        })?;
+        },
+    )?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(StateLock(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => bail!(

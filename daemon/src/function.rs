@@ -133,8 +133,11 @@ impl Function {
             ("LANG", "en_US.UTF-8"),
             ("TZ", ":UTC"),
             ("PATH", "/var/lang/bin:/usr/local/bin:/usr/bin/:/bin:/opt/bin"),
-            ("LD_LIBRARY_PATH", "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:\
-                                 /var/task:/var/task/lib:/opt/lib"),
+            (
+                "LD_LIBRARY_PATH",
+                "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:\
+                                 /var/task:/var/task/lib:/opt/lib",
+            ),
         ];
         // The owner may replace a default, never a reserved name (validation refuses those).
         let own = &config.environment;

@@ -72,12 +72,18 @@ async fn run(options: Options) -> anyhow::Result<()> {
     let _lock = config::lock_state(&options.state)?;
     let listener = TcpListener::bind(options.listen).await.map_err(|error| {
         let hint = match error.kind() {
-            io::ErrorKind::AddrInUse => "something else listens there: stop it, or name another \
-                                         port with --listen",
-            io::ErrorKind::PermissionDenied => "ports below 1024 need privileges: name another \
-                                                port with --listen",
-            io::ErrorKind::AddrNotAvailable => "this machine has no such address: name another \
-                                                with --listen",
+            io::ErrorKind::AddrInUse => {
+                "something else listens there: stop it, or name another \
+                                         port with --listen"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "ports below 1024 need privileges: name another \
+                                                port with --listen"
+            }
+            io::ErrorKind::AddrNotAvailable => {
+                "this machine has no such address: name another \
+                                                with --listen"
+            }
             _ => "name another address with --listen",
         };
         anyhow::anyhow!("can't listen on {}: {error}; {hint}", options.listen)

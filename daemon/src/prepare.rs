@@ -100,10 +100,8 @@ impl<B: Backend> Preparer<B> {
         known: &[Arc<Function>],
     ) -> io::Result<Arc<Self>> {
         fs::create_dir_all(&dir)?;
-        let mut claimed: Vec<String> = known
-            .iter()
-            .map(|f| format!("fn-{}", f.fingerprint(&workshop.place)))
-            .collect();
+        let mut claimed: Vec<String> =
+            known.iter().map(|f| format!("fn-{}", f.fingerprint(&workshop.place))).collect();
         claimed.sort();
         let images: Vec<String> = workshop
             .backend
@@ -264,8 +262,7 @@ impl<B: Backend> Preparer<B> {
             machine.retire().await;
             return Err(failure);
         }
-        let meta =
-            SnapshotMeta { label: function.name.clone(), key: function.fingerprint(place) };
+        let meta = SnapshotMeta { label: function.name.clone(), key: function.fingerprint(place) };
         output.during(machine.snapshot(dir, meta)).await?;
         output.stream.flush().await;
         Ok(backend.make_resident(dir, Some(&base), Some(&code)).await?)

@@ -322,9 +322,8 @@ mod tests {
         for name in ["c", "a", "e", "b", "d"] {
             store.create(example(name)).unwrap();
         }
-        let names = |page: &[Arc<Function>]| -> String {
-            page.iter().map(|f| f.name.as_str()).collect()
-        };
+        let names =
+            |page: &[Arc<Function>]| -> String { page.iter().map(|f| f.name.as_str()).collect() };
         let (page, more) = store.list(None, 2);
         assert_eq!((names(&page).as_str(), more), ("ab", true));
         let (page, more) = store.list(Some("b"), 2);

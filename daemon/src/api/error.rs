@@ -98,11 +98,6 @@ impl ApiError {
         self.facts().0
     }
 
-    /// The HTTP status.
-    pub fn status(&self) -> StatusCode {
-        self.facts().1
-    }
-
     fn facts(&self) -> (&'static str, StatusCode, Spelling) {
         use Spelling::{Bare, Lower, Upper};
         match self {

@@ -47,18 +47,21 @@ pub async fn invoke<B: Backend>(
     trace.mark("body");
 
     let function = app.find(&reference)?;
-    let kind = choice(headers, INVOCATION_TYPE, "invocationType", &[
-        "RequestResponse",
-        "Event",
-        "DryRun",
-    ])?;
+    let kind = choice(
+        headers,
+        INVOCATION_TYPE,
+        "invocationType",
+        &["RequestResponse", "Event", "DryRun"],
+    )?;
     let tail = choice(headers, LOG_TYPE, "logType", &["None", "Tail"])? == Some("Tail");
     let force = match headers.get(START).map(HeaderValue::to_str) {
         None => None,
-        Some(text) => Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
-            let text = "X-Firn-Start must be one of boot, thaw, warm";
-            ApiError::InvalidParameterValue(text.into())
-        })?),
+        Some(text) => {
+            Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
+                let text = "X-Firn-Start must be one of boot, thaw, warm";
+                ApiError::InvalidParameterValue(text.into())
+            })?)
+        }
     };
     let client_context = client_context(headers)?;
     match kind {
@@ -141,9 +144,7 @@ fn checked_event(payload: Bytes) -> Result<Bytes, ApiError> {
         return Ok(Bytes::from_static(b"{}"));
     }
     let invalid = |what: &dyn std::fmt::Display| {
-        ApiError::InvalidRequestContent(format!(
-            "Could not parse request body into json: {what}"
-        ))
+        ApiError::InvalidRequestContent(format!("Could not parse request body into json: {what}"))
     };
     let text = std::str::from_utf8(&payload).map_err(|e| invalid(&e))?;
     // Builds nothing and does not recurse, so neither size nor depth of the event matters.

@@ -168,7 +168,9 @@ async fn common(mut request: Request, next: Next) -> Response<Body> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     request.extensions_mut().insert(info.clone());
     let mut response = next.run(request).await;
-    response.headers_mut().extend(id.map(|id| (header::HeaderName::from_static("x-amzn-requestid"), id)));
+    response
+        .headers_mut()
+        .extend(id.map(|id| (header::HeaderName::from_static("x-amzn-requestid"), id)));
     let status = response.status();
     let us = info.received.elapsed().as_micros() as u64;
     // Paths name functions; headers and bodies may hold secrets and are never logged.
@@ -213,9 +215,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Target {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Path(name) = Path::<String>::from_request_parts(parts, state).await.map_err(|e| {
-            ApiError::InvalidParameterValue(format!("The path is malformed: {e}"))
-        })?;
+        let Path(name) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|e| ApiError::InvalidParameterValue(format!("The path is malformed: {e}")))?;
         let Parameters(query) = Parameters::from_request_parts(parts, state).await?;
         Ok(Self(Reference::parse(&name, query.get("Qualifier").map(String::as_str))?))
     }
@@ -272,7 +274,9 @@ async fn read_body(
                 Ok(Some(Ok(frame))) => frame,
             };
             let Some(data) = frame.data_ref() else { continue };
-            if dropped > 0 || announced.is_some_and(|n| n > limit) || bytes.len() + data.len() > limit
+            if dropped > 0
+                || announced.is_some_and(|n| n > limit)
+                || bytes.len() + data.len() > limit
             {
                 dropped += data.len();
                 bytes = BytesMut::new();

@@ -223,7 +223,10 @@ mod tests {
         let place = Place { region: "us-east-1".into(), account: "000000000000".into() };
         let json = serde_json::to_value(FunctionConfiguration::of(&function, &place, true));
         let json = json.unwrap();
-        assert_eq!(json["FunctionArn"], "arn:aws:lambda:us-east-1:000000000000:function:hello:$LATEST");
+        assert_eq!(
+            json["FunctionArn"],
+            "arn:aws:lambda:us-east-1:000000000000:function:hello:$LATEST"
+        );
         assert_eq!(json["CodeSha256"].as_str().unwrap().len(), 44);
         assert_eq!(json["Environment"]["Variables"]["STAGE"], "test");
         assert_eq!(json["LastModified"], "2026-01-01T00:00:00.000+0000");

@@ -85,9 +85,7 @@ impl Violations {
     fn check(self) -> Result<(), ApiError> {
         match self.0.len() {
             0 => Ok(()),
-            1 => {
-                Err(ApiError::Validation(format!("1 validation error detected: {}", self.0[0])))
-            }
+            1 => Err(ApiError::Validation(format!("1 validation error detected: {}", self.0[0]))),
             n => Err(ApiError::Validation(format!(
                 "{n} validation errors detected: {}",
                 self.0.join("; ")
@@ -245,11 +243,7 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn apply(
-    mut config: Config,
-    settings: Settings,
-    runtimes: &[String],
-) -> Result<Config, ApiError> {
+fn apply(mut config: Config, settings: Settings, runtimes: &[String]) -> Result<Config, ApiError> {
     if let Some(runtime) = settings.runtime {
         config.runtime = runtime;
     }
@@ -371,11 +365,17 @@ mod tests {
     #[test]
     fn each_limit_is_named() {
         for (changes, words) in [
-            (json!({"MemorySize": 127}), "Value '127' at 'memorySize' failed to satisfy \
-                constraint: Member must have value greater than or equal to 128"),
+            (
+                json!({"MemorySize": 127}),
+                "Value '127' at 'memorySize' failed to satisfy \
+                constraint: Member must have value greater than or equal to 128",
+            ),
             (json!({"MemorySize": 10_241}), "less than or equal to 10240"),
-            (json!({"Timeout": 0}), "at 'timeout' failed to satisfy constraint: Member must have \
-                value greater than or equal to 1"),
+            (
+                json!({"Timeout": 0}),
+                "at 'timeout' failed to satisfy constraint: Member must have \
+                value greater than or equal to 1",
+            ),
             (json!({"Timeout": 901}), "less than or equal to 900"),
             (json!({"Description": "x".repeat(257)}), "length less than or equal to 256"),
             (json!({"Handler": "a b"}), "at 'handler'"),
@@ -391,11 +391,15 @@ mod tests {
             (json!({"Layers": ["arn:x"]}), "Layers"),
             (json!({"VpcConfig": {"SubnetIds": ["s"], "SecurityGroupIds": []}}), "VpcConfig"),
             (json!({"Publish": true}), "Publish"),
-            (json!({"Environment": {"Variables": {"AWS_REGION": "x", "_HANDLER": "y"}}}),
-                "Reserved keys used in this request: AWS_REGION, _HANDLER"),
+            (
+                json!({"Environment": {"Variables": {"AWS_REGION": "x", "_HANDLER": "y"}}}),
+                "Reserved keys used in this request: AWS_REGION, _HANDLER",
+            ),
             (json!({"Environment": {"Variables": {"1A": "x"}}}), "Map keys must satisfy"),
-            (json!({"Environment": {"Variables": {"BIG": "x".repeat(4096)}}}),
-                "exceeded the 4KB limit: 4099 bytes of at most 4096"),
+            (
+                json!({"Environment": {"Variables": {"BIG": "x".repeat(4096)}}}),
+                "exceeded the 4KB limit: 4099 bytes of at most 4096",
+            ),
             (json!({"Environment": {"Variables": {"NUL": "a\u{0}b"}}}), "NUL"),
         ] {
             let error = outcome(changes.clone()).expect_err(&changes.to_string());
@@ -434,8 +438,7 @@ mod tests {
 
     #[test]
     fn secrets_stay_out_of_messages() {
-        let error =
-            outcome(json!({"Environment": {"Variables": {"1A": "hunter2"}}})).unwrap_err();
+        let error = outcome(json!({"Environment": {"Variables": {"1A": "hunter2"}}})).unwrap_err();
         assert!(!error.contains("hunter2"), "{error}");
     }
 

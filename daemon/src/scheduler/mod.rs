@@ -381,8 +381,7 @@ impl<B: Backend> Scheduler<B> {
         let machine = boot.map_err(|e| failed(&e))?;
         request.trace.add("boot", begun, machine.start_phases());
         let (output, sink) = self.workshop.output(&function);
-        let mut worker =
-            self.register(machine, output, StartKind::Boot, &request, &fingerprint);
+        let mut worker = self.register(machine, output, StartKind::Boot, &request, &fingerprint);
         let spec = self.workshop.spec(&function, code, "on-demand", &worker.output, sink);
         let begun = Instant::now();
         let loaded = match worker.output.during(worker.machine.load(&spec, false)).await {
@@ -443,8 +442,7 @@ impl<B: Backend> Scheduler<B> {
         };
         let output = &mut worker.output;
         let elapsed = begun.elapsed();
-        let tail =
-            write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
+        let tail = write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
         if report.is_some() {
             self.give_back(worker);
         } else {
@@ -561,7 +559,8 @@ async fn write_end(
         init_us: init_us + report.map_or(0, |r| r.init_us),
         restore_us: renewed.map(|renewed| {
             let ready = report.and_then(|r| r.phases.get("renewed"));
-            let ready = ready.map_or(renewed.renew_us + renewed.hooks_us, |at| at.as_micros() as u64);
+            let ready =
+                ready.map_or(renewed.renew_us + renewed.hooks_us, |at| at.as_micros() as u64);
             (ready, renewed.hooks_us)
         }),
         status: answer.status,

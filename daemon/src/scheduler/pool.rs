@@ -62,8 +62,7 @@ impl<W> Pools<W> {
     /// An instance of `function` with this fingerprint, the most recently used first.
     pub fn take(&self, function: &str, fingerprint: &str) -> Take<W> {
         let mut functions = self.lock();
-        let pool =
-            functions.entry(function.to_owned()).or_insert_with(|| Pool::new(fingerprint));
+        let pool = functions.entry(function.to_owned()).or_insert_with(|| Pool::new(fingerprint));
         if pool.fingerprint != fingerprint {
             return Take::Nothing;
         }
@@ -141,7 +140,8 @@ impl<W> Pools<W> {
         let mut gone = Vec::new();
         // Empty pools stay: instances that serve right now come back to them.
         for pool in self.lock().values_mut() {
-            let due = |(since, worker): &mut (Instant, W)| since.elapsed() >= limit || unfit(worker);
+            let due =
+                |(since, worker): &mut (Instant, W)| since.elapsed() >= limit || unfit(worker);
             gone.extend(pool.idle.extract_if(.., due).map(|(_, worker)| worker));
         }
         gone

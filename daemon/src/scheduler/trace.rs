@@ -64,6 +64,9 @@ mod tests {
         let phases = Phases(vec![("vcpu set", Duration::from_micros(20))]);
         trace.add("thaw", begun, &phases);
         let json = serde_json::to_string(&trace).unwrap();
-        assert!(json.starts_with("{\"zebra\":") && json.ends_with(",\"thaw.vcpu_set\":520}"), "{json}");
+        assert!(
+            json.starts_with("{\"zebra\":") && json.ends_with(",\"thaw.vcpu_set\":520}"),
+            "{json}"
+        );
     }
 }
