@@ -398,6 +398,12 @@ impl Agent {
         else {
             return;
         };
+        // An event that is written to nobody would be lost, and its deadline would pass.
+        if let State::Idle(connection) = *runtime.api.state()
+            && runtime.server.lost(connection)
+        {
+            runtime.api.closed(connection);
+        }
         if let Some(connection) = runtime.api.hand_out(&invocation.invoke.request_id) {
             if let Some(init) = invocation.init {
                 invocation.init_us = micros(init);

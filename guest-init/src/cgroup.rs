@@ -51,20 +51,21 @@ impl Cgroup {
         write(&hierarchy.join("cgroup.subtree_control"), "+memory +pids +cpu")?;
         let path = hierarchy.join(name);
         fs::create_dir(&path).map_err(|source| CgroupError::Io { path: path.clone(), source })?;
-        let open = |file: &str, writes: bool| {
-            let path = path.join(file);
-            File::options()
-                .read(!writes)
-                .write(writes)
-                .open(&path)
-                .map_err(|source| CgroupError::Io { path, source })
-        };
-        let (events, procs) = (open("cgroup.events", false)?, open("cgroup.procs", true)?);
-        let cgroup = Self { path, events, procs };
+        let cgroup = Self::open(path)?;
         cgroup.set("pids.max", &MAX_PIDS.to_string())?;
         // A function that lost one of its processes to the OOM killer is not left half alive.
         cgroup.set("memory.oom.group", "1")?;
         Ok(cgroup)
+    }
+
+    fn open(path: PathBuf) -> Result<Self, CgroupError> {
+        let open = |file: &str, writes: bool| {
+            let path = path.join(file);
+            let file = File::options().read(!writes).write(writes).open(&path);
+            file.map_err(|source| CgroupError::Io { path, source })
+        };
+        let (events, procs) = (open("cgroup.events", false)?, open("cgroup.procs", true)?);
+        Ok(Self { path, events, procs })
     }
 
     /// `cgroup.procs`, open for writing: a process that writes "0" to it moves in.
@@ -161,7 +162,9 @@ fn flag(text: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::flag;
+    use std::{os::unix::process::ExitStatusExt as _, process::Command};
+
+    use super::*;
 
     #[test]
     fn flags() {
@@ -169,5 +172,44 @@ mod tests {
         assert!(flag(text, "populated"));
         assert!(!flag(text, "frozen"));
         assert!(!flag("", "frozen"));
+    }
+
+    /// Needs a cgroup v2 hierarchy, with or without controllers, and the right to write there.
+    #[test]
+    fn freeze_thaw_kill() {
+        let Some(path) = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+            .map(|root| Path::new(root).join(format!("firn-init-test-{}", std::process::id())))
+            .into_iter()
+            .find(|path| {
+                path.parent().is_some_and(|p| p.join("cgroup.procs").exists())
+                    && fs::create_dir(path).is_ok()
+            })
+        else {
+            println!("skipped: no cgroup v2 that can be written");
+            return;
+        };
+        let mut cgroup = Cgroup::open(path.clone()).unwrap();
+        cgroup.freeze().unwrap();
+        cgroup.thaw().unwrap();
+        let script = "echo 0 > \"$0/cgroup.procs\" && (sleep 1000 & sleep 1000)";
+        let mut child = Command::new("/bin/sh").args(["-c", script]).arg(&path).spawn().unwrap();
+        while !cgroup.populated().unwrap() {
+            cgroup.wait(Duration::from_millis(10));
+        }
+        cgroup.freeze().unwrap();
+        assert!(cgroup.event("frozen").unwrap());
+        cgroup.thaw().unwrap();
+        while cgroup.event("frozen").unwrap() {
+            cgroup.wait(Duration::from_millis(10));
+        }
+        cgroup.freeze().unwrap();
+        // What is frozen can be killed.
+        cgroup.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+        while cgroup.populated().unwrap() {
+            cgroup.wait(Duration::from_millis(10));
+        }
+        drop(cgroup);
+        fs::remove_dir(path).unwrap();
     }
 }

@@ -124,6 +124,7 @@ impl Filters {
 /// The step that the kernel refused.
 pub fn confine(filters: &Filters, cgroup: Option<&File>) -> io::Result<()> {
     setsid()?;
+    forget_signals()?;
     set_limit(Resource::Nofile, MAX_FILES)?;
     set_limit(Resource::Core, 0)?;
     if let Some(mut procs) = cgroup {
@@ -138,6 +139,19 @@ pub fn confine(filters: &Filters, cgroup: Option<&File>) -> io::Result<()> {
     let filtered = |program| apply_filter(program).map_err(|_| io::Error::last_os_error());
     filtered(&filters.clone3)?;
     filtered(&filters.forbidden)
+}
+
+/// Undoes what [`crate::signals`] did: exec would pass it on.
+fn forget_signals() -> io::Result<()> {
+    // SAFETY: an all-zero signal set is valid memory for `sigemptyset` to initialise, and outlives
+    // the calls; SIG_DFL is a valid disposition.
+    let result = unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn set_limit(resource: Resource, value: u64) -> io::Result<()> {
@@ -158,7 +172,10 @@ fn drop_bounding_set() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::process::CommandExt as _, process::Command};
+    use std::{
+        os::unix::process::{CommandExt as _, ExitStatusExt as _},
+        process::Command,
+    };
 
     use super::*;
 
@@ -181,6 +198,9 @@ mod tests {
     fn mounts_and_namespaces_are_out_of_reach() {
         let output = run("unshare -U true || mount -t tmpfs none /mnt || echo refused");
         assert_eq!(String::from_utf8_lossy(&output.stdout), "refused\n");
+        let signals = run("grep -E '^SigBlk:' /proc/self/status; kill -PIPE $$");
+        assert_eq!(String::from_utf8_lossy(&signals.stdout), "SigBlk:\t0000000000000000\n");
+        assert_eq!(signals.status.signal(), Some(libc::SIGPIPE));
         let status = run("grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\\t\\n'");
         assert_eq!(String::from_utf8_lossy(&status.stdout), "NoNewPrivs:1Seccomp:2");
     }

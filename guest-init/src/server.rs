@@ -239,6 +239,19 @@ impl Server {
         alive
     }
 
+    /// Removes a connection whose client has gone away. True if it had.
+    pub fn lost(&mut self, id: ConnectionId) -> bool {
+        let Some(index) = self.connections.iter().position(|c| c.id == id) else { return true };
+        let lost = match self.connections[index].stream.peek(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        };
+        if lost {
+            self.connections.swap_remove(index);
+        }
+        lost
+    }
+
     /// Whether a connection could be read now. Only of use when no writer is left.
     pub fn has_input(&self) -> bool {
         self.connections.iter().any(|connection| {

@@ -1,0 +1,256 @@
+//! The Runtime API as a socket sees it: the test is the runtime.
+
+mod guest;
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    time::Duration,
+};
+
+use firn_proto::guest::{FunctionError, MAX_PAYLOAD, Outcome, ToGuest};
+use guest::{Function, Guest, error, invocation};
+
+/// Tells where the API is and leaves the rest to the test.
+const BOOTSTRAP: &str =
+    "#!/bin/sh\necho \"$AWS_LAMBDA_RUNTIME_API\" > api.new; mv api.new api; exec sleep 1000\n";
+
+struct Client {
+    stream: TcpStream,
+    unread: Vec<u8>,
+}
+
+impl Client {
+    fn connect(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        Self { stream, unread: Vec::new() }
+    }
+
+    fn send(&mut self, method: &str, path: &str, fields: &str, body: &str) {
+        let length = body.len();
+        let text = format!(
+            "{method} /2018-06-01/runtime/{path} HTTP/1.1\r\nHost: h\r\n{fields}\
+             Content-Length: {length}\r\n\r\n{body}"
+        );
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The next answer: its head and body.
+    fn answer(&mut self) -> (String, String) {
+        let end = loop {
+            if let Some(end) = self.unread.windows(4).position(|w| w == b"\r\n\r\n") {
+                break end + 4;
+            }
+            self.read();
+        };
+        let head = String::from_utf8(self.unread.drain(..end).collect()).unwrap();
+        let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")).unwrap_or("0");
+        let length: usize = length.parse().unwrap();
+        while self.unread.len() < length {
+            self.read();
+        }
+        (head, String::from_utf8(self.unread.drain(..length).collect()).unwrap())
+    }
+
+    fn read(&mut self) {
+        let mut bytes = [0; 4096];
+        let count = self.stream.read(&mut bytes).unwrap();
+        assert!(count > 0, "closed after {:?}", String::from_utf8_lossy(&self.unread));
+        self.unread.extend_from_slice(&bytes[..count]);
+    }
+
+    /// Sends and takes the answer: its status and body.
+    fn call(&mut self, method: &str, path: &str, fields: &str, body: &str) -> (u16, String) {
+        self.send(method, path, fields, body);
+        let (head, body) = self.answer();
+        (head[9..12].parse().unwrap(), body)
+    }
+}
+
+/// A guest, and a client that waits for the first event.
+fn started() -> (Guest, String, Client) {
+    let mut guest = Guest::with_bootstrap(BOOTSTRAP);
+    let function = Function { handler: "", code: "", init_timeout_ms: 30_000, snapshot: false };
+    guest.send_load(&function);
+    let path = guest.task().join("api");
+    let address = loop {
+        match fs::read_to_string(&path) {
+            Ok(address) => break address.trim().to_owned(),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let mut client = Client::connect(&address);
+    client.send("GET", "invocation/next", "", "");
+    assert_eq!(guest.loaded().error, None);
+    (guest, address, client)
+}
+
+#[test]
+fn an_event_has_all_headers_and_empty_ones_are_left_out() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 5000, "[1]"));
+    let (head, body) = client.answer();
+    assert_eq!(body, "[1]");
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    for field in [
+        "Content-Type: application/json\r\n",
+        "Lambda-Runtime-Aws-Request-Id: r1\r\n",
+        "Lambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:000000000000:function:hello\r\n",
+        "Lambda-Runtime-Trace-Id: Root=",
+        "Lambda-Runtime-Client-Context: {\"client\": {\"app_title\": \"Bäckerei\"}",
+        "Lambda-Runtime-Cognito-Identity: {",
+        "Lambda-Runtime-Deadline-Ms: 1",
+    ] {
+        assert!(head.contains(field), "{field:?} in {head:?}");
+    }
+    assert_eq!(client.call("POST", "invocation/r1/response", "", "[2]").0, 202);
+    guest.done("r1");
+
+    let ToGuest::Invoke(mut plain) = invocation("r2", 5000, "{}") else { panic!() };
+    plain.trace_id = String::new();
+    plain.client_context = String::new();
+    plain.cognito_identity = String::new();
+    guest.send(&ToGuest::Invoke(plain));
+    client.send("GET", "invocation/next", "", "");
+    let (head, _) = client.answer();
+    for name in ["Trace-Id", "Client-Context", "Cognito"] {
+        assert!(!head.contains(name), "{head}");
+    }
+}
+
+#[test]
+fn mistakes_are_named_and_cost_nothing() {
+    let (mut guest, address, mut client) = started();
+    let mut other = Client::connect(&address);
+    let document = |kind: &str| format!("\"errorType\":\"{kind}\"");
+    for (method, path, status, kind) in [
+        ("GET", "nothing", 404, "NotFound"),
+        ("POST", "invocation/next", 405, "MethodNotAllowed"),
+        ("GET", "invocation/next", 403, "InvalidStateTransition"),
+        ("GET", "restore/next", 403, "InvalidStateTransition"),
+        ("POST", "restore/error", 403, "InvalidStateTransition"),
+        ("POST", "init/error", 403, "InvalidStateTransition"),
+        ("POST", "invocation/r1/response", 400, "InvalidRequestID"),
+        ("POST", "invocation/r1/error", 400, "InvalidRequestID"),
+    ] {
+        let (found, body) = other.call(method, path, "", "{}");
+        assert_eq!(found, status, "{method} {path}");
+        assert!(body.contains(&document(kind)) && body.contains("\"errorMessage\":\""), "{body}");
+    }
+    guest.send(&invocation("r1", 5000, "{}"));
+    client.answer();
+    let mode = "Lambda-Runtime-Function-Response-Mode: buffered\r\n";
+    let (status, body) = client.call("POST", "invocation/r1/response", mode, "{}");
+    assert!(status == 400 && body.contains("InvalidFunctionResponseMode"), "{body}");
+    assert_eq!(client.call("GET", "invocation/next", "", "").0, 403);
+    // Any connection may answer.
+    let (status, body) = other.call("POST", "invocation/r1/response", "", "{}");
+    assert_eq!((status, body.trim()), (202, "{\"status\":\"OK\"}"));
+    assert_eq!(client.call("POST", "invocation/r1/response", "", "{}").0, 403);
+    guest.done("r1");
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_order() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 5000, "1"));
+    client.answer();
+    client.send("POST", "invocation/r1/response", "", "10");
+    client.send("GET", "invocation/next", "", "");
+    client.send("GET", "invocation/next", "", "");
+    assert!(client.answer().0.contains(" 202 "));
+    guest.done("r1");
+    guest.send(&invocation("r2", 5000, "2"));
+    assert_eq!(client.answer().1, "2");
+    assert!(client.answer().0.contains(" 403 "));
+}
+
+#[test]
+fn a_streamed_answer_is_collected() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 5000, "{}"));
+    client.answer();
+    let head = "POST /2018-06-01/runtime/invocation/r1/response HTTP/1.1\r\n\
+                Lambda-Runtime-Function-Response-Mode: streaming\r\n\
+                Transfer-Encoding: chunked\r\nContent-Type: text/x\r\n\
+                Trailer: Lambda-Runtime-Function-Error-Type\r\n\r\n";
+    client.stream.write_all(head.as_bytes()).unwrap();
+    for piece in ["3\r\nabc\r\n", "2\r\nde\r\n", "0\r\n\r\n"] {
+        std::thread::sleep(Duration::from_millis(20));
+        client.stream.write_all(piece.as_bytes()).unwrap();
+    }
+    assert!(client.answer().0.contains(" 202 "));
+    let outcome =
+        Outcome::Response { payload: b"abcde".to_vec(), content_type: "text/x".to_owned() };
+    assert_eq!(guest.done("r1").outcome, outcome);
+
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r2", 5000, "{}"));
+    client.answer();
+    let tail = "3\r\nabc\r\n0\r\nLambda-Runtime-Function-Error-Type: Function.Torn\r\n\
+                Lambda-Runtime-Function-Error-Body: eyJhIjoxfQ==\r\n\r\n";
+    client.stream.write_all((head.replace("r1", "r2") + tail).as_bytes()).unwrap();
+    assert!(client.answer().0.contains(" 202 "));
+    let torn = FunctionError::Reported {
+        error_type: "Function.Torn".to_owned(),
+        payload: b"{\"a\":1}".to_vec(),
+    };
+    assert_eq!(*error(&guest.done("r2")), torn);
+}
+
+#[test]
+fn an_endless_answer_is_counted_not_kept() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 30_000, "{}"));
+    client.answer();
+    let head = "POST /2018-06-01/runtime/invocation/r1/response HTTP/1.1\r\n\
+                Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n";
+    client.stream.write_all(head.as_bytes()).unwrap();
+    assert!(client.answer().0.contains(" 100 "));
+    let chunk = [b"100000\r\n", "x".repeat(1 << 20).as_bytes(), b"\r\n"].concat();
+    for _ in 0..64 {
+        client.stream.write_all(&chunk).unwrap();
+    }
+    client.stream.write_all(b"0\r\n\r\n").unwrap();
+    assert!(client.answer().0.contains(" 413 "));
+    let size = 64 << 20;
+    assert_eq!(*error(&guest.done("r1")), FunctionError::ResponseTooLarge { size });
+    let (_, most) = guest.memory();
+    assert!(most < 3 * MAX_PAYLOAD as u64, "{most} bytes");
+    // The connection is as good as before.
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r2", 5000, "2"));
+    assert_eq!(client.answer().1, "2");
+}
+
+#[test]
+fn a_client_that_went_away_gets_no_event() {
+    let (mut guest, address, client) = started();
+    drop(client);
+    let mut client = Client::connect(&address);
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r1", 5000, "1"));
+    assert_eq!(client.answer().1, "1");
+}
+
+#[test]
+fn nonsense_ends_only_its_connection() {
+    let (mut guest, address, mut client) = started();
+    for text in ["nonsense\r\n\r\n", "POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "\0\r\n\r\n"]
+    {
+        let mut other = Client::connect(&address);
+        other.stream.write_all(text.as_bytes()).unwrap();
+        let (head, _) = other.answer();
+        assert!(head.contains(" 400 ") && head.contains("Connection: close"), "{head}");
+        assert_eq!(other.stream.read(&mut [0]).unwrap_or(0), 0);
+    }
+    // More connections than there is room for.
+    let crowd: Vec<_> = (0..200).filter_map(|_| TcpStream::connect(&address).ok()).collect();
+    guest.send(&invocation("r1", 5000, "1"));
+    assert_eq!(client.answer().1, "1");
+    drop(crowd);
+    assert_eq!(client.call("POST", "invocation/r1/response", "", "{}").0, 202);
+    guest.done("r1");
+}

@@ -1,0 +1,289 @@
+//! A host for `firn-init`: runs it in a directory, with the image's own bootstrap and PyPI's
+//! awslambdaric, and speaks the guest protocol with it.
+
+#![allow(dead_code, reason = "each test file is a crate of its own and uses a part")]
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    os::unix::{
+        fs::PermissionsExt as _,
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use firn_proto::guest::{
+    Done, FromGuest, FunctionError, Invoke, Load, Loaded, Log, Outcome, Renew, Renewed, ToGuest,
+    decode_from_guest, encode, frame_length,
+};
+use tempfile::TempDir;
+
+const IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../rootfs/python3.11");
+
+/// A Python with awslambdaric: `FIRN_TEST_PYTHON`, or a virtual environment made here once. `None`
+/// (after saying so) only where none can be made.
+pub fn python() -> Option<&'static Path> {
+    static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
+    PYTHON
+        .get_or_init(|| match std::env::var_os("FIRN_TEST_PYTHON") {
+            Some(python) => Some(python.into()),
+            None => environment().map_err(|error| println!("skipped: {error}")).ok(),
+        })
+        .as_deref()
+}
+
+fn environment() -> Result<PathBuf, String> {
+    let requirements = Path::new(IMAGE).join("requirements.txt");
+    let wanted = fs::read_to_string(&requirements).map_err(|error| error.to_string())?;
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("awslambdaric");
+    let python = directory.join("bin/python3");
+    let installed = directory.join("installed.txt");
+    if fs::read_to_string(&installed).is_ok_and(|found| found == wanted) {
+        return Ok(python);
+    }
+    let run = |command: &mut Command| match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr))),
+        Err(error) => Err(format!("{command:?}: {error}")),
+    };
+    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory))?;
+    run(Command::new(&python).args(["-m", "pip", "install", "--requirement"]).arg(&requirements))?;
+    fs::write(installed, wanted).map_err(|error| error.to_string())?;
+    Ok(python)
+}
+
+/// One guest.
+pub struct Guest {
+    init: Child,
+    stream: UnixStream,
+    root: TempDir,
+    /// Everything that was printed, in order.
+    pub logs: Vec<Log>,
+}
+
+/// How to load a function.
+pub struct Function<'a> {
+    pub handler: &'a str,
+    pub code: &'a str,
+    pub init_timeout_ms: u64,
+    pub snapshot: bool,
+}
+
+impl Guest {
+    /// A guest whose image has this bootstrap.
+    pub fn with_bootstrap(bootstrap: &str) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        for directory in ["var/runtime", "var/task"] {
+            fs::create_dir_all(root.path().join(directory)).unwrap();
+        }
+        let path = root.path().join("var/runtime/bootstrap");
+        fs::write(&path, bootstrap).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let socket = root.path().join("host");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let init = Command::new(env!("CARGO_BIN_EXE_firn-init"))
+            .arg("--test-socket")
+            .arg(&socket)
+            .arg("--root")
+            .arg(root.path())
+            .spawn()
+            .unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut guest = Self { init, stream, root, logs: Vec::new() };
+        match guest.receive() {
+            FromGuest::Ready(ready) => assert!(ready.ready_tsc >= ready.init_tsc),
+            other => panic!("{other:?}"),
+        }
+        guest
+    }
+
+    /// A guest with the Python image's bootstrap, run by `python`.
+    pub fn with_python(python: &Path) -> Self {
+        let overlay = Path::new(IMAGE).join("overlay/var/runtime");
+        let bootstrap = fs::read_to_string(overlay.join("bootstrap")).unwrap();
+        let (_, rest) = bootstrap.split_once('\n').unwrap();
+        let guest = Self::with_bootstrap(&format!("#!{} -sP\n{rest}", python.display()));
+        let hook = "var/runtime/firn_restore.py";
+        fs::copy(overlay.join("firn_restore.py"), guest.root.path().join(hook)).unwrap();
+        guest
+    }
+
+    pub fn load(&mut self, function: &Function<'_>) -> Loaded {
+        self.send_load(function);
+        self.loaded()
+    }
+
+    /// Where the function's code is.
+    pub fn task(&self) -> PathBuf {
+        self.root.path().join("var/task")
+    }
+
+    pub fn send_load(&mut self, function: &Function<'_>) {
+        fs::write(self.task().join("lambda_function.py"), function.code).unwrap();
+        let initialization = if function.snapshot { "snap-start" } else { "on-demand" };
+        self.send(&ToGuest::Load(Load {
+            environment: [
+                ("_HANDLER", function.handler),
+                ("AWS_LAMBDA_INITIALIZATION_TYPE", initialization),
+                ("AWS_LAMBDA_FUNCTION_NAME", "hello"),
+                ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "128"),
+                ("GREETING", "grüezi"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
+            memory_bytes: 128 << 20,
+            init_timeout_ms: function.init_timeout_ms,
+            snapshot: function.snapshot,
+            code: true,
+        }));
+    }
+
+    pub fn loaded(&mut self) -> Loaded {
+        match self.answer() {
+            FromGuest::Loaded(loaded) => loaded,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn invoke(&mut self, id: &str, timeout_ms: u64, payload: &str) -> Done {
+        self.send(&invocation(id, timeout_ms, payload));
+        self.done(id)
+    }
+
+    pub fn done(&mut self, id: &str) -> Done {
+        match self.answer() {
+            FromGuest::Done(done) => {
+                assert_eq!(done.request_id, id);
+                assert!(done.tsc.0 < done.tsc.1);
+                done
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn renewed(&mut self) -> Renewed {
+        match self.answer() {
+            FromGuest::Renewed(renewed) => renewed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn send(&mut self, message: &ToGuest) {
+        self.stream.write_all(&encode(message).unwrap()).unwrap();
+    }
+
+    /// The next message that is no log; logs are kept.
+    pub fn answer(&mut self) -> FromGuest {
+        loop {
+            match self.receive() {
+                FromGuest::Log(log) => self.logs.push(log),
+                other => return other,
+            }
+        }
+    }
+
+    pub fn receive(&mut self) -> FromGuest {
+        let mut prefix = [0; 4];
+        self.stream.read_exact(&mut prefix).unwrap();
+        let mut message = vec![0; frame_length(prefix).unwrap()];
+        self.stream.read_exact(&mut message).unwrap();
+        decode_from_guest(&message).unwrap()
+    }
+
+    /// What was printed since the last call.
+    pub fn printed(&mut self) -> String {
+        let mut text = String::new();
+        for log in self.logs.drain(..) {
+            text.push_str(&String::from_utf8_lossy(&log.line));
+            if !log.partial {
+                text.push('\n');
+            }
+        }
+        text
+    }
+
+    /// Resident memory of `firn-init` in bytes: now, and at most so far.
+    pub fn memory(&self) -> (u64, u64) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.init.id())).unwrap();
+        let of = |name: &str| -> u64 {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+        };
+        (of("VmRSS:"), of("VmHWM:"))
+    }
+
+    /// Tells the guest to end: its exit code.
+    pub fn shut_down(mut self) -> Option<i32> {
+        self.send(&ToGuest::Shutdown);
+        self.init.wait().unwrap().code()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // At the end of its stream the guest kills the runtime and ends by itself.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.init.wait();
+    }
+}
+
+pub fn invocation(id: &str, timeout_ms: u64, payload: &str) -> ToGuest {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    ToGuest::Invoke(Invoke {
+        request_id: id.to_owned(),
+        function_arn: "arn:aws:lambda:us-east-1:000000000000:function:hello".to_owned(),
+        trace_id: "Root=1-5bef4de7-ad49b0e87f6ef6c87fc2e700;Sampled=1".to_owned(),
+        client_context: "{\"client\": {\"app_title\":\n\"Bäckerei\"}, \"custom\": {}, \"env\": {}}"
+            .to_owned(),
+        cognito_identity:
+            "{\"cognitoIdentityId\": \"us-east-1:1\", \"cognitoIdentityPoolId\": \"2\"}".to_owned(),
+        deadline_ms: now.as_millis() as u64 + timeout_ms,
+        timeout_ms,
+        payload: payload.as_bytes().to_vec(),
+    })
+}
+
+pub fn renew() -> ToGuest {
+    ToGuest::Renew(Renew {
+        wall_clock_ns: 1_800_000_000_000_000_000,
+        entropy: vec![7; 64],
+        instance_id: "instance-1".to_owned(),
+        hook_timeout_ms: 10_000,
+    })
+}
+
+/// The answer's text.
+pub fn text(done: &Done) -> &str {
+    match &done.outcome {
+        Outcome::Response { payload, content_type } => {
+            assert_eq!(content_type, "application/json");
+            std::str::from_utf8(payload).unwrap()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The error of a failed invocation.
+pub fn error(done: &Done) -> &FunctionError {
+    match &done.outcome {
+        Outcome::Error(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// `errorType` and `errorMessage` of an error that the runtime posted.
+pub fn reported(error: &FunctionError) -> (String, String) {
+    match error {
+        FunctionError::Reported { payload, .. } => {
+            let document: serde_json::Value = serde_json::from_slice(payload).unwrap();
+            let field = |name: &str| document[name].as_str().unwrap().to_owned();
+            (field("errorType"), field("errorMessage"))
+        }
+        other => panic!("{other:?}"),
+    }
+}
