@@ -61,6 +61,9 @@ const TX: usize = 1;
 /// Chains that one `recvmsg` fills at most: with Linux's 4 KiB buffers 128 KiB.
 const BATCH: usize = 32;
 
+/// Bytes of the buffer that an idle device keeps allocated.
+const KEEP: usize = 16 << 10;
+
 /// RSTs that wait for RX buffers; more are dropped, and the guest's connect times out.
 const MAX_RESETS: usize = 32;
 
@@ -137,7 +140,7 @@ impl Vsock {
             first_byte: None,
             transmitted: Chain::new(memory.clone()),
             batch: (0..BATCH).map(|_| Chain::new(memory.clone())).collect(),
-            gather: Gather::new(),
+            gather: Gather::default(),
         }
     }
 
@@ -232,7 +235,6 @@ impl Vsock {
     /// Sends `len` bytes behind the header in `self.transmitted` to the host, or keeps them.
     fn forward_packet(&mut self, len: usize) {
         let mut payload = self.transmitted.readable();
-        payload.advance(HEADER);
         payload.truncate(len);
         if self.buffer.is_empty()
             && let (Some(host), Some(connection)) = (&mut self.host, &mut self.connection)
@@ -272,7 +274,13 @@ impl Vsock {
                 Err(_) => return self.reset_connection(),
             }
         }
-        if !self.buffer.is_empty() || !connection.guest_sends_no_more() {
+        if !self.buffer.is_empty() {
+            return;
+        }
+        if self.buffer.capacity() > KEEP {
+            self.buffer = VecDeque::new();
+        }
+        if !connection.guest_sends_no_more() {
             return;
         }
         if connection.guest_receives_no_more() {

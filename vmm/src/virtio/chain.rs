@@ -47,23 +47,20 @@ impl Chain {
         self.head
     }
 
-    /// What the device may read.
+    /// What the device may read and has not read yet.
     pub fn readable(&mut self) -> Buffers<'_> {
-        Buffers { segments: &mut self.segments[..self.readable], memory: PhantomData }
+        self.split().0
     }
 
-    /// What the device may write.
+    /// What the device may write and has not written yet.
     pub fn writable(&mut self) -> Buffers<'_> {
-        Buffers { segments: &mut self.segments[self.readable..], memory: PhantomData }
+        self.split().1
     }
 
     /// Both parts.
     pub fn split(&mut self) -> (Buffers<'_>, Buffers<'_>) {
         let (readable, writable) = self.segments.split_at_mut(self.readable);
-        (
-            Buffers { segments: readable, memory: PhantomData },
-            Buffers { segments: writable, memory: PhantomData },
-        )
+        (Buffers::new(readable), Buffers::new(writable))
     }
 
     /// Empties it for the chain that starts at `head`.
@@ -93,13 +90,21 @@ impl Chain {
     }
 }
 
-/// Buffers of a chain that are still to be read or written; every operation advances.
+/// Buffers of a chain that are still to be read or written. What was passed over or cut off is
+/// gone from the chain too.
 pub struct Buffers<'a> {
+    /// The first one, if there is one, is not empty.
     segments: &'a mut [iovec],
     memory: PhantomData<&'a GuestMemory>,
 }
 
 impl<'a> Buffers<'a> {
+    fn new(segments: &'a mut [iovec]) -> Self {
+        let mut buffers = Self { segments, memory: PhantomData };
+        buffers.advance(0);
+        buffers
+    }
+
     /// Bytes that are left.
     pub fn len(&self) -> usize {
         self.segments.iter().map(|s| s.iov_len).sum()
@@ -112,43 +117,34 @@ impl<'a> Buffers<'a> {
 
     /// Passes over `count` bytes, or over all that are left.
     pub fn advance(&mut self, mut count: usize) {
-        while count > 0
-            && let Some(first) = self.segments.first_mut()
-        {
-            if count < first.iov_len {
-                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(count).cast();
-                first.iov_len -= count;
+        while let Some(first) = self.segments.first_mut() {
+            let passed = count.min(first.iov_len);
+            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(passed).cast();
+            first.iov_len -= passed;
+            count -= passed;
+            if first.iov_len > 0 {
                 return;
             }
-            count -= first.iov_len;
             self.segments = &mut std::mem::take(&mut self.segments)[1..];
         }
     }
 
-    /// Forgets all but the first `count` bytes.
+    /// Cuts off all but the first `count` bytes.
     pub fn truncate(&mut self, count: usize) {
         let mut left = count;
-        let mut kept = 0;
         for segment in self.segments.iter_mut() {
-            if left == 0 {
-                break;
-            }
             segment.iov_len = segment.iov_len.min(left);
             left -= segment.iov_len;
-            kept += 1;
         }
-        self.segments = &mut std::mem::take(&mut self.segments)[..kept];
+        self.advance(0);
     }
 
     /// Takes the last byte off.
     pub fn take_last(&mut self) -> Option<LastByte<'a>> {
-        let last = self.segments.last_mut()?;
+        let last = self.segments.iter_mut().rfind(|segment| segment.iov_len > 0)?;
         last.iov_len -= 1;
         let address = last.iov_base.cast::<u8>().wrapping_add(last.iov_len);
-        if last.iov_len == 0 {
-            let kept = self.segments.len() - 1;
-            self.segments = &mut std::mem::take(&mut self.segments)[..kept];
-        }
+        self.advance(0);
         Some(LastByte { address, memory: PhantomData })
     }
 
@@ -271,7 +267,9 @@ impl LastByte<'_> {
     }
 }
 
-/// Buffers of several chains, to be filled from a socket by one system call.
+/// Buffers of several chains, to be filled from a socket by one system call. It grows once and is
+/// used again.
+#[derive(Default)]
 pub struct Gather {
     segments: Vec<iovec>,
 }
@@ -280,11 +278,6 @@ pub struct Gather {
 unsafe impl Send for Gather {}
 
 impl Gather {
-    /// An empty one; it grows once and is used again.
-    pub fn new() -> Self {
-        Self { segments: Vec::new() }
-    }
-
     /// Receives up to `limit` bytes into the writable parts of `chains`, each past its first
     /// `skip` bytes; never waits. 0 is the end of the stream.
     ///
@@ -398,15 +391,17 @@ mod tests {
     #[test]
     fn copies_cross_segments_and_advance() {
         let (memory, mut chain) = chain();
-        let (mut readable, mut writable) = chain.split();
+        let mut readable = chain.readable();
         let mut bytes = [0; 4];
         assert_eq!(readable.copy_to(&mut bytes), 4);
         assert_eq!(&bytes, b"abcd");
         readable.advance(1);
+        assert_eq!(readable.len(), 4);
+        let mut readable = chain.readable();
         assert_eq!(readable.copy_to(&mut bytes[..]), 4);
         assert_eq!(&bytes, b"fghi");
         assert!(readable.is_empty());
-        assert_eq!(writable.copy_from(b"0123456789"), 8);
+        assert_eq!(chain.writable().copy_from(b"0123456789"), 8);
         assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(0x300)).unwrap(), *b"4567");
     }
 
@@ -420,9 +415,11 @@ mod tests {
         writable.truncate(5);
         assert_eq!(writable.len(), 5);
         writable.take_last().unwrap();
-        assert_eq!(writable.segments.len(), 1);
-        writable.truncate(0);
-        assert!(writable.take_last().is_none());
+        assert_eq!(writable.len(), 4);
+        assert_eq!(chain.writable().len(), 4);
+        chain.writable().truncate(0);
+        assert!(chain.writable().is_empty());
+        assert!(chain.writable().take_last().is_none());
     }
 
     #[test]
@@ -458,7 +455,7 @@ mod tests {
         let (near, mut far) = UnixStream::pair().unwrap();
         far.write_all(b"abcdefgh").unwrap();
         let mut chains = [first, second];
-        let received = Gather::new().receive(near.as_fd(), &mut chains, 3, 5).unwrap();
+        let received = Gather::default().receive(near.as_fd(), &mut chains, 3, 5).unwrap();
         assert_eq!(received, 5);
         assert_eq!(memory.read_obj::<[u8; 3]>(GuestAddress(0x500)).unwrap(), *b"\0ab");
         assert_eq!(memory.read_obj::<[u8; 6]>(GuestAddress(0x603)).unwrap(), *b"cde\0\0\0");

@@ -1,5 +1,7 @@
 use std::fs::File;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::virtio::mock::{DATA, Mock, file, memory};
 
@@ -214,4 +216,51 @@ fn another_medium_than_the_snapshots_is_refused() {
         other.device.restore(&state),
         Err(RestoreError::Capacity { found: 35, expected: 0 })
     );
+}
+
+/// Snapshots are kept: whoever changes these bytes raises the version.
+#[test]
+fn the_saved_form_is_that_of_its_version() {
+    let mut mock = copy_on_write();
+    assert_eq!(request(&mut mock, VIRTIO_BLK_T_OUT, 8, 512, false), OK);
+    assert_eq!((Block::VERSION, mock.device.device().save().sectors), (1, 35));
+    let bytes = postcard::to_allocvec(&mock.device.device().save()).unwrap();
+    assert_eq!(bytes, [35, 1, 2]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn hostile_requests_get_an_answer_or_end_the_device(
+        requests in proptest::collection::vec(
+            (
+                prop_oneof![0u32..14, any::<u32>()],
+                prop_oneof![0u64..40, any::<u64>()],
+                proptest::collection::vec((DATA..DATA + 0x8000, 0u32..5000, any::<bool>()), 0..6),
+                any::<bool>(),
+            ),
+            1..20,
+        ),
+    ) {
+        let mut mock = copy_on_write();
+        for (kind, sector, mut buffers, ordered) in requests {
+            if ordered {
+                buffers.sort_by_key(|buffer| buffer.2);
+            }
+            let mut header = kind.to_le_bytes().to_vec();
+            header.extend([0; 4]);
+            header.extend(sector.to_le_bytes());
+            mock.write_all(DATA, &header);
+            buffers.insert(0, (DATA, 16, false));
+            let room: u32 = buffers.iter().filter(|b| b.2).map(|b| b.1).sum();
+            let head = mock.add(0, &buffers);
+            if mock.kick(0).is_err() {
+                break;
+            }
+            prop_assert_eq!(mock.used(0), [(head.into(), room)]);
+        }
+        // What it did stayed within its medium.
+        prop_assert!(mock.device.device().save().written.len() <= 1);
+    }
 }
