@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{cargo, images, kernel, step};
+use crate::{cargo, images, kernel, packages, step};
 
 /// Packages whose programs belong to an installation, and the programs.
 const PROGRAMS: [(&str, &str); 5] = [
@@ -37,12 +37,10 @@ pub fn run(_: Arguments) -> Result<i32> {
 
 /// Builds what is missing and returns the directory.
 pub fn build() -> Result<PathBuf> {
-    let kernel = kernel::build()?;
-    let tmp = images::tmp_disk()?;
-    let mut links: Vec<(String, PathBuf)> = vec![("images/tmp.ext4".into(), tmp)];
-    for name in ["vmlinux", "bzImage"] {
-        links.push((format!("kernel/{name}"), kernel.join(name)));
-    }
+    // Packages for all of it at once, so that a person is asked once.
+    packages::ensure(&[packages::IMAGES, packages::KERNEL])?;
+    // Quick things first: what is wrong with them shows before the kernel is built.
+    let mut links: Vec<(String, PathBuf)> = vec![("images/tmp.ext4".into(), images::tmp_disk()?)];
     for runtime in images::runtimes()? {
         let image = images::build(&runtime)?;
         for name in ["rootfs.erofs", "image.json"] {
@@ -53,6 +51,10 @@ pub fn build() -> Result<PathBuf> {
     let built = cargo::build_release(&PROGRAMS.map(|(package, _)| package))?;
     for (_, program) in PROGRAMS {
         links.push((format!("bin/{program}"), built.binary(program)?));
+    }
+    let kernel = kernel::build()?;
+    for name in ["vmlinux", "bzImage"] {
+        links.push((format!("kernel/{name}"), kernel.join(name)));
     }
     place(&cargo::target_directory()?.join("artifacts"), &links)
 }

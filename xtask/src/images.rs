@@ -15,7 +15,7 @@
 //! stamps and no owners but root, so the same packages give the same bytes.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,6 +39,13 @@ const TMP_UUID: &str = "6669726e-0000-4000-8000-000000000001";
 
 /// Identity of every image: their content tells them apart.
 const IMAGE_UUID: &str = "6669726e-0000-4000-8000-000000000002";
+
+/// The time of everything that must have one: the start of 2026.
+const EPOCH: u32 = 1_767_225_600;
+
+/// Where ext4 keeps its superblock, and there the time of the last write.
+const SUPERBLOCK: u64 = 1024;
+const SUPERBLOCK_WTIME: u64 = 0x30;
 
 /// Left out of every image: what tells about the machine that built it, what the guest's own
 /// mounts cover, what only a package manager reads.
@@ -116,10 +123,10 @@ pub fn build(runtime: &str) -> Result<PathBuf> {
 /// kernel would write in the background, and every page of that would be copied on write.
 pub fn tmp_disk() -> Result<PathBuf> {
     packages::ensure(&[packages::IMAGES])?;
-    let mut key = Key::new("tmp disk 1");
+    let mut key = Key::new("tmp disk 3");
     key.add(packages::version("e2fsprogs")?).add(TMP_BYTES.to_le_bytes());
     let directory = cache::entry("tmp", &key, |to| {
-        let path = to.join("tmp.ext4");
+        let path = scratch::directory()?.join("tmp.ext4");
         fs::File::create(&path)?.set_len(TMP_BYTES)?;
         let extended = format!("lazy_itable_init=0,root_owner=0:0,hash_seed={TMP_UUID},nodiscard");
         let mut mkfs = Command::new("/sbin/mkfs.ext4");
@@ -128,24 +135,37 @@ pub fn tmp_disk() -> Result<PathBuf> {
             "-O",
             "^has_journal,^metadata_csum,^uninit_bg,^resize_inode,^64bit,sparse_super2",
         ]);
-        mkfs.env("E2FSPROGS_FAKE_TIME", "1767225600").arg(&path);
+        mkfs.env("E2FSPROGS_FAKE_TIME", EPOCH.to_string()).arg(&path);
         step::run("formatting the /tmp disk", &mut mkfs)?;
         // Lambda's /tmp is empty and anyone's. The time is set, or it would be that of the build.
         let edits = "rmdir lost+found\nset_inode_field <2> mode 041777\n\
-                     set_inode_field <2> mtime 20260101\nset_inode_field <2> ctime 20260101\n\
-                     set_super_value wtime 20260101\n";
+                     set_inode_field <2> mtime 20260101\nset_inode_field <2> ctime 20260101\n";
         let script = scratch::directory()?.join("tmp.debugfs");
         fs::write(&script, edits)?;
         let mut debugfs = Command::new("/sbin/debugfs");
-        debugfs.arg("-w").arg("-f").arg(&script).arg(&path).env("SOURCE_DATE_EPOCH", "1767225600");
-        step::output(&mut debugfs).map(drop)
+        debugfs
+            .arg("-w")
+            .arg("-f")
+            .arg(&script)
+            .arg(&path)
+            .env("SOURCE_DATE_EPOCH", EPOCH.to_string());
+        step::output(&mut debugfs)?;
+        // The superblock's time of the last write, which debugfs sets to now. There are no
+        // checksums to keep right.
+        let file = fs::OpenOptions::new().write(true).open(&path)?;
+        file.write_all_at(&EPOCH.to_le_bytes(), SUPERBLOCK + SUPERBLOCK_WTIME)?;
+        // mkfs reserves room for its tables of zeros; a copy holds 80 KiB.
+        let mut copy = Command::new("cp");
+        copy.arg("--sparse=always").arg(&path).arg(to.join("tmp.ext4"));
+        step::output(&mut copy)?;
+        Ok(fs::remove_file(&path)?)
     })?;
     Ok(directory.join("tmp.ext4"))
 }
 
 /// The packages' files as `tree.tar`, and their `versions`.
 fn unpacked_packages(list: &[String]) -> Result<PathBuf> {
-    let mut key = Key::new("packages 1");
+    let mut key = Key::new("packages 2");
     key.add(SUITE).add(list.join(" "));
     cache::entry("packages", &key, |to| {
         let mut command = Command::new("mmdebstrap");
@@ -154,8 +174,8 @@ fn unpacked_packages(list: &[String]) -> Result<PathBuf> {
         let versions = to.join("versions");
         let versions = versions.to_str().context("the path of the cache is not UTF-8")?;
         command.arg(format!(
-            "--customize-hook=for f in \"$1\"/var/cache/apt/archives/*.deb; do \
-             basename \"$f\" .deb; done > '{versions}' || true"
+            "--extract-hook=for f in \"$1\"/var/cache/apt/archives/*.deb; do \
+             basename \"$f\" .deb; done > '{versions}'"
         ));
         command.arg(SUITE).arg(to.join("tree.tar"));
         step::run("unpacking the image's Debian packages", &mut command)

@@ -7,7 +7,9 @@ mod cpio;
 #[allow(dead_code, reason = "the demo and the tests come next")]
 mod host_vm;
 mod images;
+#[allow(dead_code, reason = "the rest of the tasks comes next")]
 mod kernel;
+#[allow(dead_code, reason = "the rest of the tasks comes next")]
 mod packages;
 mod python;
 mod scratch;

@@ -23,8 +23,15 @@ pub const KERNEL: &[&str] = &[
 ];
 
 /// Builds the images.
-pub const IMAGES: &[&str] =
-    &["e2fsprogs", "erofs-utils", "mmdebstrap", "python3-venv", "tar", "ca-certificates"];
+pub const IMAGES: &[&str] = &[
+    "e2fsprogs",
+    "erofs-utils",
+    "mmdebstrap",
+    "python3-venv",
+    "tar",
+    "ca-certificates",
+    "util-linux",
+];
 
 /// Runs the host VM. Its kernel is downloaded and unpacked, not installed: installed, it would
 /// become the kernel that a developer's own machine boots next.

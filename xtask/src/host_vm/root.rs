@@ -20,7 +20,7 @@ use super::Options;
 use super::modules::Kernel;
 use crate::cargo;
 use crate::cpio::Archive;
-use crate::scratch;
+use crate::{packages, scratch};
 
 /// What the host VM can't be without: KVM, and in interactive mode the network.
 const KVM_MODULES: [&str; 1] = ["kvm-amd"];
@@ -43,6 +43,7 @@ impl Drop for Initrd {
 
 /// Writes the initramfs; with a job for measurement mode.
 pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
+    packages::ensure(&[packages::HOST_VM])?;
     let agent = cargo::build_release(&["firn-host-vm-agent"])?.binary("firn-host-vm-agent")?;
     let kernel = Kernel::find()?;
     let path = scratch::directory()?.join("initrd");
