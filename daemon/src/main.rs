@@ -20,7 +20,7 @@ mod serve;
 mod store;
 mod workshop;
 
-use std::{io, process::ExitCode, sync::Arc, time::Duration};
+use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
@@ -138,7 +138,8 @@ async fn daemon<B: Backend>(
     let concurrency = options.concurrency as usize;
     let app = api::App::new(store, workshop, scheduler.clone(), concurrency);
     let address = listener.local_addr().context("the listener has no address")?;
-    println!("firnd: ready on http://{address}");
+    // Whoever started the daemon may not be listening; that is no reason to stop.
+    let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);
     serve::serve(listener, api::router(app), stop, patience).await;
     tracing::info!("stopping");

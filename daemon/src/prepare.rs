@@ -127,7 +127,8 @@ impl<B: Backend> Preparer<B> {
         }))
     }
 
-    /// Makes a snapshot of `function` in the background, unless there is one already.
+    /// Makes a snapshot of `function` in the background, unless there is one already or one is on
+    /// its way. One that failed is tried again: the reason may have gone.
     pub fn ensure(self: &Arc<Self>, function: Arc<Function>) {
         let fingerprint = function.fingerprint(&self.workshop.place);
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
@@ -139,7 +140,8 @@ impl<B: Backend> Preparer<B> {
         };
         {
             let mut functions = self.lock();
-            if functions.get(&function.name).is_some_and(|e| e.fingerprint == fingerprint) {
+            let current = functions.get(&function.name).filter(|e| e.fingerprint == fingerprint);
+            if current.is_some_and(|e| !matches!(e.status, Status::Failed(_))) {
                 return;
             }
             functions.insert(function.name.clone(), fresh);
@@ -252,10 +254,7 @@ impl<B: Backend> Preparer<B> {
         let loaded = output.during(machine.load(&spec, true)).await;
         output.stream.flush().await;
         let failure = match loaded {
-            Ok(report) => match report.error {
-                None => None,
-                Some(error) => Some(PrepareError::Init(describe(error))),
-            },
+            Ok(report) => report.error.map(|error| PrepareError::Init(describe(error))),
             Err(error) => Some(error.into()),
         };
         if let Some(failure) = failure {

@@ -153,7 +153,7 @@ impl Store {
         if self.get(&function.name).is_some() {
             return Err(StoreError::Exists(function.name));
         }
-        Ok(self.write(&connection, function)?)
+        self.write(&connection, function)
     }
 
     /// Replaces a function by what `change` makes of it, if it still has the revision that the

@@ -94,6 +94,7 @@ impl ApiError {
     }
 
     /// The name of the exception.
+    #[cfg(test)]
     pub fn name(&self) -> &'static str {
         self.facts().0
     }

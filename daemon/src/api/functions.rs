@@ -232,6 +232,7 @@ pub async fn update_configuration<B: Backend>(
     Target(reference): Target,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
+    let _turn = app.uploads.acquire().await;
     let body = body(request, "UpdateFunctionConfiguration").await?;
     let current = app.find(&reference)?;
     refuse_qualifier(&reference)?;

@@ -11,7 +11,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use firn::Invocation;
 
-use super::{App, MAX_EVENT, RequestInfo, Target, announced, error::ApiError, names, read_body};
+use super::{App, MAX_EVENT, RequestInfo, Target, announced, error::ApiError, read_body};
 use crate::{
     backend::Backend,
     function::LATEST,
@@ -81,7 +81,7 @@ pub async fn invoke<B: Backend>(
     let trace_id = trace_id(headers);
     let invocation = Invocation {
         request_id: id,
-        function_arn: invoked_arn(&reference, &app.place),
+        function_arn: reference.arn(&app.place),
         trace_id: trace_id.clone(),
         client_context,
         cognito_identity: String::new(),
@@ -196,11 +196,6 @@ fn trace_id(headers: &HeaderMap) -> String {
     let parent = uuid::Uuid::new_v4().simple().to_string();
     let seconds = crate::function::now_ms() / 1000;
     format!("Root=1-{seconds:08x}-{};Parent={};Sampled=0", &random[..24], &parent[..16])
-}
-
-/// The ARN that the function sees: with the qualifier if the caller gave one.
-fn invoked_arn(reference: &names::Reference, place: &names::Place) -> String {
-    reference.arn(place)
 }
 
 #[cfg(test)]

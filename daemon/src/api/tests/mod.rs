@@ -1,0 +1,214 @@
+//! The API over real connections, with a backend that needs no KVM.
+
+mod control;
+mod invocations;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::{App, router};
+use crate::{
+    api::names::Place,
+    code::CodeStore,
+    fake::{Counters, Fake},
+    logs::{Bounds, Logs},
+    prepare::Preparer,
+    scheduler::{Limits, Scheduler},
+    serve,
+    store::Store,
+    workshop::Workshop,
+};
+
+const FUNCTIONS: &str = "/2015-03-31/functions";
+
+/// A daemon in this process.
+struct Daemon {
+    address: SocketAddr,
+    fake: Arc<Counters>,
+    scheduler: Arc<Scheduler<Fake>>,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+}
+
+struct Answer {
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
+    }
+
+    #[track_caller]
+    fn expect(self, status: u16, exception: &str) -> String {
+        let body = String::from_utf8_lossy(&self.body).into_owned();
+        assert_eq!(
+            (self.status, self.header("x-amzn-errortype")),
+            (status, Some(exception)),
+            "{body}"
+        );
+        assert_eq!(self.header("content-type"), Some("application/json"));
+        body
+    }
+}
+
+fn limits() -> Limits {
+    Limits { concurrency: 8, idle: Duration::from_secs(300), reserve_mib: 0 }
+}
+
+/// Starts a daemon on the state in `dir`.
+async fn start(dir: &std::path::Path, limits: Limits, port: u16) -> Daemon {
+    let fake = Fake::default();
+    let store = Arc::new(Store::open(&dir.join("store.sqlite")).unwrap());
+    let functions = store.all();
+    let workshop = Workshop {
+        backend: fake.clone(),
+        place: Place { region: "us-east-1".into(), account: "000000000000".into() },
+        code: CodeStore::open(dir.join("code"), |sha| store.uses_code(sha)).unwrap(),
+        logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
+        patience: 1,
+    };
+    let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
+    let scheduler = Scheduler::start(workshop.clone(), preparer, limits);
+    for function in &functions {
+        scheduler.deployed(function, None);
+    }
+    let app = App::new(store, workshop, scheduler.clone(), limits.concurrency);
+    let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    let until = async move { drop(stopped.await) };
+    tokio::spawn(serve::serve(listener, router(app), until, Duration::from_secs(5)));
+    Daemon { address, fake: fake.0, scheduler, stop: Some(stop) }
+}
+
+impl Daemon {
+    async fn call(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: {}\r\n",
+            self.address,
+            body.len()
+        );
+        for (name, value) in headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += "\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
+        let head = String::from_utf8(answer[..end].to_vec()).unwrap();
+        let mut lines = head.split("\r\n");
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let headers = lines
+            .map(|line| line.split_once(": ").unwrap())
+            .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
+            .collect();
+        Answer { status, headers, body: answer[end + 4..].to_vec() }
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        self.call("GET", path, &[], b"").await
+    }
+
+    async fn send(&self, method: &str, path: &str, body: &Value) -> Answer {
+        self.call(method, path, &[], body.to_string().as_bytes()).await
+    }
+
+    async fn create(&self, name: &str, changes: Value) -> Answer {
+        let mut body = json!({
+            "FunctionName": name, "Runtime": "python3.11", "Handler": "a.b",
+            "Role": "arn:aws:iam::000000000000:role/r", "Code": {"ZipFile": zip("1")},
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        self.send("POST", FUNCTIONS, &body).await
+    }
+
+    async fn invoke(&self, name: &str, headers: &[(&str, &str)], event: &Value) -> Answer {
+        let path = format!("{FUNCTIONS}/{name}/invocations");
+        self.call("POST", &path, headers, event.to_string().as_bytes()).await
+    }
+
+    async fn snapshot_is(&self, name: &str, state: &str) -> Value {
+        let mut last = Value::Null;
+        for _ in 0..400 {
+            last = self.get(&format!("/firn/v1/functions/{name}/snapshot")).await.json();
+            if last["state"] == state {
+                return last;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the snapshot of {name} is not {state}: {last}");
+    }
+
+    fn count(&self, counter: fn(&Counters) -> &std::sync::atomic::AtomicUsize) -> usize {
+        counter(&self.fake).load(Ordering::SeqCst)
+    }
+}
+
+fn zip(content: &str) -> String {
+    STANDARD.encode(format!("PK{content}"))
+}
+
+async fn daemon() -> (tempfile::TempDir, Daemon) {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = start(dir.path(), limits(), 0).await;
+    (dir, daemon)
+}
+
+async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut pinned: Vec<_> = futures.into_iter().map(Box::pin).collect();
+    let mut outputs: Vec<Option<F::Output>> = pinned.iter().map(|_| None).collect();
+    std::future::poll_fn(|context| {
+        for (future, output) in pinned.iter_mut().zip(&mut outputs) {
+            if output.is_none()
+                && let std::task::Poll::Ready(done) = future.as_mut().poll(context)
+            {
+                *output = Some(done);
+            }
+        }
+        if outputs.iter().all(Option::is_some) {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+    outputs.into_iter().flatten().collect()
+}
+
+/// For trying real clients by hand: `FIRND_FAKE_PORT=9001 cargo test -p firnd -- --ignored fake`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "serves until killed"]
+async fn serve_the_fake_backend() {
+    let port = std::env::var("FIRND_FAKE_PORT").ok().and_then(|p| p.parse().ok()).unwrap_or(0);
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = start(dir.path(), limits(), port).await;
+    eprintln!("ready on http://{}", daemon.address);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+}

@@ -1,0 +1,273 @@
+//! The way of one request through a warm, a thawed or a booted instance, and what its end means for
+//! the caller, the log and the instance.
+
+use std::{
+    fmt::Display,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use firn::{InstanceError, Invocation, InvokeReport, ShellClass, StartError, guest};
+
+use super::{Refusal, Request, Scheduler, Served, StartKind, Trace, Worker};
+use crate::{
+    backend::{Backend, Machine},
+    function::Function,
+    outcome::Answer,
+    report::{self, Report},
+    workshop::Output,
+};
+
+impl<B: Backend> Scheduler<B> {
+    /// Finds or starts an instance and has it serve.
+    pub(super) async fn serve(self: Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
+        let fingerprint = request.function.fingerprint(&self.workshop.place);
+        if matches!(request.force, None | Some(StartKind::Warm)) {
+            if let Some(worker) = self.take(&request.function.name, &fingerprint).await {
+                return self.serve_warm(worker, request).await;
+            }
+            if request.force.is_some() {
+                return Err(Refusal::Impossible(
+                    "X-Firn-Start: warm is impossible: no instance of this function is idle".into(),
+                ));
+            }
+        }
+        let class = ShellClass::for_memory(request.function.config.memory_mb);
+        self.admit(class).await?;
+        request.trace.mark("scheduled");
+        if request.force != Some(StartKind::Boot) {
+            let snapshot = self.preparer.resident(&request.function.name, &fingerprint);
+            if let Some(snapshot) = snapshot {
+                match self.serve_thawed(&snapshot, &mut request, &fingerprint).await? {
+                    Some(served) => return Ok(served),
+                    None if request.force.is_none() => {}
+                    None => {
+                        return Err(Refusal::Failed("the snapshot could not be thawed".into()));
+                    }
+                }
+            } else if request.force.is_some() {
+                let status = self.preparer.status(&request.function.name, &fingerprint);
+                return Err(Refusal::Impossible(format!(
+                    "X-Firn-Start: thaw is impossible: the state of this function's snapshot is \
+                     {:?}",
+                    status.word()
+                )));
+            }
+        }
+        self.serve_booted(class, request, fingerprint).await
+    }
+
+    async fn serve_warm(
+        self: Arc<Self>,
+        mut worker: Worker<B::Machine>,
+        mut request: Request,
+    ) -> Result<Served, Refusal> {
+        request.trace.mark("scheduled");
+        self.note(worker.machine.id(), |listed| {
+            listed.state = "busy";
+            listed.invocations += 1;
+        });
+        // What it printed after its last answer belongs before this one.
+        worker.output.drain().await;
+        worker.output.stream.begin_tail();
+        worker.output.stream.service(&report::start(&request.invocation.request_id)).await;
+        let begun = Instant::now();
+        let result = worker.output.during(worker.machine.invoke(&request.invocation)).await;
+        if let Ok(report) = &result {
+            request.trace.add("invoke", begun, &report.phases);
+        }
+        self.conclude(worker, request, StartKind::Warm, result, 0, begun).await
+    }
+
+    /// `None`: this snapshot does not thaw here, and the function has not run.
+    async fn serve_thawed(
+        self: &Arc<Self>,
+        snapshot: &B::Resident,
+        request: &mut Request,
+        fingerprint: &str,
+    ) -> Result<Option<Served>, Refusal> {
+        let (function, invocation) = (&request.function, &request.invocation);
+        let (mut output, sink) = self.workshop.output(function);
+        output.stream.service(&report::start(&invocation.request_id)).await;
+        let begun = Instant::now();
+        let thaw = self.workshop.backend.thaw(snapshot, Some(invocation), Some(sink));
+        match output.during(thaw).await {
+            Ok((machine, Some(report))) => {
+                let mut request = std::mem::replace(request, Request::empty(function));
+                request.trace.add("thaw", begun, &report.phases);
+                let worker = self.register(machine, output, StartKind::Thaw, &request, fingerprint);
+                let served =
+                    self.conclude(worker, request, StartKind::Thaw, Ok(report), 0, begun).await?;
+                Ok(Some(served))
+            }
+            Ok((machine, None)) => {
+                machine.retire().await;
+                Err(Refusal::Failed("the thawed instance did not answer its first event".into()))
+            }
+            Err(StartError::Refused { message, .. }) => {
+                tracing::error!(function = function.name, message, "a snapshot can't be thawed");
+                self.preparer.discredit(&function.name, fingerprint, message);
+                Ok(None)
+            }
+            Err(StartError::Died { exit }) => {
+                let id = &invocation.request_id;
+                let answer = Answer::machine_died(id, &exit.to_string());
+                Ok(Some(ended(output, request, answer, begun).await))
+            }
+            // Thawed and renewed, but silent long after the function's own limit.
+            Err(StartError::TimedOut { waiting_for: "Done", .. }) => {
+                let answer = timed_out(function, &invocation.request_id);
+                Ok(Some(ended(output, request, answer, begun).await))
+            }
+            Err(error) => Err(Refusal::Failed(error.to_string())),
+        }
+    }
+
+    async fn serve_booted(
+        self: Arc<Self>,
+        class: ShellClass,
+        mut request: Request,
+        fingerprint: String,
+    ) -> Result<Served, Refusal> {
+        let failed = |error: &dyn Display| Refusal::Failed(error.to_string());
+        let function = request.function.clone();
+        let code = self.workshop.disk(&function).await.map_err(Refusal::Failed)?;
+        let begun = Instant::now();
+        let boot = self.workshop.backend.boot(&function.config.runtime, class).await;
+        let machine = boot.map_err(|e| failed(&e))?;
+        request.trace.add("boot", begun, machine.start_phases());
+        let (output, sink) = self.workshop.output(&function);
+        let mut worker = self.register(machine, output, StartKind::Boot, &request, &fingerprint);
+        let spec = self.workshop.spec(&function, code, "on-demand", &worker.output, sink);
+        let begun = Instant::now();
+        let loaded = match worker.output.during(worker.machine.load(&spec, false)).await {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                worker.output.stream.flush().await;
+                let served = self.conclude(worker, request, StartKind::Boot, Err(error), 0, begun);
+                return served.await;
+            }
+        };
+        request.trace.add("load", begun, &loaded.phases);
+        // A function that failed to initialise is invoked all the same: as in Lambda, the
+        // invocation repeats the initialisation and answers with what that says.
+        let init_us = if loaded.error.is_none() { loaded.init_us } else { 0 };
+        worker.output.stream.service(&report::start(&request.invocation.request_id)).await;
+        let begun = Instant::now();
+        let result = worker.output.during(worker.machine.invoke(&request.invocation)).await;
+        if let Ok(report) = &result {
+            request.trace.add("invoke", begun, &report.phases);
+        }
+        self.conclude(worker, request, StartKind::Boot, result, init_us, begun).await
+    }
+
+    /// Turns what an instance said into what the caller gets, and sends the instance back.
+    async fn conclude(
+        self: &Arc<Self>,
+        mut worker: Worker<B::Machine>,
+        request: Request,
+        kind: StartKind,
+        result: Result<InvokeReport, InstanceError>,
+        init_us: u64,
+        begun: Instant,
+    ) -> Result<Served, Refusal> {
+        let id = &request.invocation.request_id;
+        let (answer, report) = match result {
+            Ok(mut report) => {
+                let outcome = std::mem::replace(
+                    &mut report.outcome,
+                    guest::Outcome::Response { payload: Vec::new(), content_type: String::new() },
+                );
+                (Answer::of(outcome, id), Some(report))
+            }
+            Err(InstanceError::Died { exit }) => {
+                (Answer::machine_died(id, &exit.to_string()), None)
+            }
+            Err(InstanceError::Protocol { message, .. }) => {
+                (Answer::machine_died(id, &message), None)
+            }
+            Err(InstanceError::Unresponsive { .. }) => (timed_out(&request.function, id), None),
+            Err(error) => {
+                self.retire(worker);
+                return Err(Refusal::Failed(error.to_string()));
+            }
+        };
+        let output = &mut worker.output;
+        let elapsed = begun.elapsed();
+        let tail = write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
+        if report.is_some() {
+            self.give_back(worker);
+        } else {
+            tracing::warn!(function = worker.function, "an instance ended under an invocation");
+            self.retire(worker);
+        }
+        Ok(Served { kind, answer, tail, trace: request.trace })
+    }
+}
+
+impl Request {
+    /// What is left where a request has been taken out.
+    fn empty(function: &Arc<Function>) -> Self {
+        Self {
+            function: function.clone(),
+            invocation: Invocation::default(),
+            force: None,
+            trace: Trace::default(),
+        }
+    }
+}
+
+/// The answer for an instance that was still silent after the function's time was up.
+fn timed_out(function: &Function, request_id: &str) -> Answer {
+    let limit_ms = function.timeout().as_millis() as u64;
+    let error = guest::FunctionError::TimedOut { limit_ms };
+    Answer::of(guest::Outcome::Error(error), request_id)
+}
+
+/// The end of a request whose instance ended with it, before there was a worker.
+async fn ended(
+    mut output: Output,
+    request: &mut Request,
+    answer: Answer,
+    begun: Instant,
+) -> Served {
+    let tail = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
+    let trace = std::mem::take(&mut request.trace);
+    Served { kind: StartKind::Thaw, answer, tail, trace }
+}
+
+/// Writes the end of an invocation into its log and gives the tail.
+async fn write_end(
+    output: &mut Output,
+    request: &Request,
+    answer: &Answer,
+    report: Option<&InvokeReport>,
+    init_us: u64,
+    elapsed: Duration,
+) -> Vec<u8> {
+    let request_id = request.invocation.request_id.as_str();
+    let renewed = report.and_then(|r| r.renewed.as_ref());
+    let line = Report {
+        request_id,
+        duration_us: report.map_or(elapsed.as_micros() as u64, |r| r.duration_us),
+        memory_mb: request.function.config.memory_mb,
+        max_memory_bytes: report.map_or(0, |r| r.max_memory_bytes),
+        init_us: init_us + report.map_or(0, |r| r.init_us),
+        restore_us: renewed.map(|renewed| {
+            let ready = report.and_then(|r| r.phases.get("renewed"));
+            let ready =
+                ready.map_or(renewed.renew_us + renewed.hooks_us, |at| at.as_micros() as u64);
+            (ready, renewed.hooks_us)
+        }),
+        status: answer.status,
+    };
+    let stream = &mut output.stream;
+    if let Some(text) = &answer.log {
+        stream.service(text).await;
+    }
+    stream.service(&report::end(request_id)).await;
+    stream.service(&line.to_string()).await;
+    let tail = stream.tail().to_vec();
+    stream.flush().await;
+    tail
+}
