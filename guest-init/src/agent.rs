@@ -261,7 +261,8 @@ impl Agent {
             }
             (Source::Listener, Some(runtime)) => runtime.server.accept(),
             (Source::Connection(id), Some(runtime)) => {
-                if !runtime.server.serve(id, &mut self.scratch, gone) {
+                let alive = runtime.server.serve(id, &mut self.scratch, gone);
+                if !alive {
                     runtime.api.closed(id);
                 }
             }

@@ -73,8 +73,7 @@ fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Resu
 /// # Errors
 /// Any [`BootError`]; there is no way on from there.
 pub fn boot() -> Result<Machine, BootError> {
-    let plain = MountFlags::NOSUID | MountFlags::NOEXEC;
-    let pseudo = plain | MountFlags::NODEV;
+    let pseudo = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     for directory in ["/dev", "/root"] {
         match fs::create_dir(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -83,7 +82,7 @@ pub fn boot() -> Result<Machine, BootError> {
             _ => {}
         }
     }
-    mount_at("devtmpfs", "/dev", "devtmpfs", plain, None)?;
+    mount_at("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, None)?;
     open_standard_descriptors()?;
     let image = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
     mount_disk("/dev/vda", "/root", "erofs", image, None)?;

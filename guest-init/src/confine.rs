@@ -5,6 +5,7 @@
 //! Lambda does: unprivileged user, no capabilities, no way to gain any, no ptrace.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, Write},
 };
@@ -72,11 +73,15 @@ const FORBIDDEN: &[libc::c_long] = &[
     libc::SYS_keyctl,
 ];
 
+/// System calls that fail with ENOSYS, so that their users fall back to older ones: `clone3` has
+/// its flags in memory, where no filter sees them, and a ring's operations pass every filter by.
+const UNKNOWN: &[libc::c_long] = &[libc::SYS_clone3, libc::SYS_io_uring_setup];
+
 /// Compiled filters, made before fork.
 #[derive(Debug)]
 pub struct Filters {
     forbidden: BpfProgram,
-    clone3: BpfProgram,
+    unknown: BpfProgram,
 }
 
 impl Filters {
@@ -85,33 +90,38 @@ impl Filters {
     /// # Errors
     /// A rule set that is no filter, which a test excludes.
     pub fn compile() -> Result<Self, seccompiler::Error> {
+        let mut forbidden = all(FORBIDDEN);
         // New user namespaces would give capabilities over the kernel's mount and network code.
-        let new_user = SeccompRule::new(vec![SeccompCondition::new(
-            0,
-            SeccompCmpArgLen::Qword,
-            SeccompCmpOp::MaskedEq(libc::CLONE_NEWUSER as u64),
-            libc::CLONE_NEWUSER as u64,
-        )?])?;
-        let mut forbidden: std::collections::BTreeMap<_, _> =
-            FORBIDDEN.iter().map(|&call| (call, Vec::new())).collect();
-        forbidden.insert(libc::SYS_clone, vec![new_user]);
-        // clone3 has its flags in memory, where no filter sees them; with ENOSYS every C library
-        // falls back to clone.
-        let clone3 = [(libc::SYS_clone3, Vec::new())].into();
-        let program = |rules, errno: i32| -> Result<BpfProgram, seccompiler::Error> {
-            Ok(SeccompFilter::new(
-                rules,
-                SeccompAction::Allow,
-                SeccompAction::Errno(errno as u32),
-                TargetArch::x86_64,
-            )?
-            .try_into()?)
-        };
+        let flag = libc::CLONE_NEWUSER as u64;
+        forbidden
+            .insert(libc::SYS_clone, vec![first_argument(SeccompCmpOp::MaskedEq(flag), flag)?]);
+        // The way to the host is PID 1's alone.
+        let vsock = libc::AF_VSOCK as u64;
+        forbidden.insert(libc::SYS_socket, vec![first_argument(SeccompCmpOp::Eq, vsock)?]);
         Ok(Self {
             forbidden: program(forbidden, libc::EPERM)?,
-            clone3: program(clone3, libc::ENOSYS)?,
+            unknown: program(all(UNKNOWN), libc::ENOSYS)?,
         })
     }
+}
+
+type Rules = BTreeMap<libc::c_long, Vec<SeccompRule>>;
+
+/// These calls, whatever their arguments.
+fn all(calls: &[libc::c_long]) -> Rules {
+    calls.iter().map(|&call| (call, Vec::new())).collect()
+}
+
+fn first_argument(compare: SeccompCmpOp, value: u64) -> Result<SeccompRule, seccompiler::Error> {
+    // The kernel reads 32 bits of either argument that is looked at here.
+    let condition = SeccompCondition::new(0, SeccompCmpArgLen::Dword, compare, value)?;
+    Ok(SeccompRule::new(vec![condition])?)
+}
+
+fn program(rules: Rules, errno: i32) -> Result<BpfProgram, seccompiler::Error> {
+    let refuse = SeccompAction::Errno(errno as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
 }
 
 /// Confines the calling process for good. Runs between fork and exec: async-signal-safe, no
@@ -137,7 +147,7 @@ pub fn confine(filters: &Filters, cgroup: Option<&File>) -> io::Result<()> {
     }
     // Sets no_new_privs too.
     let filtered = |program| apply_filter(program).map_err(|_| io::Error::last_os_error());
-    filtered(&filters.clone3)?;
+    filtered(&filters.unknown)?;
     filtered(&filters.forbidden)
 }
 

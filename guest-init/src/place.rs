@@ -136,9 +136,10 @@ impl Place {
     /// # Errors
     /// [`PlaceError::Renew`].
     pub fn renew(&self, message: &Renew) -> Result<(), PlaceError> {
-        Ok(if self.machine.is_some() {
-            renew(message)?
-        })
+        match self.machine {
+            Some(_) => Ok(renew(message)?),
+            None => Ok(()),
+        }
     }
 
     /// Lets what was frozen go on.

@@ -229,8 +229,8 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => alive = false,
             }
-        } else if hung_up && connection.unread.is_empty() {
-            // Nobody is there to read the answer.
+        } else if hung_up {
+            // Nobody is there to read the answer; and what poll reports again and again must end.
             alive = false;
         }
         if !alive {

@@ -8,7 +8,7 @@ use firn_proto::guest::{FromGuest, FunctionError, MAX_PAYLOAD, Stream, ToGuest};
 use guest::{Function, Guest, error, invocation, python, renew, reported, text};
 
 const CODE: &str = r#"
-import json, os, signal, subprocess, sys, time
+import ctypes, json, os, signal, subprocess, sys, time
 
 print("initialising")
 
@@ -47,6 +47,21 @@ def act(event, context):
         for _ in range(event["lines"]):
             print(line)
         sys.stderr.write("printed\n")
+    if what == "forbidden":
+        libc = ctypes.CDLL(None, use_errno=True)
+        call = lambda *args: (libc.syscall(*args), ctypes.get_errno())
+        mount = call(165, b"none", b"/mnt", b"tmpfs", 0, None)
+        newuser = 0x10000000
+        return {
+            "ptrace": call(101, 0, 0, 0, 0),
+            "process_vm_readv": call(310, os.getpid(), 0, 0, 0, 0, 0),
+            "mount": mount,
+            "unshare": call(272, newuser),
+            "clone": call(56, newuser | 17, 0, 0, 0, 0),
+            "vsock": call(41, 40, 1, 0),
+            "clone3": call(435, 0, 0),
+            "io_uring_setup": call(425, 1, 0),
+        }
     if what == "set":
         return {1, 2}
     if what == "long":
@@ -196,6 +211,18 @@ fn payloads_at_the_limit_and_over_it() {
     let done = guest.invoke("r", 30_000, r#"{"do": "long", "length": 50000000}"#);
     assert_eq!(*error(&done), FunctionError::ResponseTooLarge { size: 50_000_002 });
     pid(&mut guest);
+}
+
+#[test]
+fn what_a_function_may_not_do() {
+    let Some(mut guest) = acting() else { return };
+    let done = guest.invoke("r", 5000, r#"{"do": "forbidden"}"#);
+    let found: serde_json::Value = serde_json::from_str(text(&done)).unwrap();
+    for (call, result) in found.as_object().unwrap() {
+        let errno = if ["clone3", "io_uring_setup"].contains(&call.as_str()) { 38 } else { 1 };
+        assert_eq!(*result, serde_json::json!([-1, errno]), "{call}");
+    }
+    assert_eq!(found.as_object().unwrap().len(), 8);
 }
 
 #[test]
