@@ -1,206 +1,63 @@
-//! One machine's microVMs.
+//! One machine's microVMs: the pool of shells, and the book of everything that lives.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    ops::Range,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
 
-use firn_proto::control;
+use tokio::sync::watch;
 
 use crate::{
-    HostConfig, Image, ImageError, Instance, Invocation, InvokeReport, LogSink, ResidentSnapshot,
-    ShellClass, VmmExit,
+    HostConfig, Image, ImageError, OpenError, Shell, ShellClass, ShellError,
+    cgroup::Cgroups,
+    open::{self, Artifacts, State},
+    shell,
 };
 
 /// Makes and keeps microVMs. Cheap to clone; call [`Host::shutdown`] before the process ends.
 #[derive(Debug, Clone)]
-pub struct Host;
+pub struct Host(Arc<Handle>);
 
-/// A jailed VMM with a microVM of one class that waits for what to run. Dropping it kills it.
+/// What clones of [`Host`] share. Background work holds [`Inner`] only, so that the pool dies with
+/// the last `Host`, also without a shutdown.
 #[derive(Debug)]
-pub struct Shell;
+struct Handle(Arc<Inner>);
 
-/// Why a host can't open.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// A file of the installation is missing or unusable.
-    #[error("the installation in {} has no usable {what} ({}): {source}", artifacts.display(), path.display())]
-    Artifact {
-        /// The installation.
-        artifacts: PathBuf,
-        /// Which part: `firn-vmm`, `kernel`, `/tmp disk`…
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// There is no image at all.
-    #[error("no images in {}", path.display())]
-    NoImages {
-        /// The directory that was searched.
-        path: PathBuf,
-    },
-    /// An image is damaged.
-    #[error("image {runtime:?} can't be used: {source}")]
-    Image {
-        /// The runtime.
-        runtime: String,
-        /// Why.
-        source: ImageError,
-    },
-    /// The machine has no KVM.
-    #[error(
-        "there is no /dev/kvm: load KVM's module (kvm_intel, kvm_amd), or allow nested virtualisation"
-    )]
-    NoKvm,
-    /// This user may not use KVM.
-    #[error("no permission for /dev/kvm: run as root, or join the group that owns it")]
-    KvmPermission,
-    /// KVM is there but can't be used.
-    #[error("/dev/kvm can't be used: {0}")]
-    Kvm(io::Error),
-    /// Building jails needs root.
-    #[error("jails can only be built by root (this is user {uid})")]
-    NotRoot {
-        /// Who this is.
-        uid: u32,
-    },
-    /// No way to limit microVMs.
-    #[error("control groups: {0}")]
-    Cgroup(String),
-    /// Another host lives in this state directory.
-    #[error("{} is in use by another process", path.display())]
-    InUse {
-        /// The state directory.
-        path: PathBuf,
-    },
-    /// A value of the configuration makes no sense.
-    #[error("{field}: {reason}")]
-    Config {
-        /// Name of the field.
-        field: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A file or directory of the state could not be read or written.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
-/// Why there is no shell.
-#[derive(Debug, thiserror::Error)]
-pub enum ShellError {
-    /// The host is shutting down.
-    #[error("the host is shutting down")]
-    Closed,
-    /// More microVMs at once than users to run them as.
-    #[error("all {limit} user ids for microVMs are taken")]
-    NoUid {
-        /// How many there are.
-        limit: usize,
-    },
-    /// The class is impossible.
-    #[error("no microVM can have {vcpus} vCPUs and {memory_mib} MiB of memory")]
-    Class {
-        /// Asked for.
-        vcpus: u8,
-        /// Asked for.
-        memory_mib: u32,
-    },
-    /// The process could not be made.
-    #[error("{step}: {source}")]
-    Spawn {
-        /// What was being done.
-        step: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The jailer or the VMM ended before the shell stood.
-    #[error("the shell ended: {exit}")]
-    Died {
-        /// How; the detail names the jailer's step.
-        exit: VmmExit,
-    },
-    /// The VMM refused to build the microVM.
-    #[error("the VMM refused: {message}")]
-    Refused {
-        /// Class of the failure.
-        kind: control::FailureKind,
-        /// Its words.
-        message: String,
-    },
-    /// It took too long.
-    #[error("the shell was not ready within {after:?}")]
-    TimedOut {
-        /// How long it was given.
-        after: Duration,
-    },
-    /// The VMM broke its protocol.
-    #[error("protocol violation: {0}")]
-    Protocol(String),
+/// The host itself.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) config: HostConfig,
+    pub(crate) artifacts: Artifacts,
+    pub(crate) cgroups: Option<Cgroups>,
+    pub(crate) state: State,
+    pub(crate) uids: Arc<Uids>,
+    pub(crate) live: Live,
+    pool: Mutex<HashMap<ShellClass, Pool>>,
+    closed: AtomicBool,
+    names: AtomicU64,
 }
 
-/// Why an instance did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// There was no shell to start it in.
-    #[error(transparent)]
-    Shell(#[from] ShellError),
-    /// The VMM refused the kernel or the snapshot.
-    #[error("the VMM refused: {message}")]
-    Refused {
-        /// Class of the failure: `BadKernel`, `SnapshotCpu`…
-        kind: control::FailureKind,
-        /// Its words.
-        message: String,
-    },
-    /// It ended before it was ready.
-    #[error("the microVM ended while it started: {exit}")]
-    Died {
-        /// How.
-        exit: VmmExit,
-    },
-    /// It took too long.
-    #[error("no {waiting_for} within {after:?}")]
-    TimedOut {
-        /// What it should have said.
-        waiting_for: &'static str,
-        /// How long it was given.
-        after: Duration,
-    },
-    /// The guest speaks another version of the protocol.
-    #[error("the guest speaks protocol version {found}, this host {supported}")]
-    GuestVersion {
-        /// The guest's.
-        found: u16,
-        /// Ours.
-        supported: u16,
-    },
-    /// A thawed guest did not repeat its new identity: it must never serve.
-    #[error("the thawed guest calls itself {found:?}, not {expected:?}")]
-    NotRenewed {
-        /// The identity that it was given.
-        expected: String,
-        /// What it said.
-        found: String,
-    },
-    /// The guest or the VMM broke its protocol.
-    #[error("protocol violation: {0}")]
-    Protocol(String),
-    /// The first invocation can't be sent.
-    #[error("{0}")]
-    Request(String),
-    /// The host's own kernel refused.
-    #[error("{operation}: {source}")]
-    Io {
-        /// What was being done.
-        operation: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
+#[derive(Debug, Default)]
+struct Pool {
+    ready: VecDeque<Shell>,
+    /// Shells that are being made for it.
+    filling: usize,
+}
+
+/// Nothing that is done under a lock here can leave it half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Host {
@@ -208,65 +65,289 @@ impl Host {
     ///
     /// # Errors
     /// Any [`OpenError`].
-    pub async fn open(_config: HostConfig) -> Result<Self, OpenError> {
-        unimplemented!()
+    pub async fn open(config: HostConfig) -> Result<Self, OpenError> {
+        let opening = tokio::task::spawn_blocking(move || {
+            let artifacts = Artifacts::open(&config.artifacts)?;
+            open::check_config(&config)?;
+            let state = State::open(&config.state)?;
+            let cgroups = open::open_cgroups(&config, &state.host_id)?;
+            let inner = Inner {
+                uids: Arc::new(Uids::new(config.uids.clone())),
+                artifacts,
+                cgroups,
+                state,
+                live: Live::default(),
+                pool: Mutex::default(),
+                closed: AtomicBool::new(false),
+                names: AtomicU64::new(0),
+                config,
+            };
+            Ok(Self(Arc::new(Handle(Arc::new(inner)))))
+        });
+        opening.await.unwrap_or_else(|e| {
+            Err(OpenError::Io { path: "opening".into(), source: std::io::Error::other(e) })
+        })
     }
 
     /// The image of `runtime`.
     ///
     /// # Errors
     /// [`ImageError::Unknown`].
-    pub fn image(&self, _runtime: &str) -> Result<Image, ImageError> {
-        unimplemented!()
+    pub fn image(&self, runtime: &str) -> Result<Image, ImageError> {
+        self.inner().artifacts.images.get(runtime).cloned().ok_or_else(|| ImageError::Unknown {
+            runtime: runtime.to_owned(),
+            installed: self.images(),
+        })
     }
 
     /// Names of all runtimes, sorted.
     pub fn images(&self) -> Vec<String> {
-        unimplemented!()
+        self.inner().artifacts.images.keys().cloned().collect()
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0.0
     }
 
     /// A shell from the pool, or a new one. The pool is refilled in the background.
     ///
     /// # Errors
     /// Any [`ShellError`].
-    pub async fn shell(&self, _class: ShellClass) -> Result<Shell, ShellError> {
-        unimplemented!()
+    pub async fn shell(&self, class: ShellClass) -> Result<Shell, ShellError> {
+        let (shell, _refill) = self.inner().claim(class).await?;
+        Ok(shell)
     }
 
     /// Fills the pool of `class` and waits for it.
     ///
     /// # Errors
     /// Any [`ShellError`].
-    pub async fn prepare(&self, _class: ShellClass) -> Result<(), ShellError> {
-        unimplemented!()
-    }
-
-    /// Boots `image` until its init is ready for a function.
-    ///
-    /// # Errors
-    /// Any [`StartError`].
-    pub async fn boot(&self, _image: &Image, _class: ShellClass) -> Result<Instance, StartError> {
-        unimplemented!()
-    }
-
-    /// Thaws a snapshot into a shell and renews its identity. With `first`, the event rides along
-    /// and its result is returned too. Output of restore hooks and of the first event goes to
-    /// `log`, as later output does.
-    ///
-    /// # Errors
-    /// Any [`StartError`].
-    pub async fn thaw(
-        &self,
-        _snapshot: &ResidentSnapshot,
-        _first: Option<&Invocation>,
-        _log: Option<LogSink>,
-    ) -> Result<(Instance, Option<InvokeReport>), StartError> {
-        unimplemented!()
+    pub async fn prepare(&self, class: ShellClass) -> Result<(), ShellError> {
+        let inner = self.inner();
+        while lock(&inner.pool).entry(class).or_default().ready.len() < inner.config.shells {
+            inner.put(shell::spawn(inner, class).await?)?;
+        }
+        Ok(())
     }
 
     /// Kills everything and waits until nothing is left. Later calls fail with
     /// [`ShellError::Closed`].
     pub async fn shutdown(&self) {
-        unimplemented!()
+        let inner = self.inner().clone();
+        inner.close();
+        inner.live.kill_all();
+        inner.live.wait_until_empty().await;
+        let sweeping = tokio::task::spawn_blocking(move || {
+            if let Some(cgroups) = &inner.cgroups {
+                cgroups.remove();
+            }
+            let _ = std::fs::remove_dir_all(&inner.state.run);
+        });
+        let _ = sweeping.await;
+    }
+}
+
+impl Inner {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// No more shells; those in the pool die.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let pool = std::mem::take(&mut *lock(&self.pool));
+        drop(pool);
+    }
+
+    /// A name for a VM, unique in this life.
+    pub(crate) fn next_name(&self) -> String {
+        format!("vm-{}", self.names.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// Takes a shell from the pool, or makes one. The pool is refilled when the guard is dropped:
+    /// after the start that the shell is for, not beside it.
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        class: ShellClass,
+    ) -> Result<(Shell, Refill), ShellError> {
+        if self.is_closed() {
+            return Err(ShellError::Closed);
+        }
+        let refill = Refill { inner: self.clone(), class };
+        loop {
+            let ready = lock(&self.pool).entry(class).or_default().ready.pop_front();
+            match ready {
+                Some(shell) if shell.is_alive() => return Ok((shell, refill)),
+                Some(dead) => tracing::warn!(vm = dead.vm.name, "a waiting shell had ended"),
+                None => return Ok((shell::spawn(self, class).await?, refill)),
+            }
+        }
+    }
+
+    fn put(&self, shell: Shell) -> Result<(), ShellError> {
+        let mut pool = lock(&self.pool);
+        // Under the lock, because close() empties the pool under it.
+        if self.is_closed() {
+            return Err(ShellError::Closed);
+        }
+        pool.entry(shell.class()).or_default().ready.push_back(shell);
+        Ok(())
+    }
+
+    fn refill(self: &Arc<Self>, class: ShellClass) {
+        if self.is_closed() || tokio::runtime::Handle::try_current().is_err() {
+            return;
+        }
+        let missing = {
+            let mut pool = lock(&self.pool);
+            let pool = pool.entry(class).or_default();
+            let missing = self.config.shells.saturating_sub(pool.ready.len() + pool.filling);
+            pool.filling += missing;
+            missing
+        };
+        if missing == 0 {
+            return;
+        }
+        let inner = self.clone();
+        tokio::spawn(async move {
+            for _ in 0..missing {
+                let made = match inner.is_closed() {
+                    true => Err(ShellError::Closed),
+                    false => shell::spawn(&inner, class).await,
+                };
+                let put = made.and_then(|shell| inner.put(shell));
+                lock(&inner.pool).entry(class).or_default().filling -= 1;
+                match put {
+                    Ok(()) | Err(ShellError::Closed) => {}
+                    Err(error) => tracing::warn!(%error, ?class, "can't make a shell"),
+                }
+            }
+        });
+    }
+}
+
+/// Refills a pool when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Refill {
+    inner: Arc<Inner>,
+    class: ShellClass,
+}
+
+impl Drop for Refill {
+    fn drop(&mut self) {
+        self.inner.refill(self.class);
+    }
+}
+
+/// Users for VMMs.
+#[derive(Debug)]
+pub(crate) struct Uids {
+    range: Range<u32>,
+    taken: Mutex<(u32, HashSet<u32>)>,
+}
+
+/// A user id that is given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Uid {
+    id: u32,
+    uids: Option<Arc<Uids>>,
+}
+
+impl Uids {
+    fn new(range: Range<u32>) -> Self {
+        Self { taken: Mutex::new((range.start, HashSet::new())), range }
+    }
+
+    /// The free id that has been free the longest, more or less.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Uid> {
+        let mut taken = lock(&self.taken);
+        if taken.1.len() >= self.range.len() {
+            return None;
+        }
+        loop {
+            let id = taken.0;
+            taken.0 = if id + 1 < self.range.end { id + 1 } else { self.range.start };
+            if taken.1.insert(id) {
+                return Some(Uid { id, uids: Some(self.clone()) });
+            }
+        }
+    }
+}
+
+impl Uid {
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Never gives it back.
+    pub(crate) fn keep(mut self) {
+        self.uids = None;
+    }
+}
+
+impl Drop for Uid {
+    fn drop(&mut self) {
+        if let Some(uids) = &self.uids {
+            lock(&uids.taken).1.remove(&self.id);
+        }
+    }
+}
+
+/// The VMMs that live, or have not been cleaned up after.
+#[derive(Debug)]
+pub(crate) struct Live {
+    processes: Mutex<HashMap<u32, Arc<OwnedFd>>>,
+    count: watch::Sender<usize>,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self { processes: Mutex::default(), count: watch::Sender::new(0) }
+    }
+}
+
+impl Live {
+    pub(crate) fn add(&self, pid: u32, pidfd: Arc<OwnedFd>) {
+        let mut processes = lock(&self.processes);
+        processes.insert(pid, pidfd);
+        self.count.send_replace(processes.len());
+    }
+
+    pub(crate) fn remove(&self, pid: u32) {
+        let mut processes = lock(&self.processes);
+        processes.remove(&pid);
+        self.count.send_replace(processes.len());
+    }
+
+    fn kill_all(&self) {
+        for pidfd in lock(&self.processes).values() {
+            let _ = rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
+        }
+    }
+
+    async fn wait_until_empty(&self) {
+        // Fails only if the sender is gone, and we hold it.
+        let _ = self.count.subscribe().wait_for(|count| *count == 0).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_ids_are_taken_once_and_come_back() {
+        let uids = Arc::new(Uids::new(70_000..70_003));
+        let first = uids.take().unwrap();
+        let (second, third) = (uids.take().unwrap(), uids.take().unwrap());
+        assert_eq!([first.id(), second.id(), third.id()], [70_000, 70_001, 70_002]);
+        assert!(uids.take().is_none());
+        drop(second);
+        assert_eq!(uids.take().unwrap().id(), 70_001);
+        third.keep();
+        drop(first);
+        let again = uids.take().unwrap();
+        assert_eq!(again.id(), 70_000);
+        assert_eq!(uids.take().map(|u| u.id()), Some(70_001));
     }
 }

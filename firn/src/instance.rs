@@ -1,11 +1,36 @@
 //! A running microVM and what can be done with it.
 
-use std::{fmt, path::Path, time::Duration};
+use std::{
+    fmt,
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
-use firn_proto::{control, guest};
+use firn_proto::{
+    control::{self, DiskSource, FromVmm, ToVmm},
+    guest::{self, Done, FromGuest, Invoke, Load, ToGuest},
+};
 
-use crate::{Disk, LogSink, Phases, Snapshot, SnapshotError, SnapshotMeta};
+use crate::{
+    Disk, Image, LogSink, Phases, ResidentSnapshot,
+    channel::name as message_name,
+    host::Inner,
+    phases::Stopwatch,
+    shell::CODE_SLOT,
+    stream::Stream,
+    vm::{Trouble, Vm, frame_name, unexpected},
+};
+
+/// What a guest gets beyond a function's own time limit to say that it has passed.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Time that a new runtime may take to start when the last one has ended, on top.
+const RESTART: Duration = Duration::from_secs(10);
+
+/// Longest time limit of a function.
+const MAX_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// What to run in an instance.
 #[derive(Debug, Clone)]
@@ -148,14 +173,74 @@ pub enum InstanceError {
     },
 }
 
+impl InstanceError {
+    pub(crate) fn from_trouble(operation: &'static str) -> impl Fn(Trouble) -> Self {
+        move |trouble| match trouble {
+            Trouble::Died(exit) => Self::Died { exit },
+            Trouble::TimedOut(after) => Self::Unresponsive { operation, after },
+            Trouble::Refused(failure) => {
+                Self::Refused { operation, kind: failure.kind, message: failure.message }
+            }
+            Trouble::Protocol(message) => Self::Protocol { operation, message },
+            Trouble::Io(source) => Self::Io { operation, source },
+        }
+    }
+}
+
+/// Where an instance comes from.
+#[derive(Debug, Clone)]
+pub(crate) enum Origin {
+    /// Booted.
+    Booted { image: Image },
+    /// Thawed.
+    Thawed { snapshot: ResidentSnapshot },
+}
+
+impl Origin {
+    pub(crate) fn image(&self) -> &Image {
+        match self {
+            Self::Booted { image } => image,
+            Self::Thawed { snapshot } => snapshot.image(),
+        }
+    }
+}
+
 /// A running microVM. Dropping it kills it.
 #[derive(Debug)]
 pub struct Instance {
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) vm: Vm,
     id: String,
+    pub(crate) origin: Origin,
+    /// The disk in the code slot.
+    pub(crate) code: Option<Disk>,
+    /// Memory of the function in MB; the whole class before one is loaded.
+    pub(crate) function_memory_mb: u32,
+    renewed: Option<guest::Renewed>,
     phases: Phases,
 }
 
 impl Instance {
+    pub(crate) fn new(
+        inner: Arc<Inner>,
+        vm: Vm,
+        id: String,
+        origin: Origin,
+        phases: Phases,
+    ) -> Self {
+        let (code, function_memory_mb) = match &origin {
+            Origin::Booted { .. } => (None, vm.class.memory_mib),
+            Origin::Thawed { snapshot } => {
+                (snapshot.code().cloned(), snapshot.function_memory_mb())
+            }
+        };
+        Self { inner, vm, id, origin, code, function_memory_mb, renewed: None, phases }
+    }
+
+    pub(crate) fn set_renewed(&mut self, renewed: guest::Renewed) {
+        self.renewed = Some(renewed);
+    }
+
     /// Unique for ever.
     pub fn id(&self) -> &str {
         &self.id
@@ -163,7 +248,7 @@ impl Instance {
 
     /// Process id of its VMM.
     pub fn pid(&self) -> u32 {
-        unimplemented!()
+        self.vm.process.pid()
     }
 
     /// How its start went.
@@ -173,17 +258,19 @@ impl Instance {
 
     /// What the guest said about its renewal, if the instance was thawed.
     pub fn renewed(&self) -> Option<&guest::Renewed> {
-        unimplemented!()
+        self.renewed.as_ref()
     }
 
     /// Whether its process was running at the moment of the question.
     pub fn is_alive(&self) -> bool {
-        unimplemented!()
+        self.vm.process.is_alive()
     }
 
     /// From now on output goes to `sink`.
-    pub fn set_log(&mut self, _sink: LogSink) {
-        unimplemented!()
+    pub fn set_log(&mut self, sink: LogSink) {
+        if let Some(stream) = &mut self.vm.stream {
+            stream.set_log(Some(sink));
+        }
     }
 
     /// Attaches the code and starts the runtime.
@@ -193,21 +280,65 @@ impl Instance {
     /// [`LoadReport::error`].
     pub async fn load(
         &mut self,
-        _spec: &FunctionSpec,
-        _for_snapshot: bool,
+        spec: &FunctionSpec,
+        for_snapshot: bool,
     ) -> Result<LoadReport, InstanceError> {
-        unimplemented!()
+        let trouble = InstanceError::from_trouble("load");
+        let mut watch = Stopwatch::start();
+        self.set_log(spec.log.clone());
+        if let Some(code) = &spec.code {
+            let attach = ToVmm::Attach { slot: CODE_SLOT, source: DiskSource::ReadOnly };
+            self.vm.order(&attach, &[code.file().as_fd()]).await.map_err(&trouble)?;
+        }
+        self.code = spec.code.clone();
+        self.function_memory_mb = spec.memory_mb;
+        watch.mark("attached");
+        let load = ToGuest::Load(Load {
+            environment: spec.environment.clone(),
+            memory_bytes: u64::from(spec.memory_mb) << 20,
+            init_timeout_ms: spec.init_timeout.as_millis() as u64,
+            snapshot: for_snapshot,
+            code: spec.code.is_some(),
+        });
+        self.queue(&load, "load")?;
+        watch.mark("sent");
+        let within = spec.init_timeout + GRACE * self.vm.patience;
+        match self.vm.frame(within).await.map_err(&trouble)? {
+            FromGuest::Loaded(loaded) => {
+                watch.mark("loaded");
+                let phases = watch.finish();
+                Ok(LoadReport { init_us: loaded.init_us, error: loaded.error, phases })
+            }
+            other => Err(trouble(unexpected("Loaded", frame_name(&other)))),
+        }
     }
 
     /// Handles one event. A paused instance resumes by itself.
     ///
     /// # Errors
     /// Any [`InstanceError`]. A function that fails is no error: see [`InvokeReport::outcome`].
-    pub async fn invoke(
-        &mut self,
-        _invocation: &Invocation,
-    ) -> Result<InvokeReport, InstanceError> {
-        unimplemented!()
+    pub async fn invoke(&mut self, invocation: &Invocation) -> Result<InvokeReport, InstanceError> {
+        let trouble = InstanceError::from_trouble("invoke");
+        let mut watch = Stopwatch::start();
+        // Initialisation has all the CPU time there is; from the first event on it is limited.
+        if self.inner.config.cpu_limits
+            && let Some(group) = &self.vm.group
+        {
+            let limited = group.set_cpu(self.function_memory_mb);
+            limited.map_err(|source| InstanceError::Io { operation: "limit CPU time", source })?;
+        }
+        let message = invoke_message(invocation).map_err(InstanceError::Request)?;
+        if let Some(stream) = &mut self.vm.stream {
+            stream.expect_first_byte();
+        }
+        self.queue(&message, "invoke")?;
+        watch.mark("sent");
+        let done = await_done(&mut self.vm, invocation).await.map_err(&trouble)?;
+        if let Some(ns) = self.vm.stream.as_ref().and_then(Stream::first_byte_ns) {
+            watch.at("first byte", ns);
+        }
+        watch.mark("done");
+        Ok(report(done, None, watch.finish()))
     }
 
     /// Stops the vCPUs until the next event.
@@ -215,20 +346,8 @@ impl Instance {
     /// # Errors
     /// Any [`InstanceError`].
     pub async fn pause(&mut self) -> Result<(), InstanceError> {
-        unimplemented!()
-    }
-
-    /// Freezes the runtime, writes the microVM to the new directory `dir`, and retires it. On any
-    /// failure nothing is left at or beside `dir`.
-    ///
-    /// # Errors
-    /// Any [`SnapshotError`].
-    pub async fn snapshot(
-        self,
-        _dir: &Path,
-        _meta: SnapshotMeta,
-    ) -> Result<Snapshot, SnapshotError> {
-        unimplemented!()
+        let trouble = InstanceError::from_trouble("pause");
+        self.vm.order(&ToVmm::Pause, &[]).await.map_err(trouble)
     }
 
     /// The VMM's counters.
@@ -236,11 +355,79 @@ impl Instance {
     /// # Errors
     /// Any [`InstanceError`].
     pub async fn stats(&mut self) -> Result<control::Stats, InstanceError> {
-        unimplemented!()
+        let trouble = InstanceError::from_trouble("stats");
+        match self.vm.request(&ToVmm::Stats, &[]).await.map_err(&trouble)? {
+            FromVmm::Stats(stats) => Ok(stats),
+            other => Err(trouble(unexpected("Stats", message_name(&other)))),
+        }
     }
 
-    /// Kills the microVM; cleaning up goes on in the background.
+    /// Kills the microVM; cleaning up goes on in the background, and [`Host::shutdown`] waits for
+    /// it.
+    ///
+    /// [`Host::shutdown`]: crate::Host::shutdown
     pub async fn retire(self) {
-        unimplemented!()
+        drop(self);
     }
+
+    pub(crate) fn queue(
+        &mut self,
+        message: &ToGuest,
+        operation: &'static str,
+    ) -> Result<(), InstanceError> {
+        let trouble = InstanceError::from_trouble(operation);
+        let stream = self.vm.stream().map_err(&trouble)?;
+        stream.queue(message).map_err(|error| match error {
+            // It is our own message that the protocol does not allow.
+            crate::stream::StreamError::Protocol(message) => InstanceError::Request(message),
+            other => trouble(other.into()),
+        })
+    }
+}
+
+/// Time since the epoch.
+pub(crate) fn wall_clock() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The message for an event.
+pub(crate) fn invoke_message(invocation: &Invocation) -> Result<ToGuest, String> {
+    if invocation.payload.len() > guest::MAX_PAYLOAD {
+        let (size, limit) = (invocation.payload.len(), guest::MAX_PAYLOAD);
+        return Err(format!("event of {size} bytes exceeds the limit of {limit}"));
+    }
+    if invocation.timeout > MAX_TIMEOUT {
+        let (timeout, limit) = (invocation.timeout, MAX_TIMEOUT);
+        return Err(format!("timeout of {timeout:?} exceeds the limit of {limit:?}"));
+    }
+    let Invocation { request_id, function_arn, trace_id, client_context, cognito_identity, .. } =
+        invocation.clone();
+    Ok(ToGuest::Invoke(Invoke {
+        request_id,
+        function_arn,
+        trace_id,
+        client_context,
+        cognito_identity,
+        deadline_ms: (wall_clock() + invocation.timeout).as_millis() as u64,
+        timeout_ms: invocation.timeout.as_millis() as u64,
+        payload: invocation.payload.to_vec(),
+    }))
+}
+
+/// Waits for the answer to an event that was sent.
+pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<Done, Trouble> {
+    let within = invocation.timeout + (GRACE + RESTART) * vm.patience;
+    match vm.frame(within).await? {
+        FromGuest::Done(done) if done.request_id == invocation.request_id => Ok(done),
+        FromGuest::Done(done) => Err(Trouble::Protocol(format!(
+            "answer to request {:?} instead of {:?}",
+            done.request_id, invocation.request_id
+        ))),
+        other => Err(unexpected("Done", frame_name(&other))),
+    }
+}
+
+pub(crate) fn report(done: Done, renewed: Option<guest::Renewed>, phases: Phases) -> InvokeReport {
+    let Done { outcome, duration_us, init_us, max_memory_bytes, tsc, .. } = done;
+    InvokeReport { outcome, duration_us, init_us, max_memory_bytes, tsc, renewed, phases }
 }

@@ -16,25 +16,39 @@
 //! [`Host::shutdown`] waits until every process, control group and file of this life is gone, and
 //! [`Host::open`] removes what an earlier life that was killed has left.
 
+mod cgroup;
+mod channel;
 pub mod code;
 mod config;
 mod disk;
 mod host;
 mod image;
+mod initramfs;
 mod instance;
+mod launch;
 mod log;
+mod memfile;
+mod open;
 mod phases;
+mod process;
+mod shell;
 mod snapshot;
+mod start;
+mod stream;
+mod vm;
 
 pub use firn_proto::{control, guest};
 
 pub use config::{HostConfig, ShellClass};
 pub use disk::{Disk, DiskError};
-pub use host::{Host, OpenError, Shell, ShellError, StartError};
+pub use host::Host;
 pub use image::{Image, ImageError};
 pub use instance::{
     FunctionSpec, Instance, InstanceError, Invocation, InvokeReport, LoadReport, VmmExit,
 };
 pub use log::{LogLine, LogSink};
+pub use open::OpenError;
 pub use phases::Phases;
+pub use shell::{Shell, ShellError};
 pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta};
+pub use start::StartError;

@@ -65,7 +65,7 @@ impl Stopwatch {
         self.phases
     }
 
-    fn at(&mut self, name: &'static str, ns: u64) {
+    pub(crate) fn at(&mut self, name: &'static str, ns: u64) {
         self.phases.0.push((name, Duration::from_nanos(ns.saturating_sub(self.start_ns))));
     }
 }

@@ -1,16 +1,37 @@
-//! Snapshots on disk and in memory.
+//! Snapshots: a microVM written down in a directory, and made resident in sealed memory.
+//!
+//! ```text
+//!  <dir>/state      what it is, the VMM's state, which pages it holds; names the hashes of:
+//!  <dir>/memory     guest memory, linear and sparse; over a base: only what differs
+//!  <dir>/tmp.delta  what was written to /tmp, sparse
+//! ```
+//!
+//! Neither these files nor the VMM that wrote them are trusted: nothing is thawed that was not
+//! copied into sealed memory and hashed there.
+
+mod container;
+mod pages;
+mod resident;
+mod save;
 
 use std::{
     fs::File,
-    io,
-    os::unix::fs::FileExt,
+    io::{self, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use firn_proto::control;
 use serde::{Deserialize, Serialize};
 
-use crate::{Disk, Host, InstanceError};
+use self::{
+    container::{Id, Manifest},
+    pages::PAGE,
+};
+use crate::{InstanceError, ShellClass};
+
+pub(crate) use self::pages::{hash_file, hash_sparse};
+pub use self::resident::ResidentSnapshot;
 
 /// What the maker of a snapshot wants to find in it again; this crate does not look at it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,13 +42,16 @@ pub struct SnapshotMeta {
     pub key: String,
 }
 
-/// A snapshot in a directory.
+/// A snapshot in a directory. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Snapshot;
+pub struct Snapshot(Arc<Opened>);
 
-/// A verified snapshot in sealed memory, ready to thaw. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ResidentSnapshot;
+#[derive(Debug)]
+struct Opened {
+    dir: PathBuf,
+    id: Id,
+    state: container::State,
+}
 
 /// Why a snapshot could not be made, opened or made resident.
 #[derive(Debug, thiserror::Error)]
@@ -163,71 +187,79 @@ pub enum SnapshotError {
     },
 }
 
+/// Adds what was being done to an I/O error, and tells a full disk apart.
+pub(crate) fn at(what: &'static str) -> impl Fn(io::Error) -> SnapshotError {
+    move |source| match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            SnapshotError::NoSpace { what: what.to_owned() }
+        }
+        _ => SnapshotError::Io { what: what.to_owned(), source },
+    }
+}
+
 impl Snapshot {
     /// Opens the snapshot in `dir`: reads and checks its description, but not yet its memory.
     ///
     /// # Errors
     /// Any [`SnapshotError`].
-    pub fn open(_dir: impl AsRef<Path>) -> Result<Self, SnapshotError> {
-        unimplemented!()
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, SnapshotError> {
+        let dir = dir.as_ref().to_owned();
+        let path = dir.join("state");
+        let reading = |source| SnapshotError::Io { what: path.display().to_string(), source };
+        let file = File::open(&path).map_err(reading)?;
+        let mut bytes = Vec::new();
+        // One more than allowed, so that a longer file shows.
+        file.take(container::MAX_FILE + 1).read_to_end(&mut bytes).map_err(reading)?;
+        if bytes.len() as u64 > container::MAX_FILE {
+            let reason = format!("over {} bytes", container::MAX_FILE);
+            return Err(SnapshotError::Malformed { section: "head", reason });
+        }
+        let (state, id) = container::decode(&bytes, &path)?;
+        Ok(Self(Arc::new(Opened { dir, id, state })))
     }
 
     /// Its identity: a hash over everything in it.
     pub fn id(&self) -> String {
-        unimplemented!()
+        container::hex(&self.0.id)
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
     }
 
     /// Id of the snapshot whose memory this one only holds the differences to.
     pub fn base(&self) -> Option<String> {
-        unimplemented!()
+        self.0.state.manifest.base.as_ref().map(container::hex)
+    }
+
+    /// Name of the runtime image that it was made from.
+    pub fn runtime(&self) -> &str {
+        &self.0.state.manifest.runtime
+    }
+
+    /// The class of shell that it thaws into.
+    pub fn class(&self) -> ShellClass {
+        let Manifest { vcpus, memory_mib, .. } = self.0.state.manifest;
+        ShellClass { vcpus, memory_mib }
+    }
+
+    /// Bytes of memory that it holds itself.
+    pub fn memory_bytes(&self) -> u64 {
+        self.0.state.pages.count() * PAGE
     }
 
     /// What its maker noted.
     pub fn meta(&self) -> &SnapshotMeta {
-        unimplemented!()
+        &self.0.state.manifest.meta
     }
 
-    /// Verifies everything and lays it out in sealed memory. `base` must be given if
-    /// [`Snapshot::base`] names one; `code` must be the disk that was loaded, if one was.
-    ///
-    /// # Errors
-    /// Any [`SnapshotError`].
-    pub async fn make_resident(
-        &self,
-        _host: &Host,
-        _base: Option<&ResidentSnapshot>,
-        _code: Option<&Disk>,
-    ) -> Result<ResidentSnapshot, SnapshotError> {
-        unimplemented!()
-    }
-}
-
-impl ResidentSnapshot {
-    /// [`Snapshot::id`].
-    pub fn id(&self) -> String {
-        unimplemented!()
-    }
-
-    /// What its maker noted.
-    pub fn meta(&self) -> &SnapshotMeta {
-        unimplemented!()
-    }
-}
-
-/// Hash of all of `file`, without moving its offset.
-pub(crate) fn hash_file(file: &File) -> io::Result<blake3::Hash> {
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut offset = 0;
-    loop {
-        match file.read_at(&mut buffer, offset) {
-            Ok(0) => return Ok(hasher.finalize()),
-            Ok(n) => {
-                hasher.update(&buffer[..n]);
-                offset += n as u64;
+    fn open_file(&self, name: &'static str) -> Result<File, SnapshotError> {
+        File::open(self.0.dir.join(name)).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => {
+                SnapshotError::Truncated { what: name, expected: 1, found: 0 }
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
+            _ => at(name)(source),
+        })
     }
 }

@@ -1,0 +1,451 @@
+//! Control groups of the microVMs: version 2, version 1 where the host still has it, or a mix.
+//!
+//! ```text
+//!  <hierarchy>/firn/<host id>/<vm>
+//! ```
+//!
+//! All files of a VM's group that are written later are opened when the group is made; writing
+//! them on the request path opens nothing.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{fd::OwnedFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// Length of a CPU accounting period.
+const PERIOD_US: u64 = 100_000;
+
+/// How long a group may take to become empty after its processes were killed.
+const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why there are no usable control groups.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CgroupError {
+    #[error("no hierarchy has the controller {0} (is a cgroup file system mounted?)")]
+    Missing(&'static str),
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io { path, source }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Controller {
+    Memory,
+    Cpu,
+    Pids,
+}
+
+impl Controller {
+    const ALL: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Cpu => "cpu",
+            Self::Pids => "pids",
+        }
+    }
+}
+
+/// A mounted hierarchy and what we use it for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    mount: PathBuf,
+    unified: bool,
+    controllers: Vec<Controller>,
+}
+
+/// What a VM may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) memory_bytes: u64,
+    pub(crate) pids: u64,
+}
+
+/// This host's part of every hierarchy.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    host_id: String,
+    hierarchies: Vec<Hierarchy>,
+}
+
+impl Cgroups {
+    /// Finds the hierarchies and makes this host's part of each.
+    pub(crate) fn open(host_id: &str) -> Result<Self, CgroupError> {
+        let path = Path::new("/proc/self/mountinfo");
+        let mounts = fs::read_to_string(path).map_err(at(path))?;
+        let hierarchies = find(&mounts, |mount| {
+            fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default()
+        })?;
+        let cgroups = Self { host_id: host_id.to_owned(), hierarchies };
+        for hierarchy in &cgroups.hierarchies {
+            cgroups.make_part(hierarchy)?;
+        }
+        Ok(cgroups)
+    }
+
+    fn part(&self, hierarchy: &Hierarchy) -> PathBuf {
+        hierarchy.mount.join("firn").join(&self.host_id)
+    }
+
+    fn make_part(&self, hierarchy: &Hierarchy) -> Result<(), CgroupError> {
+        let part = self.part(hierarchy);
+        fs::create_dir_all(&part).map_err(at(&part))?;
+        if !hierarchy.unified {
+            return Ok(());
+        }
+        let enable: Vec<_> =
+            hierarchy.controllers.iter().map(|c| format!("+{}", c.name())).collect();
+        let enable = enable.join(" ");
+        for level in [hierarchy.mount.clone(), hierarchy.mount.join("firn"), part] {
+            let control = level.join("cgroup.subtree_control");
+            match fs::write(&control, &enable) {
+                // A group other than the true root can't have both processes and controllers for
+                // its children. In a container the root that we see is such a group, with us in
+                // it: step aside.
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    let leaf = level.join("firn-host");
+                    fs::create_dir_all(&leaf).map_err(at(&leaf))?;
+                    let procs = leaf.join("cgroup.procs");
+                    fs::write(&procs, std::process::id().to_string()).map_err(at(&procs))?;
+                    fs::write(&control, &enable)
+                }
+                other => other,
+            }
+            .map_err(at(&control))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the group `name` with `limits`.
+    pub(crate) fn create(&self, name: &str, limits: Limits) -> io::Result<Group> {
+        let mut group = Group::default();
+        for hierarchy in &self.hierarchies {
+            let dir = self.part(hierarchy).join(name);
+            let made = fs::create_dir(&dir);
+            // Pushed before anything can fail, so that dropping the group removes it.
+            group.dirs.push(dir.clone());
+            made?;
+            group.procs.push(writable(&dir.join("cgroup.procs"))?.into());
+            for controller in &hierarchy.controllers {
+                group.open(&dir, hierarchy.unified, *controller, limits)?;
+            }
+        }
+        group.set_memory(limits.memory_bytes)?;
+        Ok(group)
+    }
+
+    /// Kills every process in groups of an earlier life and removes the groups. Returns how many
+    /// groups there were.
+    pub(crate) fn remove_leftovers(&self) -> Result<usize, CgroupError> {
+        let mut count = 0;
+        for hierarchy in &self.hierarchies {
+            let part = self.part(hierarchy);
+            for entry in fs::read_dir(&part).map_err(at(&part))? {
+                let dir = entry.map_err(at(&part))?.path();
+                if !dir.is_dir() {
+                    continue;
+                }
+                count += 1;
+                let end = std::time::Instant::now() + EMPTY_WITHIN;
+                loop {
+                    kill_members(&dir);
+                    match fs::remove_dir(&dir) {
+                        Ok(()) => break,
+                        Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                        Err(source) if std::time::Instant::now() > end => {
+                            return Err(CgroupError::Io { path: dir, source });
+                        }
+                        Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                    }
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// Removes this host's (empty) part, and firn's if no other host uses it.
+    pub(crate) fn remove(&self) {
+        for hierarchy in &self.hierarchies {
+            let part = self.part(hierarchy);
+            if fs::remove_dir(&part).is_ok() {
+                let _ = fs::remove_dir(hierarchy.mount.join("firn"));
+            }
+        }
+    }
+}
+
+fn kill_members(dir: &Path) {
+    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    for pid in
+        procs.lines().filter_map(|l| l.parse().ok()).filter_map(rustix::process::Pid::from_raw)
+    {
+        // The pid can't be someone else's for long enough to matter: it was a member a moment ago,
+        // and members of our groups are VMMs only.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
+fn writable(path: &Path) -> io::Result<File> {
+    File::options()
+        .write(true)
+        .open(path)
+        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+}
+
+/// Finds a hierarchy for every controller in the lines of `mountinfo`.
+fn find(
+    mountinfo: &str,
+    unified_controllers: impl Fn(&Path) -> String,
+) -> Result<Vec<Hierarchy>, CgroupError> {
+    let mut found: Vec<Hierarchy> = Vec::new();
+    for controller in Controller::ALL {
+        let mut mounts =
+            mountinfo.lines().filter_map(parse_mount).filter(|mount| match mount.kind {
+                "cgroup2" => unified_controllers(&mount.path)
+                    .split_whitespace()
+                    .any(|name| name == controller.name()),
+                _ => mount.options.split(',').any(|option| option == controller.name()),
+            });
+        let mount = mounts.next().ok_or(CgroupError::Missing(controller.name()))?;
+        match found.iter_mut().find(|h| h.mount == mount.path) {
+            Some(hierarchy) => hierarchy.controllers.push(controller),
+            None => found.push(Hierarchy {
+                mount: mount.path,
+                unified: mount.kind == "cgroup2",
+                controllers: vec![controller],
+            }),
+        }
+    }
+    Ok(found)
+}
+
+struct Mount<'a> {
+    path: PathBuf,
+    kind: &'a str,
+    options: &'a str,
+}
+
+/// One line of `mountinfo`, if it is a cgroup mount: `id parent dev root PATH options… - KIND
+/// source OPTIONS`.
+fn parse_mount(line: &str) -> Option<Mount<'_>> {
+    let (head, tail) = line.split_once(" - ")?;
+    let path = head.split(' ').nth(4)?;
+    let mut tail = tail.split(' ');
+    let kind = tail.next().filter(|kind| matches!(*kind, "cgroup" | "cgroup2"))?;
+    let options = tail.nth(1)?;
+    // Nobody mounts control groups on a path with blanks, which would be octal here.
+    (!path.contains('\\')).then(|| Mount { path: PathBuf::from(path), kind, options })
+}
+
+/// The control group of one VM. Dropping it removes it if it is empty.
+#[derive(Debug, Default)]
+pub(crate) struct Group {
+    dirs: Vec<PathBuf>,
+    procs: Vec<OwnedFd>,
+    /// Files that take the memory limit, in the order in which they must be raised.
+    memory: Vec<File>,
+    cpu: Option<Cpu>,
+    /// Quota that is in force; 0: none.
+    quota_us: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Cpu {
+    Unified { max: File, burst: Option<File> },
+    Legacy { quota: File, burst: Option<File> },
+}
+
+impl Group {
+    fn open(
+        &mut self,
+        dir: &Path,
+        unified: bool,
+        controller: Controller,
+        limits: Limits,
+    ) -> io::Result<()> {
+        match (controller, unified) {
+            (Controller::Memory, true) => {
+                self.memory.push(writable(&dir.join("memory.max"))?);
+                // Half a VMM is of no use. Old kernels don't have it; their OOM killer finds the
+                // only process anyway.
+                let _ = fs::write(dir.join("memory.oom.group"), "1");
+            }
+            (Controller::Memory, false) => {
+                self.memory.push(writable(&dir.join("memory.limit_in_bytes"))?);
+            }
+            (Controller::Cpu, true) => {
+                let burst = writable(&dir.join("cpu.max.burst")).ok();
+                self.cpu = Some(Cpu::Unified { max: writable(&dir.join("cpu.max"))?, burst });
+            }
+            (Controller::Cpu, false) => {
+                writable(&dir.join("cpu.cfs_period_us"))?
+                    .write_all_at(PERIOD_US.to_string().as_bytes(), 0)?;
+                let burst = writable(&dir.join("cpu.cfs_burst_us")).ok();
+                let quota = writable(&dir.join("cpu.cfs_quota_us"))?;
+                self.cpu = Some(Cpu::Legacy { quota, burst });
+            }
+            (Controller::Pids, _) => {
+                writable(&dir.join("pids.max"))?
+                    .write_all_at(limits.pids.to_string().as_bytes(), 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Descriptors of `cgroup.procs`, one a hierarchy, for the jailer.
+    pub(crate) fn procs(&self) -> &[OwnedFd] {
+        &self.procs
+    }
+
+    /// Sets the memory limit.
+    pub(crate) fn set_memory(&self, bytes: u64) -> io::Result<()> {
+        self.memory.iter().try_for_each(|file| file.write_all_at(bytes.to_string().as_bytes(), 0))
+    }
+
+    /// Limits CPU time to a share in proportion to `memory_mb`. What a period did not use may be
+    /// used in the next, so that short bursts don't wait for a period to end.
+    pub(crate) fn set_cpu(&self, memory_mb: u32) -> io::Result<()> {
+        let quota = crate::config::cpu_quota_us(memory_mb, PERIOD_US);
+        let (file, burst, line) = match &self.cpu {
+            _ if self.quota_us.swap(quota, Ordering::Relaxed) == quota => return Ok(()),
+            Some(Cpu::Unified { max, burst }) => (max, burst, format!("{quota} {PERIOD_US}")),
+            Some(Cpu::Legacy { quota: file, burst }) => (file, burst, quota.to_string()),
+            None => return Ok(()),
+        };
+        // A burst may not be above its quota, whichever is written first.
+        set_burst(burst.as_ref(), 0);
+        file.write_all_at(line.as_bytes(), 0)?;
+        set_burst(burst.as_ref(), quota);
+        Ok(())
+    }
+
+    /// Removes the group once its processes are gone; false if they would not go.
+    pub(crate) async fn remove(&self) -> bool {
+        let end = tokio::time::Instant::now() + EMPTY_WITHIN;
+        let mut pause = Duration::from_millis(1);
+        while !self.try_remove() {
+            if tokio::time::Instant::now() > end {
+                tracing::warn!(groups = ?self.dirs, "control groups can't be removed");
+                return false;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        true
+    }
+
+    fn try_remove(&self) -> bool {
+        let remove = |dir: &PathBuf| match fs::remove_dir(dir) {
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
+            Ok(()) => true,
+        };
+        self.dirs.iter().filter(|dir| !remove(dir)).count() == 0
+    }
+}
+
+/// Bursts are a refinement: where the kernel refuses, the quota alone holds.
+fn set_burst(file: Option<&File>, burst: u64) {
+    if let Some(file) = file
+        && let Err(error) = file.write_all_at(burst.to_string().as_bytes(), 0)
+    {
+        tracing::debug!(%error, "no CPU bursts");
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.try_remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "\
+25 21 0:22 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+26 25 0:23 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct
+27 25 0:24 / /sys/fs/cgroup/memory rw,relatime shared:3 - cgroup cgroup rw,memory
+28 25 0:25 / /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids
+29 25 0:26 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw";
+
+    #[test]
+    fn version_1_is_found_beside_an_empty_version_2() {
+        let found = find(V1, |_| String::new()).unwrap();
+        let mounts: Vec<_> = found.iter().map(|h| (h.mount.to_str().unwrap(), h.unified)).collect();
+        assert_eq!(
+            mounts,
+            [
+                ("/sys/fs/cgroup/memory", false),
+                ("/sys/fs/cgroup/cpu", false),
+                ("/sys/fs/cgroup/pids", false)
+            ]
+        );
+    }
+
+    #[test]
+    fn version_2_has_one_hierarchy_for_all() {
+        let line = "30 21 0:26 / /sys/fs/cgroup rw - cgroup2 none rw,favordynmods";
+        let found = find(line, |_| "cpuset cpu io memory pids\n".into()).unwrap();
+        assert_eq!(found.len(), 1);
+        assert!(found[0].unified);
+        assert_eq!(found[0].controllers, Controller::ALL);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let found = find("", |_| String::new()).unwrap_err();
+        assert!(found.to_string().contains("controller memory"), "{found}");
+        let found = find(V1.lines().nth(2).unwrap(), |_| String::new()).unwrap_err();
+        assert!(found.to_string().contains("controller cpu"), "{found}");
+    }
+
+    #[tokio::test]
+    async fn a_group_is_made_limited_and_removed() {
+        if !rustix::process::getuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let id = format!("test-{}", std::process::id());
+        let cgroups = match Cgroups::open(&id) {
+            Ok(cgroups) => cgroups,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return;
+            }
+        };
+        let limits = Limits { memory_bytes: 64 << 20, pids: 9 };
+        let group = cgroups.create("vm-1", limits).unwrap();
+        group.set_cpu(128).unwrap();
+        group.set_memory(96 << 20).unwrap();
+        let dirs = group.dirs.clone();
+        let read = |name: &str| dirs.iter().find_map(|d| fs::read_to_string(d.join(name)).ok());
+        assert_eq!(read("pids.max").as_deref(), Some("9\n"));
+        let memory = read("memory.max").or_else(|| read("memory.limit_in_bytes"));
+        assert_eq!(memory.as_deref(), Some("100663296\n"));
+        let cpu = read("cpu.max").or_else(|| read("cpu.cfs_quota_us")).unwrap();
+        assert!(cpu.starts_with("7235"), "{cpu}");
+        // Left behind by a life that was killed, with a process in it.
+        let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        for dir in &dirs {
+            fs::write(dir.join("cgroup.procs"), sleeper.id().to_string()).unwrap();
+        }
+        // The zombie leaves its group when it is waited for or not, but be safe.
+        let reaper = std::thread::spawn(move || sleeper.wait().unwrap());
+        assert_eq!(cgroups.remove_leftovers().unwrap(), dirs.len());
+        assert!(!reaper.join().unwrap().success());
+        assert!(dirs.iter().all(|d| !d.exists()));
+        assert!(group.remove().await);
+        cgroups.remove();
+        assert!(cgroups.hierarchies.iter().all(|h| !cgroups.part(h).exists()));
+    }
+}

@@ -1,0 +1,230 @@
+//! The host's end of the control socket of one VMM: one request at a time, each with its answer.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use firn_proto::control::{self, Exit, Failure, FromVmm, MAX_DESCRIPTORS, MAX_MESSAGE, ToVmm};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType,
+};
+use tokio::io::unix::AsyncFd;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(crate) enum ControlError {
+    /// The VMM said that it ends.
+    Exited(Exit),
+    /// The socket is closed, or the process that held it is gone.
+    Closed,
+    /// The VMM refused the request.
+    Refused(Failure),
+    /// The VMM broke the protocol.
+    Protocol(String),
+    /// It took longer than this.
+    TimedOut(Duration),
+    /// The host's kernel refused.
+    Io(io::Error),
+}
+
+impl From<io::Error> for ControlError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Closed,
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// The host's end.
+#[derive(Debug)]
+pub(crate) struct Control {
+    socket: AsyncFd<OwnedFd>,
+    buffer: Vec<u8>,
+}
+
+impl Control {
+    /// Both ends: ours, and the one that becomes [`control::CONTROL_FD`] of the VMM. Must be
+    /// called within a tokio runtime.
+    pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        // SAFETY: an OwnedFd always reports the one descriptor that it owns and keeps open.
+        let socket = unsafe { AsyncFd::register(ours)? };
+        // One more than allowed, so that a longer message shows.
+        Ok((Self { socket, buffer: vec![0; MAX_MESSAGE + 1] }, theirs))
+    }
+
+    /// Sends a request with its descriptors and waits for its answer, which is none of
+    /// [`FromVmm::Failed`] and [`FromVmm::Exited`].
+    pub(crate) async fn request(
+        &mut self,
+        request: &ToVmm,
+        descriptors: &[BorrowedFd<'_>],
+        within: Duration,
+    ) -> Result<FromVmm, ControlError> {
+        let exchange = async {
+            self.send(request, descriptors).await?;
+            self.answer().await
+        };
+        tokio::time::timeout(within, exchange).await.unwrap_or(Err(ControlError::TimedOut(within)))
+    }
+
+    /// Sends a request.
+    pub(crate) async fn send(
+        &self,
+        request: &ToVmm,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ControlError> {
+        let message =
+            control::encode(request).map_err(|e| ControlError::Protocol(e.to_string()))?;
+        let message = [io::IoSlice::new(&message)];
+        self.socket
+            .async_io(tokio::io::Interest::WRITABLE, |socket| {
+                let mut space =
+                    [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                if !descriptors.is_empty()
+                    && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))
+                {
+                    return Err(io::Error::other("too many descriptors for one message"));
+                }
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                Ok(rustix::net::sendmsg(socket.as_fd(), &message, &mut ancillary, flags)?)
+            })
+            .await?;
+        Ok(())
+    }
+
+    /// Waits for the answer to a request.
+    pub(crate) async fn answer(&mut self) -> Result<FromVmm, ControlError> {
+        match self.receive().await? {
+            FromVmm::Failed(failure) => Err(ControlError::Refused(failure)),
+            FromVmm::Exited(exit) => Err(ControlError::Exited(exit)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Waits for a message that nobody asked for: only [`FromVmm::Exited`] is one.
+    pub(crate) async fn unexpected(&mut self) -> ControlError {
+        match self.receive().await {
+            Ok(FromVmm::Exited(exit)) => ControlError::Exited(exit),
+            Ok(other) => ControlError::Protocol(format!("unasked for: {}", name(&other))),
+            Err(error) => error,
+        }
+    }
+
+    /// Cancel-safe: a datagram is taken whole or not at all.
+    async fn receive(&mut self) -> Result<FromVmm, ControlError> {
+        let buffer = &mut self.buffer;
+        let count = self
+            .socket
+            .async_io(tokio::io::Interest::READABLE, |socket| {
+                // No room for descriptors: the VMM has none to give, and the kernel drops what it
+                // sends all the same.
+                let flags = RecvFlags::DONTWAIT;
+                Ok(rustix::net::recv(socket.as_fd(), &mut buffer[..], flags)?.1)
+            })
+            .await?;
+        match count {
+            0 => Err(ControlError::Closed),
+            n if n > MAX_MESSAGE => {
+                Err(ControlError::Protocol(format!("control message over {MAX_MESSAGE} bytes")))
+            }
+            n => control::decode_from_vmm(&self.buffer[..n])
+                .map_err(|e| ControlError::Protocol(format!("control message: {e}"))),
+        }
+    }
+}
+
+/// A message's name, for errors.
+pub(crate) fn name(message: &FromVmm) -> &'static str {
+    match message {
+        FromVmm::Ready(_) => "Ready",
+        FromVmm::Booted(_) => "Booted",
+        FromVmm::Thawed(_) => "Thawed",
+        FromVmm::Done => "Done",
+        FromVmm::Saved(_) => "Saved",
+        FromVmm::Stats(_) => "Stats",
+        FromVmm::Failed(_) => "Failed",
+        FromVmm::Exited(_) => "Exited",
+        _ => "an unknown message",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Read};
+
+    use firn_proto::control::{ExitReason, FailureKind};
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage};
+
+    use super::*;
+
+    fn say(socket: &OwnedFd, message: &FromVmm) {
+        let bytes = control::encode(message).unwrap();
+        rustix::net::send(socket, &bytes, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn descriptors_arrive_in_their_order() {
+        let (control, theirs) = Control::pair().unwrap();
+        let files =
+            ["a", "b", "c"].map(|text| crate::memfile::sealed("x", text.as_bytes()).unwrap());
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let request = ToVmm::Save { base: false };
+        control.send(&request, &borrowed).await.unwrap();
+        let mut bytes = [0; 512];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::net::recvmsg(
+            &theirs,
+            &mut [io::IoSliceMut::new(&mut bytes)],
+            &mut ancillary,
+            RecvFlags::empty(),
+        )
+        .unwrap();
+        assert_eq!(control::decode_to_vmm(&bytes[..received.bytes]), Ok(request));
+        let mut text = String::new();
+        for message in ancillary.drain() {
+            let RecvAncillaryMessage::ScmRights(fds) = message else { continue };
+            for fd in fds {
+                File::from(fd).read_to_string(&mut text).unwrap();
+            }
+        }
+        assert_eq!(text, "abc");
+    }
+
+    #[tokio::test]
+    async fn every_way_to_fail_has_its_name() {
+        let second = Duration::from_secs(1);
+        let (mut control, theirs) = Control::pair().unwrap();
+        say(&theirs, &FromVmm::Done);
+        assert_eq!(control.request(&ToVmm::Pause, &[], second).await.unwrap(), FromVmm::Done);
+        let failure = Failure { kind: FailureKind::Kvm, message: "no".into() };
+        say(&theirs, &FromVmm::Failed(failure));
+        let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
+        assert!(matches!(error, ControlError::Refused(_)), "{error:?}");
+        rustix::net::send(&theirs, &[0xff; 9], SendFlags::empty()).unwrap();
+        let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
+        assert!(matches!(error, ControlError::Protocol(_)), "{error:?}");
+        say(&theirs, &FromVmm::Done);
+        assert!(matches!(control.unexpected().await, ControlError::Protocol(_)));
+        let exit = Exit { reason: ExitReason::TripleFault, detail: String::new() };
+        say(&theirs, &FromVmm::Exited(exit.clone()));
+        assert!(matches!(control.unexpected().await, ControlError::Exited(e) if e == exit));
+        let short = Duration::from_millis(10);
+        let error = control.request(&ToVmm::Pause, &[], short).await.unwrap_err();
+        assert!(matches!(error, ControlError::TimedOut(_)), "{error:?}");
+        drop(theirs);
+        assert!(matches!(control.unexpected().await, ControlError::Closed));
+        let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
+        assert!(matches!(error, ControlError::Closed), "{error:?}");
+    }
+}

@@ -1,0 +1,110 @@
+//! Files in memory: sealed ones that are handed to many VMMs, and nameless ones on disk.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags, SealFlags},
+    io::Errno,
+};
+
+/// All seals: nobody who has a descriptor can change the content, or the seals.
+const SEALS: SealFlags =
+    SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// A new empty memory file that can be sealed.
+pub(crate) fn create(name: &str) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // Kernels before 6.3 don't know NOEXEC_SEAL; what is never executable is nicer to have.
+    let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
+        other => other?,
+    };
+    Ok(File::from(fd))
+}
+
+/// Seals `file` and opens it anew for reading only, so that not even the mode of the descriptor
+/// allows more.
+pub(crate) fn seal(file: File) -> io::Result<OwnedFd> {
+    rustix::fs::fcntl_add_seals(&file, SEALS)?;
+    reopen(&file)
+}
+
+/// A sealed memory file with `content`.
+pub(crate) fn sealed(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = create(name)?;
+    io::Write::write_all(&mut file, content)?;
+    seal(file)
+}
+
+/// A sealed executable copy of `source` that its user may execute but not read: exec then leaves
+/// the process not dumpable, so that nothing of the same user can trace it.
+pub(crate) fn sealed_executable(name: &str, source: &mut File) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
+        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
+        other => other?,
+    };
+    let mut file = File::from(fd);
+    io::copy(source, &mut file)?;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o711))?;
+    seal(file)
+}
+
+/// Opens the file of `fd` anew for reading: with its own offset, which two processes that got the
+/// same descriptor would share.
+pub(crate) fn reopen(fd: impl AsFd) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// A nameless file in the directory `dir`: gone with its last descriptor, whoever dies when.
+pub(crate) fn nameless(dir: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
+    match rustix::fs::open(dir, flags | OFlags::TMPFILE, mode) {
+        // Some file systems can't; the name then lives for a moment.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+            Ok(tempfile::tempfile_in(dir)?.into())
+        }
+        other => Ok(other?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn sealed_content_can_be_read_and_not_changed() {
+        let fd = sealed("test", b"content").unwrap();
+        let mut file = File::from(fd);
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "content");
+        assert!(file.write_all(b"x").is_err());
+        assert!(file.set_len(0).is_err());
+        let again = reopen(&file).unwrap();
+        text.clear();
+        File::from(again).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "content", "a reopened descriptor has its own offset");
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        if let Ok(mut writable) = File::options().write(true).open(path) {
+            assert!(writable.write_all(b"x").is_err());
+        }
+    }
+
+    #[test]
+    fn nameless_files_have_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = File::from(nameless(dir.path()).unwrap());
+        file.write_all(b"x").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,517 @@
+//! Opening a host: what must be there is checked, each lack with its own error, and what an
+//! earlier life has left is removed.
+//!
+//! ```text
+//!  <state>/lock         held as long as the host lives
+//!  <state>/run/         of one life only
+//!  <state>/run/root/    mount point of every jail's root; always empty from outside
+//!  <state>/run/pids/    a file a VMM: its name the pid, its content when it was started
+//! ```
+
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    fs::{self, File},
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::fs::FlockOperation;
+
+use crate::{
+    Disk, DiskError, HostConfig, Image, ImageError,
+    cgroup::Cgroups,
+    image::ImageInner,
+    initramfs, memfile,
+    process::kill_stranger,
+    snapshot::{hash_file, hash_sparse},
+};
+
+/// Prefix of temporary files and directories that this crate makes beside their targets.
+pub(crate) const TEMPORARY: &str = ".firn-tmp-";
+
+/// The version of KVM's interface that every kernel since 2007 has.
+const KVM_API_VERSION: i32 = 12;
+
+/// `_IO(KVMIO, 0x00)`.
+const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
+
+/// Why a host can't open.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A file of the installation is missing or unusable.
+    #[error("the installation has no usable {what} ({}): {source}", path.display())]
+    Artifact {
+        /// Which part: `firn-vmm`, `kernel`, `/tmp disk`…
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no image at all.
+    #[error("no images in {}", path.display())]
+    NoImages {
+        /// The directory that was searched.
+        path: PathBuf,
+    },
+    /// An image is damaged.
+    #[error("image {runtime:?} can't be used: {source}")]
+    Image {
+        /// The runtime.
+        runtime: String,
+        /// Why.
+        source: ImageError,
+    },
+    /// The machine has no KVM.
+    #[error(
+        "there is no /dev/kvm: load KVM's module (kvm_intel, kvm_amd), or allow nested \
+         virtualisation"
+    )]
+    NoKvm,
+    /// This user may not use KVM.
+    #[error("no permission for /dev/kvm: run as root, or join the group that owns it")]
+    KvmPermission,
+    /// KVM is there but can't be used.
+    #[error("/dev/kvm can't be used: {0}")]
+    Kvm(io::Error),
+    /// Building jails needs root.
+    #[error("jails can only be built by root (this is user {uid})")]
+    NotRoot {
+        /// Who this is.
+        uid: u32,
+    },
+    /// No way to limit microVMs.
+    #[error("control groups: {0}")]
+    Cgroup(String),
+    /// Another host lives in this state directory.
+    #[error("{} is in use by another process", path.display())]
+    InUse {
+        /// The state directory.
+        path: PathBuf,
+    },
+    /// A value of the configuration makes no sense.
+    #[error("{field}: {reason}")]
+    Config {
+        /// Name of the field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file or directory of the state could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+    let path = path.to_owned();
+    move |source| OpenError::Io { path, source }
+}
+
+/// Everything of the installation, opened once.
+#[derive(Debug)]
+pub(crate) struct Artifacts {
+    pub(crate) jailer: CString,
+    /// `firn-vmm` in sealed memory.
+    pub(crate) vmm: OwnedFd,
+    pub(crate) kernel: File,
+    pub(crate) kernel_hash: blake3::Hash,
+    pub(crate) initramfs: OwnedFd,
+    /// Backing of every `/tmp`.
+    pub(crate) tmp: Disk,
+    pub(crate) tmp_bytes: u64,
+    pub(crate) tmp_hash: blake3::Hash,
+    pub(crate) images: BTreeMap<String, Image>,
+    pub(crate) kvm: OwnedFd,
+    pub(crate) null: File,
+}
+
+impl Artifacts {
+    /// Checks and opens all parts, in the order in which a person would set them up.
+    pub(crate) fn open(dir: &Path) -> Result<Self, OpenError> {
+        let dir = fs::canonicalize(dir).map_err(|source| OpenError::Artifact {
+            what: "directory",
+            path: dir.to_owned(),
+            source,
+        })?;
+        let mut vmm = executable(&dir, "firn-vmm")?;
+        executable(&dir, "firn-jailer")?;
+        let mut init = executable(&dir, "firn-init")?;
+        let kernel = part(&dir, "kernel", "kernel/vmlinux")?;
+        let tmp_path = dir.join("images/tmp.ext4");
+        part(&dir, "/tmp disk", "images/tmp.ext4")?;
+        let images = images(&dir.join("images"))?;
+        let kvm = open_kvm()?;
+
+        let artifact =
+            |what, path: PathBuf| move |source| OpenError::Artifact { what, path, source };
+        let vmm_path = dir.join("bin/firn-vmm");
+        let vmm = memfile::sealed_executable("firn-vmm", &mut vmm)
+            .map_err(artifact("firn-vmm", vmm_path))?;
+        let init_path = dir.join("bin/firn-init");
+        let mut content = Vec::new();
+        let initramfs = init
+            .read_to_end(&mut content)
+            .and_then(|_| initramfs::build(&content))
+            .and_then(|archive| memfile::sealed("firn-initramfs", &archive))
+            .map_err(artifact("firn-init", init_path))?;
+        let kernel_hash =
+            hash_file(&kernel).map_err(artifact("kernel", dir.join("kernel/vmlinux")))?;
+        let tmp = Disk::open_read_only(&tmp_path).map_err(|e| OpenError::Artifact {
+            what: "/tmp disk",
+            path: tmp_path.clone(),
+            source: io::Error::other(e),
+        })?;
+        let (tmp_bytes, tmp_hash) = tmp
+            .file()
+            .metadata()
+            .and_then(|m| Ok((m.len(), hash_sparse(tmp.file(), m.len())?)))
+            .map_err(artifact("/tmp disk", tmp_path))?;
+        let null = Path::new("/dev/null");
+        Ok(Self {
+            jailer: CString::new(dir.join("bin/firn-jailer").as_os_str().as_bytes()).map_err(
+                |_| OpenError::Config { field: "artifacts", reason: "holds a null byte".into() },
+            )?,
+            vmm,
+            kernel,
+            kernel_hash,
+            initramfs,
+            tmp,
+            tmp_bytes,
+            tmp_hash,
+            images,
+            kvm,
+            null: File::options().read(true).write(true).open(null).map_err(at(null))?,
+        })
+    }
+}
+
+fn part(dir: &Path, what: &'static str, name: &str) -> Result<File, OpenError> {
+    let path = dir.join(name);
+    let open = || {
+        let file = File::open(&path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() == 0 {
+            return Err(io::Error::other("not a regular file with content"));
+        }
+        Ok(file)
+    };
+    open().map_err(|source| OpenError::Artifact { what, path, source })
+}
+
+fn executable(dir: &Path, what: &'static str) -> Result<File, OpenError> {
+    let name = format!("bin/{what}");
+    let file = part(dir, what, &name)?;
+    match file.metadata() {
+        Ok(metadata) if metadata.permissions().mode() & 0o111 != 0 => Ok(file),
+        other => Err(OpenError::Artifact {
+            what,
+            path: dir.join(name),
+            source: other.err().unwrap_or_else(|| io::Error::other("not executable")),
+        }),
+    }
+}
+
+/// What `image.json` may say.
+#[derive(serde::Deserialize)]
+struct Description {
+    runtime: String,
+    #[serde(default)]
+    description: String,
+}
+
+fn images(dir: &Path) -> Result<BTreeMap<String, Image>, OpenError> {
+    let mut images = BTreeMap::new();
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(OpenError::NoImages { path: dir.to_owned() });
+        }
+        Err(e) => return Err(at(dir)(e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(at(dir))?.path();
+        if !path.join("image.json").exists() {
+            continue;
+        }
+        let runtime = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let image = image(&path, &runtime)
+            .map_err(|source| OpenError::Image { runtime: runtime.clone(), source })?;
+        images.insert(runtime, image);
+    }
+    if images.is_empty() {
+        return Err(OpenError::NoImages { path: dir.to_owned() });
+    }
+    Ok(images)
+}
+
+fn image(dir: &Path, runtime: &str) -> Result<Image, ImageError> {
+    let path = dir.join("image.json");
+    let wrong = |reason: String| ImageError::Description { path: path.clone(), reason };
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ImageError::Io { path, source }
+    };
+    let text = fs::read(&path).map_err(io(&path))?;
+    let description: Description =
+        serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+    if description.runtime != runtime {
+        let named = description.runtime;
+        return Err(wrong(format!("names runtime {named:?}, but its directory is {runtime:?}")));
+    }
+    let rootfs_path = dir.join("rootfs.erofs");
+    let rootfs = Disk::open_read_only(&rootfs_path)?;
+    let hash = rootfs.hash().map_err(io(&rootfs_path))?;
+    Ok(Image(Arc::new(ImageInner {
+        runtime: description.runtime,
+        description: description.description,
+        rootfs,
+        hash,
+    })))
+}
+
+fn open_kvm() -> Result<OwnedFd, OpenError> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(|e| {
+        match e.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenError::NoKvm,
+            Some(libc::EACCES | libc::EPERM) => OpenError::KvmPermission,
+            _ => OpenError::Kvm(e),
+        }
+    })?;
+    // SAFETY: the request takes no argument and changes nothing.
+    let version = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION, 0) };
+    match version {
+        KVM_API_VERSION => Ok(kvm.into()),
+        -1 => Err(OpenError::Kvm(io::Error::last_os_error())),
+        other => Err(OpenError::Kvm(io::Error::other(format!("interface version {other}")))),
+    }
+}
+
+/// The state directory, locked, swept and ready.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) run: PathBuf,
+    /// Names this state directory in control groups, in this life and the next.
+    pub(crate) host_id: String,
+    /// Files in `run` live in memory, so that a guest's `/tmp` counts as its memory.
+    pub(crate) in_memory: bool,
+    /// Locked until it is closed.
+    _lock: File,
+}
+
+impl State {
+    /// Locks `dir`, making it if need be, and ends the processes of an earlier life.
+    pub(crate) fn open(dir: &Path) -> Result<Self, OpenError> {
+        fs::create_dir_all(dir).map_err(at(dir))?;
+        let dir = fs::canonicalize(dir).map_err(at(dir))?;
+        let path = dir.join("lock");
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(at(&path))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::InUse { path: dir }),
+            Err(e) => return Err(at(&path)(e.into())),
+        }
+        let run = dir.join("run");
+        end_processes(&run.join("pids"))?;
+        match fs::remove_dir_all(&run) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(&run)(e)),
+            _ => {}
+        }
+        for part in [dir.clone(), dir.join("snapshots"), dir.join("code")] {
+            remove_temporary(&part).map_err(at(&part))?;
+        }
+        for part in ["root", "pids"] {
+            let part = run.join(part);
+            fs::create_dir_all(&part).map_err(at(&part))?;
+        }
+        let mode = fs::Permissions::from_mode(0o700);
+        fs::set_permissions(&run, mode).map_err(at(&run))?;
+        let kind = rustix::fs::statfs(&run).map_err(|e| at(&run)(e.into()))?.f_type;
+        let id = blake3::hash(dir.as_os_str().as_bytes()).to_hex();
+        Ok(Self {
+            run,
+            host_id: id[..16].to_owned(),
+            in_memory: matches!(kind, libc::TMPFS_MAGIC | RAMFS_MAGIC),
+            _lock: lock,
+        })
+    }
+
+    /// Records a VMM, for a life that comes after this one was killed.
+    pub(crate) fn record(&self, pid: u32) -> io::Result<()> {
+        let started = crate::process::start_time(pid).unwrap_or_default();
+        fs::write(self.run.join("pids").join(pid.to_string()), started.to_string())
+    }
+
+    /// A VMM is gone.
+    pub(crate) fn forget(&self, pid: u32) {
+        let _ = fs::remove_file(self.run.join("pids").join(pid.to_string()));
+    }
+}
+
+/// `RAMFS_MAGIC` of linux/magic.h.
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
+
+fn end_processes(pids: &Path) -> Result<(), OpenError> {
+    let entries = match fs::read_dir(pids) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(at(pids)(e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(at(pids))?.path();
+        let pid = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
+        let started = fs::read_to_string(&path).ok().and_then(|text| text.parse().ok());
+        if let (Some(pid), Some(started)) = (pid, started) {
+            tracing::debug!(pid, "ending a VMM of an earlier life, if it still runs");
+            kill_stranger(pid, started, Duration::from_secs(10)).map_err(at(&path))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_temporary(dir: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_name().as_bytes().starts_with(TEMPORARY.as_bytes()) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks the values that have limits.
+pub(crate) fn check_config(config: &HostConfig) -> Result<(), OpenError> {
+    let wrong = |field, reason: &str| Err(OpenError::Config { field, reason: reason.into() });
+    if !(1..=1000).contains(&config.patience) {
+        return wrong("patience", "must be from 1 to 1000");
+    }
+    if config.shells > 1000 {
+        return wrong("shells", "must be at most 1000");
+    }
+    // The jailer refuses lower ones too.
+    if config.uids.start < 65_537 || config.uids.is_empty() || config.uids.end == u32::MAX {
+        return wrong("uids", "must be a range above 65536 with at least one id");
+    }
+    let uid = rustix::process::geteuid();
+    if !uid.is_root() {
+        return Err(OpenError::NotRoot { uid: uid.as_raw() });
+    }
+    Ok(())
+}
+
+/// Control groups, unless there are none and that is allowed.
+pub(crate) fn open_cgroups(
+    config: &HostConfig,
+    host_id: &str,
+) -> Result<Option<Cgroups>, OpenError> {
+    let cgroups = match Cgroups::open(host_id) {
+        Ok(cgroups) => cgroups,
+        Err(error) if config.allow_no_cgroups => {
+            tracing::warn!(%error, "microVMs run without limits");
+            return Ok(None);
+        }
+        Err(error) => return Err(OpenError::Cgroup(error.to_string())),
+    };
+    let count = cgroups.remove_leftovers().map_err(|e| OpenError::Cgroup(e.to_string()))?;
+    if count > 0 {
+        tracing::info!(count, "removed control groups of an earlier life");
+    }
+    Ok(Some(cgroups))
+}
+
+impl From<DiskError> for io::Error {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Open { source, .. } => source,
+            other => Self::other(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn install(dir: &Path, name: &str, mode: u32) {
+        let path = dir.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, [1; 1024]).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn each_missing_part_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let missing = || match Artifacts::open(dir) {
+            Err(OpenError::Artifact { what, .. }) => what.to_owned(),
+            Err(other) => other.to_string(),
+            Ok(_) => "nothing".into(),
+        };
+        for name in ["firn-vmm", "firn-jailer", "firn-init"] {
+            assert_eq!(missing(), name);
+            install(dir, &format!("bin/{name}"), 0o644);
+            assert_eq!(missing(), name, "not executable");
+            install(dir, &format!("bin/{name}"), 0o755);
+        }
+        assert_eq!(missing(), "kernel");
+        install(dir, "kernel/vmlinux", 0o644);
+        assert_eq!(missing(), "/tmp disk");
+        install(dir, "images/tmp.ext4", 0o644);
+        assert!(missing().starts_with("no images in "));
+        install(dir, "images/x1/image.json", 0o644);
+        assert!(missing().contains("image.json"), "{}", missing());
+        fs::write(dir.join("images/x1/image.json"), r#"{"runtime":"y"}"#).unwrap();
+        assert!(missing().contains("names runtime"), "{}", missing());
+        fs::write(dir.join("images/x1/image.json"), r#"{"runtime":"x1"}"#).unwrap();
+        assert!(missing().contains("can't open disk"), "{}", missing());
+        install(dir, "images/x1/rootfs.erofs", 0o644);
+        let rest = missing();
+        assert!(rest == "nothing" || rest.contains("/dev/kvm"), "{rest}");
+    }
+
+    #[test]
+    fn a_state_directory_belongs_to_one_and_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let stray = dir.path().join("snapshots").join(format!("{TEMPORARY}x"));
+        fs::create_dir_all(&stray).unwrap();
+        fs::create_dir_all(dir.path().join("run/old")).unwrap();
+        fs::create_dir_all(dir.path().join("snapshots/kept")).unwrap();
+        let state = State::open(dir.path()).unwrap();
+        assert!(!stray.exists() && !dir.path().join("run/old").exists());
+        assert!(dir.path().join("snapshots/kept").exists());
+        assert!(matches!(State::open(dir.path()), Err(OpenError::InUse { .. })));
+        let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        state.record(sleeper.id()).unwrap();
+        let id = state.host_id.clone();
+        drop(state);
+        let reaper = std::thread::spawn(move || sleeper.wait().unwrap());
+        assert_eq!(State::open(dir.path()).unwrap().host_id, id);
+        assert!(!reaper.join().unwrap().success(), "the process of the earlier life is ended");
+    }
+}

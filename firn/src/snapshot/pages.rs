@@ -1,0 +1,242 @@
+//! Sets of pages, and hashes and copies of sparse files.
+
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsFd, unix::fs::FileExt},
+};
+
+use rustix::{fs::SeekFrom, io::Errno};
+
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = 4096;
+
+/// A set of 4 KiB pages as a bitmap, least significant bit first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PageSet {
+    bits: Vec<u8>,
+    pages: u64,
+}
+
+impl PageSet {
+    /// Takes over a bitmap for `pages` pages, if it is exactly that.
+    pub(crate) fn from_bits(bits: Vec<u8>, pages: u64) -> Result<Self, String> {
+        let expected = pages.div_ceil(8);
+        if bits.len() as u64 != expected {
+            return Err(format!("{} bytes for {pages} pages instead of {expected}", bits.len()));
+        }
+        let surplus = expected * 8 - pages;
+        if surplus > 0 && bits.last().is_some_and(|last| last >> (8 - surplus) != 0) {
+            return Err(format!("bits beyond the last of {pages} pages are set"));
+        }
+        Ok(Self { bits, pages })
+    }
+
+    /// As in [`PageSet::from_bits`].
+    pub(crate) fn bits(&self) -> &[u8] {
+        &self.bits
+    }
+
+    /// Number of pages in the set.
+    pub(crate) fn count(&self) -> u64 {
+        self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum()
+    }
+
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        page < self.pages && self.bits[(page / 8) as usize] >> (page % 8) & 1 == 1
+    }
+
+    /// Pages of either.
+    pub(crate) fn union(&self, other: &Self) -> Self {
+        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a | b).collect();
+        Self { bits, pages: self.pages }
+    }
+
+    /// Pages of this one that the other does not have.
+    pub(crate) fn minus(&self, other: &Self) -> Self {
+        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a & !b).collect();
+        Self { bits, pages: self.pages }
+    }
+
+    /// Number of pages of the set within `range`.
+    pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
+        range.filter(|page| self.contains(*page)).count() as u64
+    }
+
+    /// Maximal runs of pages, in order.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            while next < self.pages && !self.contains(next) {
+                // Whole bytes of nothing are the common case.
+                next = if next % 8 == 0 && self.bits[(next / 8) as usize] == 0 {
+                    next + 8
+                } else {
+                    next + 1
+                };
+            }
+            if next >= self.pages {
+                return None;
+            }
+            let start = next;
+            while self.contains(next) {
+                next += 1;
+            }
+            Some(start..next)
+        })
+    }
+}
+
+/// Hash of all of `file`, without moving its offset.
+pub(crate) fn hash_file(file: &File) -> io::Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut offset = 0;
+    loop {
+        match file.read_at(&mut buffer, offset) {
+            Ok(0) => return Ok(hasher.finalize()),
+            Ok(n) => {
+                hasher.update(&buffer[..n]);
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Hash of the pages of `set` in `file`, one after the other.
+pub(crate) fn hash_pages(file: &File, set: &PageSet) -> io::Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    for run in set.runs() {
+        let (mut offset, end) = (run.start * PAGE, run.end * PAGE);
+        while offset < end {
+            let want = buffer.len().min((end - offset) as usize);
+            file.read_exact_at(&mut buffer[..want], offset)?;
+            hasher.update(&buffer[..want]);
+            offset += want as u64;
+        }
+    }
+    Ok(hasher.finalize())
+}
+
+/// Hash of a sparse file of `length` bytes: of its length, and of each page that is not all zeros
+/// with its position. Holes and written zeros are the same, so copying can't change it.
+pub(crate) fn hash_sparse(file: &File, length: u64) -> io::Result<blake3::Hash> {
+    walk_sparse(file, length, |_, _| Ok(()))
+}
+
+/// Copies what is not zero from `source` to the empty `target`, gives it the same length, and
+/// hashes what was copied as [`hash_sparse`] does.
+pub(crate) fn copy_sparse(source: &File, target: &File, length: u64) -> io::Result<blake3::Hash> {
+    target.set_len(length)?;
+    walk_sparse(source, length, |page, offset| target.write_all_at(page, offset))
+}
+
+fn walk_sparse(
+    file: &File,
+    length: u64,
+    mut each: impl FnMut(&[u8], u64) -> io::Result<()>,
+) -> io::Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&length.to_le_bytes());
+    let mut buffer = vec![0; 1 << 20];
+    let mut position = 0;
+    while let Some(data) = next_data(file, position, length)? {
+        // Extents may begin anywhere; pages are counted from the start of the file.
+        let mut offset = data.start - data.start % PAGE;
+        let end = data.end.next_multiple_of(PAGE).min(length);
+        while offset < end {
+            let want = buffer.len().min((end - offset) as usize);
+            file.read_exact_at(&mut buffer[..want], offset)?;
+            for (index, page) in buffer[..want].chunks(PAGE as usize).enumerate() {
+                if page.iter().any(|byte| *byte != 0) {
+                    let at = offset + index as u64 * PAGE;
+                    hasher.update(&at.to_le_bytes());
+                    hasher.update(page);
+                    each(page, at)?;
+                }
+            }
+            offset += want as u64;
+        }
+        position = end;
+    }
+    Ok(hasher.finalize())
+}
+
+/// The next range at or after `position` that may hold data.
+fn next_data(file: &File, position: u64, length: u64) -> io::Result<Option<Range<u64>>> {
+    if position >= length {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file.as_fd(), SeekFrom::Data(position)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // The file system does not know of holes.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(position..length)),
+        Err(e) => return Err(e.into()),
+    };
+    let end = rustix::fs::seek(file.as_fd(), SeekFrom::Hole(start))?.min(length);
+    Ok((start < end).then_some(start..end))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_the_set(pages in 0u64..200, seed in proptest::collection::vec(any::<u8>(), 25)) {
+            let mut bits = seed[..pages.div_ceil(8) as usize].to_vec();
+            if pages % 8 != 0 && let Some(last) = bits.last_mut() {
+                *last &= (1 << (pages % 8)) - 1;
+            }
+            let set = PageSet::from_bits(bits, pages).unwrap();
+            let runs: Vec<_> = set.runs().collect();
+            prop_assert!(runs.windows(2).all(|w| w[0].end < w[1].start));
+            let listed: Vec<u64> = runs.into_iter().flatten().collect();
+            let expected: Vec<u64> = (0..pages).filter(|p| set.contains(*p)).collect();
+            prop_assert_eq!(listed.len() as u64, set.count());
+            prop_assert_eq!(&listed, &expected);
+            prop_assert_eq!(set.count_in(0..pages), set.count());
+        }
+
+        #[test]
+        fn wrong_bitmaps_are_refused(bits in proptest::collection::vec(any::<u8>(), 0..8), pages in 0u64..64) {
+            let fits = bits.len() as u64 == pages.div_ceil(8)
+                && (pages..bits.len() as u64 * 8).all(|p| bits[p as usize / 8] >> (p % 8) & 1 == 0);
+            prop_assert_eq!(PageSet::from_bits(bits, pages).is_ok(), fits);
+        }
+
+        #[test]
+        fn sparse_copies_hash_alike(writes in proptest::collection::vec((0u64..40_000, any::<u8>()), 0..20)) {
+            let dir = tempfile::tempdir().unwrap();
+            let (a, b) = (
+                File::options().create_new(true).read(true).write(true).open(dir.path().join("a")).unwrap(),
+                File::options().create_new(true).read(true).write(true).open(dir.path().join("b")).unwrap(),
+            );
+            let length = 50_000;
+            a.set_len(length).unwrap();
+            for (at, byte) in writes {
+                a.write_all_at(&[byte; 10], at * 1249 % (length - 10)).unwrap();
+            }
+            let hash = hash_sparse(&a, length).unwrap();
+            prop_assert_eq!(copy_sparse(&a, &b, length).unwrap(), hash);
+            prop_assert_eq!(hash_sparse(&b, length).unwrap(), hash);
+            let read = |f: &File| { let mut v = vec![0; length as usize]; f.read_exact_at(&mut v, 0).unwrap(); v };
+            prop_assert_eq!(read(&a), read(&b));
+        }
+    }
+
+    #[test]
+    fn set_operations() {
+        let set = |bits: [u8; 2]| PageSet::from_bits(bits.to_vec(), 16).unwrap();
+        let (a, b) = (set([0b0011, 0x80]), set([0b0110, 0]));
+        assert_eq!(a.union(&b), set([0b0111, 0x80]));
+        assert_eq!(a.minus(&b), set([0b0001, 0x80]));
+    }
+}

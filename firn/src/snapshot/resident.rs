@@ -1,0 +1,308 @@
+//! Making a snapshot resident: everything that is thawed is copied into sealed memory, and what is
+//! verified is the copy. From then on no file can change it, and a thaw verifies nothing.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    sync::Arc,
+};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use super::{
+    Snapshot, SnapshotError, SnapshotMeta, at,
+    container::{Manifest, hex},
+    pages::{PAGE, PageSet, copy_sparse},
+};
+use crate::{Disk, Host, Image, ShellClass, host::Inner, memfile};
+
+/// Pages of a huge page.
+const HUGE: u64 = 512;
+
+/// A verified snapshot in sealed memory, ready to thaw. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ResidentSnapshot(Arc<Resident>);
+
+#[derive(Debug)]
+struct Resident {
+    id: [u8; 32],
+    manifest: Manifest,
+    memory: OwnedFd,
+    /// Pages that `memory` holds.
+    pages: PageSet,
+    state: OwnedFd,
+    delta: OwnedFd,
+    image: Image,
+    code: Option<Disk>,
+}
+
+impl ResidentSnapshot {
+    /// Identity of the snapshot: [`Snapshot::id`].
+    pub fn id(&self) -> String {
+        hex(&self.0.id)
+    }
+
+    /// What its maker noted.
+    pub fn meta(&self) -> &SnapshotMeta {
+        &self.0.manifest.meta
+    }
+
+    /// The class of shell that it thaws into.
+    pub fn class(&self) -> ShellClass {
+        let Manifest { vcpus, memory_mib, .. } = self.0.manifest;
+        ShellClass { vcpus, memory_mib }
+    }
+
+    /// Bytes of memory that it occupies, at most.
+    pub fn resident_bytes(&self) -> u64 {
+        self.0.pages.count() * PAGE
+    }
+
+    /// The image that it was made from.
+    pub fn image(&self) -> &Image {
+        &self.0.image
+    }
+
+    pub(crate) fn raw_id(&self) -> [u8; 32] {
+        self.0.id
+    }
+
+    pub(crate) fn memory(&self) -> BorrowedFd<'_> {
+        self.0.memory.as_fd()
+    }
+
+    pub(crate) fn state(&self) -> BorrowedFd<'_> {
+        self.0.state.as_fd()
+    }
+
+    pub(crate) fn delta(&self) -> BorrowedFd<'_> {
+        self.0.delta.as_fd()
+    }
+
+    pub(crate) fn code(&self) -> Option<&Disk> {
+        self.0.code.as_ref()
+    }
+
+    pub(crate) fn function_memory_mb(&self) -> u32 {
+        self.0.manifest.function_memory_mb
+    }
+}
+
+impl Snapshot {
+    /// Verifies everything and lays it out in sealed memory. `base` must be given if
+    /// [`Snapshot::base`] names one; `code` must be the disk that was loaded, if one was.
+    ///
+    /// # Errors
+    /// Any [`SnapshotError`].
+    pub async fn make_resident(
+        &self,
+        host: &Host,
+        base: Option<&ResidentSnapshot>,
+        code: Option<&Disk>,
+    ) -> Result<ResidentSnapshot, SnapshotError> {
+        let (snapshot, inner) = (self.clone(), host.inner().clone());
+        let (base, code) = (base.cloned(), code.cloned());
+        let making = tokio::task::spawn_blocking(move || make(&snapshot, &inner, base, code));
+        making.await.unwrap_or_else(|e| Err(at("make the snapshot resident")(io::Error::other(e))))
+    }
+}
+
+fn make(
+    snapshot: &Snapshot,
+    inner: &Inner,
+    base: Option<ResidentSnapshot>,
+    code: Option<Disk>,
+) -> Result<ResidentSnapshot, SnapshotError> {
+    let super::container::State { manifest, vm_state, pages } = &snapshot.0.state;
+    let image = check_environment(manifest, inner, code.as_ref())?;
+    let found = base.as_ref().map(ResidentSnapshot::raw_id);
+    if found != manifest.base {
+        let name = |id: Option<[u8; 32]>| id.map_or_else(|| "none".into(), |id| hex(&id));
+        return Err(SnapshotError::Base { expected: name(manifest.base), found: name(found) });
+    }
+    if let Some(base) = &base {
+        let (expected, found) = (base.0.manifest.memory_bytes(), manifest.memory_bytes());
+        if expected != found {
+            return Err(SnapshotError::Memory { expected, found });
+        }
+    }
+    let (memory, pages) = flatten(snapshot, pages, base.as_ref())?;
+    let state = memfile::sealed("firn-vm-state", vm_state).map_err(at("keep the VM's state"))?;
+    let delta = read_delta(snapshot)?;
+    Ok(ResidentSnapshot(Arc::new(Resident {
+        id: snapshot.0.id,
+        manifest: manifest.clone(),
+        memory,
+        pages,
+        state,
+        delta,
+        image,
+        code,
+    })))
+}
+
+/// Everything that a snapshot needs of its host must be what it was made with.
+fn check_environment(
+    manifest: &Manifest,
+    inner: &Inner,
+    code: Option<&Disk>,
+) -> Result<Image, SnapshotError> {
+    let artifacts = &inner.artifacts;
+    let kernel = artifacts.kernel_hash.as_bytes();
+    if manifest.kernel != *kernel {
+        return Err(SnapshotError::Kernel { expected: hex(&manifest.kernel), found: hex(kernel) });
+    }
+    let image = artifacts.images.get(&manifest.runtime);
+    let image = match image {
+        Some(image) if image.0.hash.as_bytes() == &manifest.image => image.clone(),
+        other => {
+            return Err(SnapshotError::Image {
+                runtime: manifest.runtime.clone(),
+                expected: hex(&manifest.image),
+                found: other.map_or_else(|| "none".into(), Image::hash),
+            });
+        }
+    };
+    let tmp = artifacts.tmp_hash.as_bytes();
+    if manifest.tmp_disk != *tmp {
+        return Err(SnapshotError::TmpDisk { expected: hex(&manifest.tmp_disk), found: hex(tmp) });
+    }
+    let found = code.map(Disk::hash).transpose().map_err(at("read the code disk"))?;
+    let found = found.map(|hash| *hash.as_bytes());
+    if found != manifest.code {
+        let name = |hash: Option<[u8; 32]>| hash.map_or_else(|| "none".into(), |h| hex(&h));
+        return Err(SnapshotError::Code { expected: name(manifest.code), found: name(found) });
+    }
+    Ok(image)
+}
+
+/// Lays base and differences out as one linear image. The hash is taken of what arrived, not of
+/// what the file says.
+fn flatten(
+    snapshot: &Snapshot,
+    pages: &PageSet,
+    base: Option<&ResidentSnapshot>,
+) -> Result<(OwnedFd, PageSet), SnapshotError> {
+    let manifest = &snapshot.0.state.manifest;
+    let length = manifest.memory_bytes();
+    let source = snapshot.open_file("memory")?;
+    let found = source.metadata().map_err(at("read memory"))?.len();
+    if found < length {
+        return Err(SnapshotError::Truncated { what: "memory", expected: length, found });
+    }
+    if found > length {
+        return Err(SnapshotError::Memory { expected: length, found });
+    }
+
+    let target = memfile::create("firn-memory").map_err(at("make a memory file"))?;
+    target.set_len(length).map_err(at("make a memory file"))?;
+    let all = match base {
+        Some(base) => base.0.pages.union(pages),
+        None => pages.clone(),
+    };
+    {
+        let mut map = Mapping::writable(&target, length).map_err(at("map a memory file"))?;
+        map.advise_dense(&all);
+        if let Some(base) = base {
+            let from = File::from(memfile::reopen(base.memory()).map_err(at("read the base"))?);
+            for run in base.0.pages.minus(pages).runs() {
+                let offset = run.start * PAGE;
+                from.read_exact_at(map.pages(run), offset).map_err(at("copy the base"))?;
+            }
+        }
+        let mut hasher = blake3::Hasher::new();
+        for run in pages.runs() {
+            let offset = run.start * PAGE;
+            let target = map.pages(run);
+            source.read_exact_at(target, offset).map_err(at("copy memory"))?;
+            hasher.update(target);
+        }
+        let found = *hasher.finalize().as_bytes();
+        if found != manifest.memory {
+            let (expected, found) = (hex(&manifest.memory), hex(&found));
+            return Err(SnapshotError::Altered { what: "memory", expected, found });
+        }
+    }
+    let memory = memfile::seal(target).map_err(at("seal a memory file"))?;
+    Ok((memory, all))
+}
+
+fn read_delta(snapshot: &Snapshot) -> Result<OwnedFd, SnapshotError> {
+    let manifest = &snapshot.0.state.manifest;
+    let source = snapshot.open_file("tmp.delta")?;
+    let found = source.metadata().map_err(at("read tmp.delta"))?.len();
+    let expected = manifest.delta_bytes;
+    if found < expected {
+        return Err(SnapshotError::Truncated { what: "tmp.delta", expected, found });
+    }
+    let target = memfile::create("firn-tmp-delta").map_err(at("make a memory file"))?;
+    let found = *copy_sparse(&source, &target, expected).map_err(at("copy tmp.delta"))?.as_bytes();
+    if found != manifest.delta {
+        let (expected, found) = (hex(&manifest.delta), hex(&found));
+        return Err(SnapshotError::Altered { what: "tmp.delta", expected, found });
+    }
+    memfile::seal(target).map_err(at("seal a memory file"))
+}
+
+/// A shared mapping of a memory file that nobody else has.
+struct Mapping {
+    start: *mut u8,
+    length: usize,
+}
+
+impl Mapping {
+    fn writable(file: &File, length: u64) -> io::Result<Self> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                0,
+            )?
+        };
+        Ok(Self { start: start.cast(), length })
+    }
+
+    /// Asks for huge pages where at least half of one would be used; elsewhere the saving of
+    /// faults is not worth the memory. Before the first write. Only advice: hosts may not have it.
+    fn advise_dense(&self, pages: &PageSet) {
+        let count = self.length as u64 / PAGE;
+        for start in (0..count).step_by(HUGE as usize) {
+            if start + HUGE <= count && pages.count_in(start..start + HUGE) >= HUGE / 2 {
+                // SAFETY: the range lies within this mapping, as just checked, and the advice
+                // changes no content.
+                let _ = unsafe {
+                    rustix::mm::madvise(
+                        self.start.add((start * PAGE) as usize).cast(),
+                        (HUGE * PAGE) as usize,
+                        Advice::LinuxHugepage,
+                    )
+                };
+            }
+        }
+    }
+
+    /// The bytes of a run of pages. Runs come from a [`PageSet`] of this memory's size.
+    fn pages(&mut self, run: std::ops::Range<u64>) -> &mut [u8] {
+        let (start, end) = ((run.start * PAGE) as usize, (run.end * PAGE) as usize);
+        assert!(start <= end && end <= self.length, "pages {run:?} of {} bytes", self.length);
+        // SAFETY: within the mapping, as just checked; the file is private to this function's
+        // caller, so nothing else reads or writes it, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this is the whole mapping that `writable` made, and no slice of it is alive.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.length) };
+    }
+}

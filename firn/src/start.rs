@@ -1,0 +1,335 @@
+//! Starting an instance: by booting an image, or by thawing a snapshot.
+//!
+//! ```text
+//!  thaw:  claim shell ─▶ Renew, Invoke into the socketpair ─▶ Thaw + descriptors ─▶ shell
+//!         ◀─ Thawed (stamps)   ◀─ Renewed (identity repeated?)   ◀─ Done
+//! ```
+//!
+//! The thaw path opens no file by name, parses no text, and allocates little: everything that it
+//! hands over was opened when the host opened, the snapshot was made resident, or the shell was
+//! spawned.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use firn_proto::{
+    control::{self, DiskSource, FromVmm, ToVmm},
+    guest::{self, FromGuest, Renew, ToGuest},
+};
+
+use crate::{
+    Host, Image, Instance, Invocation, InvokeReport, LogSink, ResidentSnapshot, ShellClass,
+    ShellError, VmmExit,
+    channel::name as message_name,
+    host::Inner,
+    instance::{self, Origin},
+    memfile,
+    phases::Stopwatch,
+    stream::Stream,
+    vm::{Trouble, Vm, frame_name, unexpected},
+};
+
+/// Time from the boot request until the guest's init is ready.
+const BOOT: Duration = Duration::from_secs(20);
+
+/// Time from the thaw request until the guest has renewed itself, without its hooks.
+const RENEW: Duration = Duration::from_secs(5);
+
+/// Time that restore hooks may take.
+const HOOKS: Duration = Duration::from_secs(10);
+
+/// Kernel command line without devices. No serial ports are probed and a panic resets at once,
+/// which ends the VMM.
+const CMDLINE: &str = "quiet panic=-1 reboot=t";
+
+/// Why an instance did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There was no shell to start it in.
+    #[error(transparent)]
+    Shell(#[from] ShellError),
+    /// The VMM refused the kernel or the snapshot.
+    #[error("the VMM refused: {message}")]
+    Refused {
+        /// Class of the failure: `BadKernel`, `SnapshotCpu`…
+        kind: control::FailureKind,
+        /// Its words.
+        message: String,
+    },
+    /// It ended before it was ready.
+    #[error("the microVM ended while it started: {exit}")]
+    Died {
+        /// How.
+        exit: VmmExit,
+    },
+    /// It took too long.
+    #[error("no {waiting_for} within {after:?}")]
+    TimedOut {
+        /// What it should have said.
+        waiting_for: &'static str,
+        /// How long it was given.
+        after: Duration,
+    },
+    /// The guest speaks another version of the protocol.
+    #[error("the guest speaks protocol version {found}, this host {supported}")]
+    GuestVersion {
+        /// The guest's.
+        found: u16,
+        /// Ours.
+        supported: u16,
+    },
+    /// A thawed guest did not repeat its new identity: it must never serve.
+    #[error("the thawed guest calls itself {found:?}, not {expected:?}")]
+    NotRenewed {
+        /// The identity that it was given.
+        expected: String,
+        /// What it said.
+        found: String,
+    },
+    /// The guest or the VMM broke its protocol.
+    #[error("protocol violation: {0}")]
+    Protocol(String),
+    /// The first invocation can't be sent.
+    #[error("{0}")]
+    Request(String),
+    /// The host's own kernel refused.
+    #[error("{operation}: {source}")]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    fn from_trouble(trouble: Trouble, waiting_for: &'static str) -> Self {
+        match trouble {
+            Trouble::Died(exit) => Self::Died { exit },
+            Trouble::TimedOut(after) => Self::TimedOut { waiting_for, after },
+            Trouble::Refused(failure) => {
+                Self::Refused { kind: failure.kind, message: failure.message }
+            }
+            Trouble::Protocol(message) => Self::Protocol(message),
+            Trouble::Io(source) => Self::Io { operation: waiting_for, source },
+        }
+    }
+}
+
+/// Names what was waited for when there is trouble.
+fn awaiting(what: &'static str) -> impl Fn(Trouble) -> StartError {
+    move |trouble| StartError::from_trouble(trouble, what)
+}
+
+fn io_at(operation: &'static str) -> impl Fn(io::Error) -> StartError {
+    move |source| StartError::Io { operation, source }
+}
+
+impl Host {
+    /// Boots `image` until its init is ready for a function.
+    ///
+    /// # Errors
+    /// Any [`StartError`].
+    pub async fn boot(&self, image: &Image, class: ShellClass) -> Result<Instance, StartError> {
+        let inner = self.inner();
+        let mut watch = Stopwatch::start();
+        let (shell, _refill) = inner.claim(class).await?;
+        watch.mark("shell");
+        let mut vm = shell.vm;
+        let (stream, theirs) = Stream::pair().map_err(io_at("make the invoke connection"))?;
+        vm.stream = Some(stream);
+
+        // Opened anew, so that VMMs that boot at the same time don't share offsets.
+        let artifacts = &inner.artifacts;
+        let reopen = |fd: BorrowedFd<'_>| memfile::reopen(fd).map_err(io_at("open boot files"));
+        let kernel = reopen(artifacts.kernel.as_fd())?;
+        let initramfs = reopen(artifacts.initramfs.as_fd())?;
+        let delta =
+            vm.delta.take().ok_or_else(|| StartError::Protocol("shell used twice".into()))?;
+        let message = ToVmm::Boot {
+            cmdline: cmdline(inner, class),
+            initramfs: true,
+            disks: vec![DiskSource::ReadOnly, DiskSource::Empty, DiskSource::CopyOnWrite],
+        };
+        let descriptors = [
+            kernel.as_fd(),
+            initramfs.as_fd(),
+            theirs.as_fd(),
+            image.0.rootfs.file().as_fd(),
+            artifacts.tmp.file().as_fd(),
+            delta.as_fd(),
+        ];
+        watch.mark("sent");
+        match vm.request_within(&message, &descriptors, BOOT).await.map_err(awaiting("Booted"))? {
+            FromVmm::Booted(stamps) => watch.stamps(&stamps),
+            other => return Err(awaiting("Booted")(unexpected("Booted", message_name(&other)))),
+        }
+        // The VMM has its own copies; its end must close with it.
+        drop(theirs);
+
+        let within = BOOT * inner.config.patience;
+        let ready = match vm.frame(within).await.map_err(awaiting("Ready"))? {
+            FromGuest::Ready(ready) => ready,
+            other => return Err(awaiting("Ready")(unexpected("Ready", frame_name(&other)))),
+        };
+        first_byte(&vm, &mut watch);
+        watch.mark("ready");
+        if ready.version != guest::VERSION {
+            let supported = guest::VERSION;
+            return Err(StartError::GuestVersion { found: ready.version, supported });
+        }
+        let id = new_identity().map_err(io_at("make an identity"))?;
+        let origin = Origin::Booted { image: image.clone() };
+        Ok(Instance::new(inner.clone(), vm, id, origin, watch.finish()))
+    }
+
+    /// Thaws a snapshot into a shell and renews its identity. With `first`, the event rides along
+    /// and its result is returned too. Output of restore hooks and of the first event goes to
+    /// `log`, as later output does.
+    ///
+    /// # Errors
+    /// Any [`StartError`]. A function that fails is no error: see [`InvokeReport::outcome`] and
+    /// [`Instance::renewed`].
+    pub async fn thaw(
+        &self,
+        snapshot: &ResidentSnapshot,
+        first: Option<&Invocation>,
+        log: Option<LogSink>,
+    ) -> Result<(Instance, Option<InvokeReport>), StartError> {
+        let inner = self.inner();
+        let mut watch = Stopwatch::start();
+        let (shell, _refill) = inner.claim(snapshot.class()).await?;
+        watch.mark("shell");
+        let mut vm = shell.vm;
+        let (stream, theirs) = Stream::pair().map_err(io_at("make the invoke connection"))?;
+        let stream = vm.stream.insert(stream);
+        stream.set_log(log);
+
+        let id = new_identity().map_err(io_at("make an identity"))?;
+        let invoke = first.map(|first| instance::invoke_message(first)).transpose();
+        let invoke = invoke.map_err(StartError::Request)?;
+        let mut entropy = vec![0; guest::ENTROPY_BYTES];
+        fill_random(&mut entropy).map_err(io_at("read entropy"))?;
+        let hook_timeout_ms = HOOKS.as_millis() as u64;
+        let wall_clock_ns = instance::wall_clock().as_nanos() as u64;
+        let instance_id = id.clone();
+        let renew = ToGuest::Renew(Renew { wall_clock_ns, entropy, instance_id, hook_timeout_ms });
+        let queueing = |e: crate::stream::StreamError| awaiting("Thawed")(e.into());
+        stream.queue(&renew).map_err(queueing)?;
+        if let Some(invoke) = &invoke {
+            stream.queue(invoke).map_err(queueing)?;
+        }
+
+        let delta =
+            vm.delta.take().ok_or_else(|| StartError::Protocol("shell used twice".into()))?;
+        let tmp = inner.artifacts.tmp.file();
+        let code = snapshot.code();
+        let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
+        let message = ToVmm::Thaw {
+            disks: vec![DiskSource::ReadOnly, code_source, DiskSource::CopyOnWriteThawed],
+            resume: true,
+        };
+        let mut descriptors = Vec::with_capacity(8);
+        descriptors.extend([snapshot.memory(), snapshot.state(), theirs.as_fd()]);
+        descriptors.push(snapshot.image().0.rootfs.file().as_fd());
+        descriptors.extend(code.map(|disk| disk.file().as_fd()));
+        descriptors.extend([tmp.as_fd(), snapshot.delta(), delta.as_fd()]);
+        watch.mark("sent");
+        vm.control
+            .send(&message, &descriptors)
+            .await
+            .map_err(|e| StartError::Protocol(format!("Thaw: {e:?}")))?;
+        // While the VMM works.
+        if inner.config.cpu_limits
+            && let Some(group) = &vm.group
+        {
+            group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
+        }
+        let patience = inner.config.patience;
+        let thawed = tokio::time::timeout(RENEW * patience, vm.control.answer()).await;
+        match thawed {
+            Ok(Ok(FromVmm::Thawed(stamps))) => watch.stamps(&stamps),
+            Ok(Ok(other)) => {
+                return Err(awaiting("Thawed")(unexpected("Thawed", message_name(&other))));
+            }
+            Ok(Err(error)) => return Err(awaiting("Thawed")(vm.trouble(error).await)),
+            Err(_) => return Err(awaiting("Thawed")(Trouble::TimedOut(RENEW * patience))),
+        }
+        drop(theirs);
+
+        let within = (RENEW + HOOKS) * patience;
+        let renewed = match vm.frame(within).await.map_err(awaiting("Renewed"))? {
+            FromGuest::Renewed(renewed) => renewed,
+            other => return Err(awaiting("Renewed")(unexpected("Renewed", frame_name(&other)))),
+        };
+        first_byte(&vm, &mut watch);
+        watch.mark("renewed");
+        if renewed.instance_id != id {
+            return Err(StartError::NotRenewed { expected: id, found: renewed.instance_id });
+        }
+
+        let mut report = None;
+        if let Some(first) = first {
+            let done = instance::await_done(&mut vm, first).await.map_err(awaiting("Done"))?;
+            watch.mark("done");
+            report = Some(instance::report(done, Some(renewed.clone()), watch.phases()));
+        }
+        let origin = Origin::Thawed { snapshot: snapshot.clone() };
+        let mut instance = Instance::new(inner.clone(), vm, id, origin, watch.finish());
+        instance.set_renewed(renewed);
+        Ok((instance, report))
+    }
+}
+
+fn first_byte(vm: &Vm, watch: &mut Stopwatch) {
+    if let Some(ns) = vm.stream.as_ref().and_then(Stream::first_byte_ns) {
+        watch.at("first byte", ns);
+    }
+}
+
+fn cmdline(inner: &Arc<Inner>, class: ShellClass) -> String {
+    let mut cmdline = CMDLINE.to_owned();
+    cmdline.push_str(match inner.config.serial {
+        true => " console=ttyS0",
+        false => " 8250.nr_uarts=0",
+    });
+    if class.vcpus == 1 {
+        cmdline.push_str(" noreplace-smp");
+    }
+    cmdline
+}
+
+/// 128 random bits: unique for ever.
+fn new_identity() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    fill_random(&mut bytes)?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn fill_random(mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        let count = match rustix::rand::getrandom(&mut *bytes, flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
+        };
+        bytes = &mut bytes[count..];
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identities_differ() {
+        let (a, b) = (new_identity().unwrap(), new_identity().unwrap());
+        assert_eq!(a.len(), 32);
+        assert_ne!(a, b);
+    }
+}
