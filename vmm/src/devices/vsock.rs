@@ -17,26 +17,19 @@
 //! moved and returns: a later kick or a later edge of the stream's readiness moves the rest.
 
 mod connection;
+mod host;
 mod packet;
 
-use std::{
-    collections::VecDeque,
-    io, mem,
-    net::Shutdown,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
-    sync::Arc,
-};
+use std::{collections::VecDeque, io, mem, net::Shutdown, os::fd::AsFd, sync::Arc};
 
 use firn_proto::control::INVOKE_PORT;
-use rustix::net::{RecvFlags, recv};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
+pub use self::host::NotQuiet;
 use self::{
     connection::{Broken, Connection},
+    host::Host,
     packet::{HEADER, Header, NO_SEND, STREAM, op},
 };
 use crate::{
@@ -44,7 +37,6 @@ use crate::{
     virtio::{
         Device, DeviceError, RestoreError,
         chain::{Chain, Gather, send_slices},
-        mmio::VirtioMmio,
         queue::Queues,
         read_config_bytes,
     },
@@ -67,26 +59,6 @@ const KEEP: usize = 16 << 10;
 /// RSTs that wait for RX buffers; more are dropped, and the guest's connect times out.
 const MAX_RESETS: usize = 32;
 
-/// Why the device can't be saved now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NotQuiet {
-    /// Bytes from the guest wait for the host to read.
-    #[error("{0} bytes from the guest wait for the host")]
-    Buffered(usize),
-    /// Packets for the guest wait for RX buffers.
-    #[error("packets for the guest wait for its buffers")]
-    Control,
-    /// The guest has posted packets that it has not kicked yet.
-    #[error("{0} packets in the guest's transmit queue")]
-    TxQueue(u16),
-    /// The guest broke its transmit queue.
-    #[error("the guest's transmit queue is broken")]
-    Broken,
-    /// The host stream has bytes (or an end) that the guest has not got.
-    #[error("bytes from the host wait for the guest")]
-    HostStream,
-}
-
 /// The device.
 pub struct Vsock {
     connection: Option<Connection>,
@@ -101,17 +73,6 @@ pub struct Vsock {
     transmitted: Chain,
     batch: Vec<Chain>,
     gather: Gather,
-}
-
-/// The host's stream, and what is known of its readiness.
-struct Host {
-    stream: UnixStream,
-    /// No read has said "would block" since the last edge.
-    readable: bool,
-    /// No write has said "would block" since the last edge.
-    writable: bool,
-    /// The guest's end was passed on.
-    finished: bool,
 }
 
 /// Control packets of the connection that wait for an RX buffer.
@@ -508,80 +469,6 @@ impl Device for Vsock {
         self.first_byte = None;
         self.connection = state.connection.clone();
         Ok(())
-    }
-}
-
-impl VirtioMmio<Vsock> {
-    /// Gives the connection (the live one after a thaw, or the next that the guest opens) its
-    /// host end. [`Self::pump`] should follow.
-    pub fn set_host_stream(&mut self, stream: UnixStream) {
-        let finished = false;
-        self.device.host = Some(Host { stream, readable: true, writable: true, finished });
-        self.device.first_byte = None;
-    }
-
-    /// The host stream, while there is one, for the event loop.
-    pub fn host_stream(&self) -> Option<BorrowedFd<'_>> {
-        self.device.host.as_ref().map(|host| host.stream.as_fd())
-    }
-
-    /// Moves bytes both ways until nothing can move. To be called on each edge of the host
-    /// stream's readiness, and once after a host stream was set; more calls do no harm.
-    ///
-    /// # Errors
-    /// [`DeviceError`] if the guest broke its rings.
-    pub fn pump(&mut self) -> Result<(), DeviceError> {
-        if let Some(host) = &mut self.device.host {
-            host.readable = true;
-            host.writable = true;
-        }
-        self.drive(|device, queues| {
-            device.flush();
-            device.receive(queues)
-        })
-    }
-
-    /// Whether the host has sent bytes that the guest has not got.
-    pub fn host_has_bytes(&self) -> bool {
-        matches!(self.peek(), Some(Ok(count)) if count > 0)
-    }
-
-    /// Whether nothing is on its way, so that a snapshot loses nothing.
-    ///
-    /// # Errors
-    /// [`NotQuiet`] with what is.
-    pub fn quiescent(&self) -> Result<(), NotQuiet> {
-        let device = &self.device;
-        if !device.buffer.is_empty() {
-            return Err(NotQuiet::Buffered(device.buffer.len()));
-        }
-        if !device.resets.is_empty() || device.due != Due::default() {
-            return Err(NotQuiet::Control);
-        }
-        match self.queues.available(TX) {
-            Ok(0) => {}
-            Ok(count) => return Err(NotQuiet::TxQueue(count)),
-            Err(_) => return Err(NotQuiet::Broken),
-        }
-        let finished = device.connection.as_ref().is_some_and(Connection::host_finished);
-        match self.peek() {
-            Some(Ok(_)) if !finished => Err(NotQuiet::HostStream),
-            _ => Ok(()),
-        }
-    }
-
-    /// When the first byte from the guest reached the present host stream, in nanoseconds of
-    /// `CLOCK_MONOTONIC`.
-    pub fn first_byte(&self) -> Option<u64> {
-        self.device.first_byte
-    }
-
-    /// How many bytes (at most one; 0 at the end of the stream) a read would get now.
-    fn peek(&self) -> Option<io::Result<usize>> {
-        let host = self.device.host.as_ref()?;
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let result = recv(&host.stream, &mut [0; 1], flags);
-        Some(result.map(|(count, _)| count).map_err(io::Error::from))
     }
 }
 
