@@ -149,7 +149,7 @@ mod tests {
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let (mut output, pipe) = io::pipe().unwrap();
         let script =
-            "echo $$; for n in 0 1 2 3 4 5 6 7 8 9; do { true >&$n; } 2>&- && echo $n; done";
+            "echo $$; for n in 0 1 2 3 4 5 6 7 8 9; do { true >&$n; } 2>/dev/null && echo $n; done";
         let launched = launch(
             c"/bin/sh",
             &strings(&["sh", "-c", script]),
