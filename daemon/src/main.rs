@@ -99,6 +99,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
             firn::OpenError::NoKvm | firn::OpenError::KvmPermission | firn::OpenError::Kvm(_) => {
                 "\n`firn doctor` says what this machine lacks"
             }
+            firn::OpenError::Cgroup(_) => {
+                "\nto try Firn out without limits on memory and CPU, add --allow-no-cgroups"
+            }
             _ => "",
         };
         anyhow::anyhow!("{error}{hint}")

@@ -29,6 +29,9 @@ pub enum ApiError {
     /// The event, or the client context, is not JSON.
     #[error("{0}")]
     InvalidRequestContent(String),
+    /// The request comes from where it may not.
+    #[error("{0}")]
+    AccessDenied(String),
     /// No such function or version.
     #[error("{0}")]
     ResourceNotFound(String),
@@ -110,6 +113,7 @@ impl ApiError {
             Self::InvalidRequestContent(_) => {
                 ("InvalidRequestContentException", StatusCode::BAD_REQUEST, Lower)
             }
+            Self::AccessDenied(_) => ("AccessDeniedException", StatusCode::FORBIDDEN, Upper),
             Self::ResourceNotFound(_) => {
                 ("ResourceNotFoundException", StatusCode::NOT_FOUND, Upper)
             }

@@ -26,6 +26,7 @@ use axum::{
     extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request},
     http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts},
     middleware::{self, Next},
+    response::IntoResponse,
     routing::{MethodRouter, get, post, put},
 };
 use bytes::{Bytes, BytesMut};
@@ -167,7 +168,10 @@ async fn common(mut request: Request, next: Next) -> Response<Body> {
     let id = HeaderValue::from_str(&info.id).ok();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     request.extensions_mut().insert(info.clone());
-    let mut response = next.run(request).await;
+    let mut response = match foreign_origin(request.headers()) {
+        None => next.run(request).await,
+        Some(refusal) => refusal.into_response(),
+    };
     response
         .headers_mut()
         .extend(id.map(|id| (header::HeaderName::from_static("x-amzn-requestid"), id)));
@@ -180,6 +184,23 @@ async fn common(mut request: Request, next: Next) -> Response<Body> {
         tracing::debug!(%method, path, status = status.as_u16(), id = info.id, us, "request");
     }
     response
+}
+
+/// Refuses what a web page from elsewhere sends. Nothing is authenticated here, and a browser on
+/// this machine reaches loopback for any page that it shows.
+fn foreign_origin(headers: &HeaderMap) -> Option<ApiError> {
+    let origin = headers.get(header::ORIGIN)?.to_str().unwrap_or_default();
+    let host = origin.split_once("://").map_or("", |(_, rest)| rest);
+    let host = match host.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => host,
+    };
+    let local = matches!(host, "localhost" | "127.0.0.1" | "[::1]");
+    (!local).then(|| {
+        ApiError::AccessDenied(
+            "Requests of web pages that do not come from this machine are refused.".into(),
+        )
+    })
 }
 
 async fn no_operation(request: Request) -> ApiError {

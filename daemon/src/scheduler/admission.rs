@@ -2,29 +2,48 @@
 //!
 //! Guest memory is mapped privately and filled as it is touched, so its size says little about
 //! what an instance costs. What counts is what the kernel says is available now, less a first
-//! share for every instance that was admitted since it was last asked. Reading `/proc/meminfo`
-//! takes longer than a thaw should wait: housekeeping does it, not requests.
+//! share for every instance that is just starting. Reading `/proc/meminfo` takes longer than a
+//! thaw should wait: housekeeping does it, and requests only where memory is short.
 
 use std::{
     fs,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicI64, Ordering::Relaxed},
 };
 
-/// Most MiB that an instance is expected to touch before the next look at the host.
+/// Most MiB that an instance is expected to touch until it has served its first request.
 const FIRST_SHARE_MIB: u32 = 64;
 
 /// Keeps count of the host's memory.
 #[derive(Debug)]
 pub struct Admission {
     reserve_mib: i64,
+    /// What may still be given away before the kernel is asked again.
     headroom_mib: AtomicI64,
+    /// Shares of instances that are starting: given away, but not yet seen by the kernel.
+    starting_mib: AtomicI64,
+}
+
+/// An instance that is starting; dropped when it has served its first request.
+#[derive(Debug)]
+pub struct Admitted<'a> {
+    admission: &'a Admission,
+    share_mib: i64,
+}
+
+impl Drop for Admitted<'_> {
+    fn drop(&mut self) {
+        self.admission.starting_mib.fetch_sub(self.share_mib, Relaxed);
+    }
 }
 
 impl Admission {
     /// Leaves `reserve_mib` of the host's memory alone.
     pub fn new(reserve_mib: u64) -> Self {
-        let reserve_mib = i64::try_from(reserve_mib).unwrap_or(i64::MAX);
-        let admission = Self { reserve_mib, headroom_mib: AtomicI64::new(0) };
+        let admission = Self {
+            reserve_mib: i64::try_from(reserve_mib).unwrap_or(i64::MAX),
+            headroom_mib: AtomicI64::new(0),
+            starting_mib: AtomicI64::new(0),
+        };
         admission.refresh();
         admission
     }
@@ -32,15 +51,21 @@ impl Admission {
     /// Asks the kernel.
     pub fn refresh(&self) {
         // A host that does not say is taken to have enough: its own limits will tell.
-        let available = available_mib().unwrap_or(i64::MAX / 2);
-        self.headroom_mib.store(available.saturating_sub(self.reserve_mib), Ordering::Relaxed);
+        self.update(available_mib().unwrap_or(i64::MAX / 4));
+    }
+
+    fn update(&self, available_mib: i64) {
+        let given = self.reserve_mib.saturating_add(self.starting_mib.load(Relaxed));
+        self.headroom_mib.store(available_mib.saturating_sub(given), Relaxed);
     }
 
     /// Admits an instance with `memory_mib` of guest memory, if there is room.
-    pub fn admit(&self, memory_mib: u32) -> bool {
-        let share = i64::from(memory_mib.min(FIRST_SHARE_MIB));
-        let take = |headroom: i64| (headroom >= share).then_some(headroom - share);
-        self.headroom_mib.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    pub fn admit(&self, memory_mib: u32) -> Option<Admitted<'_>> {
+        let share_mib = i64::from(memory_mib.min(FIRST_SHARE_MIB));
+        let take = |headroom: i64| (headroom >= share_mib).then_some(headroom - share_mib);
+        self.headroom_mib.fetch_update(Relaxed, Relaxed, take).ok()?;
+        self.starting_mib.fetch_add(share_mib, Relaxed);
+        Some(Admitted { admission: self, share_mib })
     }
 }
 
@@ -66,11 +91,15 @@ mod tests {
     #[test]
     fn room_runs_out_and_comes_back() {
         let admission = Admission::new(0);
-        admission.headroom_mib.store(150, Ordering::Relaxed);
-        assert!(admission.admit(128) && admission.admit(10_240));
-        assert!(!admission.admit(128));
-        admission.refresh();
-        assert!(admission.admit(128));
-        assert!(!Admission::new(u64::MAX).admit(128));
+        admission.update(150);
+        let (first, second) = (admission.admit(128), admission.admit(10_240));
+        assert!(first.is_some() && second.is_some());
+        assert!(admission.admit(128).is_none());
+        admission.update(150);
+        assert!(admission.admit(128).is_none(), "two are still starting");
+        drop(first);
+        admission.update(150);
+        assert!(admission.admit(128).is_some());
+        assert!(Admission::new(u64::MAX).admit(128).is_none());
     }
 }

@@ -27,7 +27,7 @@ use tokio::sync::Semaphore;
 
 pub use self::trace::Trace;
 use self::{
-    admission::Admission,
+    admission::{Admission, Admitted},
     pool::{Pools, Take},
 };
 use crate::{
@@ -326,16 +326,19 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// Room for one more instance; idle ones of any function make way for it.
-    async fn admit(&self, class: ShellClass) -> Result<(), Refusal> {
+    async fn admit(&self, class: ShellClass) -> Result<Admitted<'_>, Refusal> {
+        if let Some(admitted) = self.admission.admit(class.memory_mib) {
+            return Ok(admitted);
+        }
         // Two seconds in all: what is retired gives its memory back within milliseconds.
         for _ in 0..100 {
-            if self.admission.admit(class.memory_mib) {
-                return Ok(());
+            self.admission.refresh();
+            if let Some(admitted) = self.admission.admit(class.memory_mib) {
+                return Ok(admitted);
             }
             let Some(worker) = self.pools.evict() else { break };
             self.retire(worker);
             tokio::time::sleep(Duration::from_millis(20)).await;
-            self.admission.refresh();
         }
         tracing::warn!(memory_mib = class.memory_mib, "no memory for another instance");
         Err(Refusal::Throttled)

@@ -20,7 +20,7 @@ use crate::{
 
 impl<B: Backend> Scheduler<B> {
     /// Finds or starts an instance and has it serve.
-    pub(super) async fn serve(self: Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
+    pub(super) async fn serve(self: &Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
         let fingerprint = request.function.fingerprint(&self.workshop.place);
         if matches!(request.force, None | Some(StartKind::Warm)) {
             if let Some(worker) = self.take(&request.function.name, &fingerprint).await {
@@ -33,7 +33,7 @@ impl<B: Backend> Scheduler<B> {
             }
         }
         let class = ShellClass::for_memory(request.function.config.memory_mb);
-        self.admit(class).await?;
+        let _starting = self.admit(class).await?;
         request.trace.mark("scheduled");
         if request.force != Some(StartKind::Boot) {
             let snapshot = self.preparer.resident(&request.function.name, &fingerprint);
@@ -58,7 +58,7 @@ impl<B: Backend> Scheduler<B> {
     }
 
     async fn serve_warm(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         mut worker: Worker<B::Machine>,
         mut request: Request,
     ) -> Result<Served, Refusal> {
@@ -124,7 +124,7 @@ impl<B: Backend> Scheduler<B> {
     }
 
     async fn serve_booted(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         class: ShellClass,
         mut request: Request,
         fingerprint: String,

@@ -117,3 +117,19 @@ async fn bad_input_is_refused_and_leaves_nothing() {
     let wrong = d.call("PATCH", FUNCTIONS, &[], b"").await;
     wrong.expect(405, "UnknownOperationException");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn web_pages_from_elsewhere_are_refused() {
+    let (_dir, d) = daemon().await;
+    for (origin, status) in [
+        ("https://example.com", 403),
+        ("http://localhost.example.com:80", 403),
+        ("null", 403),
+        ("http://localhost:9000", 200),
+        ("http://127.0.0.1", 200),
+        ("http://[::1]:9000", 200),
+    ] {
+        let answer = d.call("GET", FUNCTIONS, &[("Origin", origin)], b"").await;
+        assert_eq!(answer.status, status, "{origin}");
+    }
+}
