@@ -115,7 +115,9 @@ pub fn boot() -> Result<Machine, BootError> {
     }
 
     step("bring up loopback", bring_up_loopback())?;
-    Ok(Machine { cgroup: Cgroup::create(Path::new("/sys/fs/cgroup"), "runtime")? })
+    let cgroup = Cgroup::create(Path::new("/sys/fs/cgroup"), "runtime")?;
+    let urandom = step("open /dev/urandom", fs::File::open("/dev/urandom"))?;
+    Ok(Machine { cgroup, urandom })
 }
 
 /// Mounts the function's code on `target`.

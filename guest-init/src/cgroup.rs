@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, Write},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -34,12 +35,16 @@ pub enum CgroupError {
     NotFrozen(PathBuf),
 }
 
-/// A cgroup with its often-used control files open.
+/// A cgroup. The control files that a thaw and an answer need are held open: after a thaw every
+/// page that a path walk touches would be faulted in.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
     events: File,
+    freeze: File,
     procs: File,
+    /// Absent without the memory controller.
+    peak: Option<File>,
 }
 
 impl Cgroup {
@@ -64,8 +69,10 @@ impl Cgroup {
             let file = File::options().read(!writes).write(writes).open(&path);
             file.map_err(|source| CgroupError::Io { path, source })
         };
-        let (events, procs) = (open("cgroup.events", false)?, open("cgroup.procs", true)?);
-        Ok(Self { path, events, procs })
+        let events = open("cgroup.events", false)?;
+        let (freeze, procs) = (open("cgroup.freeze", true)?, open("cgroup.procs", true)?);
+        let peak = open("memory.peak", false).ok();
+        Ok(Self { path, events, freeze, procs, peak })
     }
 
     /// `cgroup.procs`, open for writing: a process that writes "0" to it moves in.
@@ -83,8 +90,10 @@ impl Cgroup {
 
     /// Highest memory use so far in bytes.
     pub fn peak_memory(&self) -> u64 {
-        let read = |file: &str| fs::read_to_string(self.path.join(file)).ok()?.trim().parse().ok();
-        read("memory.peak").or_else(|| read("memory.current")).unwrap_or(0)
+        let mut text = [0; 24];
+        let read = self.peak.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+        let digits = text.get(..read.unwrap_or(0)).unwrap_or_default().trim_ascii();
+        std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0)
     }
 
     /// Stops every task and returns when all have stopped.
@@ -92,7 +101,7 @@ impl Cgroup {
     /// # Errors
     /// Either [`CgroupError`].
     pub fn freeze(&mut self) -> Result<(), CgroupError> {
-        self.set("cgroup.freeze", "1")?;
+        self.set_frozen("1")?;
         let end = Instant::now() + FREEZE_LIMIT;
         while !self.event("frozen")? {
             let left = end.saturating_duration_since(Instant::now());
@@ -109,7 +118,7 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError::Io`].
     pub fn thaw(&self) -> Result<(), CgroupError> {
-        self.set("cgroup.freeze", "0")
+        self.set_frozen("0")
     }
 
     /// Kills every task.
@@ -142,6 +151,12 @@ impl Cgroup {
         let read = self.events.rewind().and_then(|()| self.events.read_to_string(&mut text));
         read.map_err(|source| CgroupError::Io { path: self.path.join("cgroup.events"), source })?;
         Ok(flag(&text, name))
+    }
+
+    fn set_frozen(&self, value: &str) -> Result<(), CgroupError> {
+        self.freeze
+            .write_all_at(value.as_bytes(), 0)
+            .map_err(|source| CgroupError::Io { path: self.path.join("cgroup.freeze"), source })
     }
 
     fn set(&self, file: &str, value: &str) -> Result<(), CgroupError> {

@@ -6,7 +6,8 @@
 //! function's processes are told apart by their session.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     thread,
@@ -63,6 +64,8 @@ pub enum PlaceError {
 pub struct Machine {
     /// Of the function.
     pub cgroup: Cgroup,
+    /// `/dev/urandom`, open because a thaw is no time to walk paths.
+    pub urandom: File,
 }
 
 /// Where the function runs.
@@ -136,8 +139,8 @@ impl Place {
     /// # Errors
     /// [`PlaceError::Renew`].
     pub fn renew(&self, message: &Renew) -> Result<(), PlaceError> {
-        match self.machine {
-            Some(_) => Ok(renew(message)?),
+        match &self.machine {
+            Some(machine) => Ok(renew(message, &machine.urandom)?),
             None => Ok(()),
         }
     }

@@ -48,17 +48,16 @@ const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
 /// `_IO('R', 0x07)`.
 const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 
-/// Sets the clock and reseeds the kernel's random number generator.
+/// Sets the clock and reseeds the kernel's random number generator through `urandom`, which is
+/// `/dev/urandom`.
 ///
 /// # Errors
 /// Any [`RenewError`].
-pub fn renew(message: &Renew) -> Result<(), RenewError> {
+pub fn renew(message: &Renew, urandom: &File) -> Result<(), RenewError> {
     let buf = <[u8; ENTROPY_BYTES]>::try_from(message.entropy.as_slice())
         .map_err(|_| RenewError::Entropy(message.entropy.len()))?;
     set_clock(message.wall_clock_ns)?;
 
-    let urandom = File::open("/dev/urandom")
-        .map_err(|source| RenewError::Step { step: "open /dev/urandom", source })?;
     let entropy = RandPoolInfo {
         entropy_count: (ENTROPY_BYTES * 8) as libc::c_int,
         buf_size: ENTROPY_BYTES as libc::c_int,

@@ -29,10 +29,7 @@ const BOOTSTRAPS: [&str; 3] = ["/var/runtime/bootstrap", "/var/task/bootstrap", 
 /// What the runtime finds in its environment unless the host says otherwise.
 const DEFAULTS: [(&str, &str); 4] = [
     ("LANG", "C.UTF-8"),
-    (
-        "LD_LIBRARY_PATH",
-        "/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib",
-    ),
+    ("LD_LIBRARY_PATH", "/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib"),
     ("PATH", "/usr/local/bin:/usr/bin:/bin:/opt/bin"),
     ("TZ", ":UTC"),
 ];
