@@ -4,7 +4,7 @@
 use std::{
     io::IoSliceMut,
     mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::Arc,
 };
 
@@ -193,15 +193,20 @@ impl Server {
                 "the first request is Build",
             ));
         };
+        // Edge triggered, both ways: whoever is told pumps until nothing moves. When the device
+        // closes the stream, epoll forgets it by itself.
+        let epoll = &self.epoll;
+        let watch_stream = |stream: BorrowedFd<'_>| {
+            let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+            watch(epoll, stream, TOKEN_STREAM, flags)
+        };
         match message {
             ToVmm::Boot { cmdline, initramfs, disks } => {
-                let stream = vm.boot(&cmdline, initramfs, &disks, descriptors)?;
-                self.watch_stream(stream)?;
+                vm.boot(&cmdline, initramfs, &disks, descriptors, watch_stream)?;
                 Ok(FromVmm::Booted(self.clock.stamps()))
             }
             ToVmm::Thaw { disks, resume } => {
-                let stream = vm.thaw(&disks, resume, descriptors)?;
-                self.watch_stream(stream)?;
+                vm.thaw(&disks, resume, descriptors, watch_stream)?;
                 Ok(FromVmm::Thawed(self.clock.stamps()))
             }
             ToVmm::Attach { slot, source } => {
@@ -232,7 +237,7 @@ impl Server {
         let vm = Vm::build(config, &kvm, self.clock.clone())?;
         // SAFETY: the bell lives in `vm`, which lives as long as the epoll descriptor.
         let bell = unsafe { BorrowedFd::borrow_raw(vm.bell()) };
-        self.watch(bell, TOKEN_BELL, EventFlags::IN)?;
+        watch(&self.epoll, bell, TOKEN_BELL, EventFlags::IN)?;
         self.vm = Some(vm);
         // All threads stand and everything that needs a wider kernel has been done.
         seccomp::confine(seccomp::Thread::Device)
@@ -240,20 +245,16 @@ impl Server {
         self.clock.stamp(Phase::ShellReady);
         Ok(FromVmm::Ready(self.clock.stamps()))
     }
+}
 
-    /// Edge triggered, both ways: whoever is told pumps until nothing moves.
-    fn watch_stream(&self, stream: RawFd) -> Result<(), RequestError> {
-        // SAFETY: the stream belongs to the vsock device until the next boot or thaw, and there
-        // is none: both need an empty VM.
-        let stream = unsafe { BorrowedFd::borrow_raw(stream) };
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        self.watch(stream, TOKEN_STREAM, flags)
-    }
-
-    fn watch(&self, fd: impl AsFd, token: u64, flags: EventFlags) -> Result<(), RequestError> {
-        epoll::add(&self.epoll, fd, EventData::new_u64(token), flags)
-            .map_err(|error| RequestError::refused(FailureKind::Io, format!("epoll: {error}")))
-    }
+fn watch(
+    epoll: &OwnedFd,
+    fd: impl AsFd,
+    token: u64,
+    flags: EventFlags,
+) -> Result<(), RequestError> {
+    epoll::add(epoll, fd, EventData::new_u64(token), flags)
+        .map_err(|error| RequestError::refused(FailureKind::Io, format!("epoll: {error}")))
 }
 
 fn vmm_error(error: impl ToString) -> Exit {

@@ -12,10 +12,7 @@
 
 use std::{
     io::Stderr,
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -215,11 +212,9 @@ impl Machine {
         PortEffect::None
     }
 
-    /// Gives the invoke connection a new host end; returns its descriptor for polling.
-    pub fn set_host_stream(&self, stream: UnixStream) -> RawFd {
-        let descriptor = stream.as_raw_fd();
+    /// Gives the invoke connection a new host end.
+    pub fn set_host_stream(&self, stream: UnixStream) {
         lock(&self.vsock).set_host_stream(stream);
-        descriptor
     }
 
     /// Moves bytes between guest and host until nothing can move.

@@ -71,26 +71,6 @@ pub enum MemoryError {
     Layout(String),
 }
 
-/// A reserved range of host addresses, returned to the kernel on drop.
-#[derive(Debug)]
-struct Reservation {
-    base: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: the reservation is only an address range; nothing in it is tied to a thread.
-unsafe impl Send for Reservation {}
-// SAFETY: as above; it hands out no references to its contents.
-unsafe impl Sync for Reservation {}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        // SAFETY: the range was mapped by `Memory::reserve`, is owned by this value alone, and the
-        // guest memory built over it is dropped with or before it (`Memory` holds both).
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
-    }
-}
-
 /// One contiguous piece of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Region {
@@ -112,18 +92,17 @@ pub fn layout(bytes: u64) -> Vec<Region> {
     regions
 }
 
-/// Guest memory and the reservation under it.
+/// Guest memory over its reservation. There is one a process, and it is never unmapped: devices
+/// share it with no word about how long.
 #[derive(Debug)]
 pub struct Memory {
     guest: Arc<GuestMemory>,
     regions: Vec<Region>,
-    // After `guest`: fields drop in order.
-    reservation: Reservation,
     base: NonNull<u8>,
     bytes: u64,
 }
 
-// SAFETY: `base` points into `reservation`, which is Send; the mapping belongs to no thread.
+// SAFETY: `base` points to a mapping that is never undone and belongs to no thread.
 unsafe impl Send for Memory {}
 // SAFETY: shared access hands out raw addresses and `GuestMemory`, which is Sync itself.
 unsafe impl Sync for Memory {}
@@ -157,7 +136,6 @@ impl Memory {
             return Err(reserve_error());
         }
         let start = NonNull::new(pointer.cast::<u8>()).ok_or_else(reserve_error)?;
-        let reservation = Reservation { base: start, bytes: reserved };
         let padding = start.as_ptr().align_offset(ALIGNMENT);
         // SAFETY: `padding < ALIGNMENT`, so the result and `bytes` behind it lie in the mapping.
         let base = unsafe { start.add(padding) };
@@ -165,8 +143,8 @@ impl Memory {
         let mapped = regions
             .iter()
             .map(|region| {
-                // SAFETY: the sub-range lies in the reservation, which outlives the region (both
-                // live in `Memory`, which drops the region first) and stays readable and writable.
+                // SAFETY: the sub-range lies in the reservation, which is never unmapped and stays
+                // readable and writable.
                 let raw = unsafe {
                     MmapRegion::build_raw(
                         base.as_ptr().add(region.file_offset as usize),
@@ -182,7 +160,7 @@ impl Memory {
             .collect::<Result<Vec<_>, _>>()?;
         let guest =
             GuestMemory::from_regions(mapped).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        Ok(Self { guest: Arc::new(guest), regions, reservation, base, bytes })
+        Ok(Self { guest: Arc::new(guest), regions, base, bytes })
     }
 
     /// Guest memory for devices and loaders.
@@ -248,8 +226,7 @@ impl Memory {
     /// Nothing may write guest memory while the slice lives: all vCPUs are stopped and no device
     /// is handling a request.
     pub unsafe fn contents(&self) -> &[u8] {
-        debug_assert!(self.bytes as usize <= self.reservation.bytes);
-        // SAFETY: the range is mapped and readable for the life of `self`; that nobody writes it
+        // SAFETY: the range is mapped and readable for ever; that nobody writes it
         // is the caller's promise.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.bytes as usize) }
     }

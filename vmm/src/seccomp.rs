@@ -27,7 +27,7 @@ pub struct SeccompError(String);
 
 /// What both kinds of thread need.
 const COMMON: &[(libc::c_long, &str)] = &[
-    (libc::SYS_ioctl, "KVM; FIONREAD of the invoke stream"),
+    (libc::SYS_ioctl, "KVM"),
     (libc::SYS_read, "eventfd"),
     (libc::SYS_write, "eventfd, serial output and last words to standard error"),
     (libc::SYS_readv, "as read"),
@@ -42,9 +42,7 @@ const COMMON: &[(libc::c_long, &str)] = &[
     (libc::SYS_fstat, "lengths of received files"),
     (libc::SYS_statx, "the same, by std"),
     (libc::SYS_newfstatat, "the same, by glibc (empty path)"),
-    (libc::SYS_lseek, "kernel, initramfs, snapshot files; holes of deltas"),
-    (libc::SYS_fdatasync, "VIRTIO_BLK_T_FLUSH"),
-    (libc::SYS_fsync, "the same"),
+    (libc::SYS_lseek, "kernel, initramfs, snapshot files"),
     (libc::SYS_recvmsg, "control socket, invoke stream"),
     (libc::SYS_recvfrom, "invoke stream"),
     (libc::SYS_sendmsg, "control socket, invoke stream"),

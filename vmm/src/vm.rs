@@ -7,7 +7,7 @@ use std::{
     fs::File,
     io::Seek,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::{fs::FileExt, net::UnixStream},
     },
     sync::Arc,
@@ -187,7 +187,7 @@ impl Vm {
         })
     }
 
-    /// Loads a kernel and starts; returns the descriptor of the invoke stream for polling.
+    /// Loads a kernel and starts. `watch` gets the invoke stream before the guest can close it.
     ///
     /// # Errors
     /// [`RequestError`]; the VM is of no further use then.
@@ -197,7 +197,8 @@ impl Vm {
         initramfs: bool,
         disks: &[DiskSource],
         descriptors: Vec<OwnedFd>,
-    ) -> Result<RawFd> {
+        watch: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+    ) -> Result<()> {
         self.expect(State::Empty)?;
         let expected = 2 + usize::from(initramfs) + count(disks);
         let mut descriptors = expect_descriptors(descriptors, expected)?;
@@ -210,7 +211,8 @@ impl Vm {
         self.machine
             .install(disks, &mut descriptors)
             .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
-        let stream = self.machine.set_host_stream(stream);
+        watch(stream.as_fd())?;
+        self.machine.set_host_stream(stream);
         self.memory.advise_huge();
         let bad_kernel = |error: boot::BootError| {
             let kind = match error {
@@ -235,10 +237,10 @@ impl Vm {
         self.all_stopped()?;
         self.clock.stamp(Phase::VcpuSet);
         self.run();
-        Ok(stream)
+        Ok(())
     }
 
-    /// Restores a snapshot; returns the descriptor of the invoke stream for polling.
+    /// Restores a snapshot. `watch` gets the invoke stream before the guest can close it.
     ///
     /// # Errors
     /// [`RequestError`]; the VM is of no further use then.
@@ -247,7 +249,8 @@ impl Vm {
         disks: &[DiskSource],
         resume: bool,
         descriptors: Vec<OwnedFd>,
-    ) -> Result<RawFd> {
+        watch: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+    ) -> Result<()> {
         self.expect(State::Empty)?;
         let mut descriptors = expect_descriptors(descriptors, 3 + count(disks))?;
         let memory = next(&mut descriptors)?;
@@ -258,7 +261,8 @@ impl Vm {
         self.clock.stamp(Phase::Mapped);
         self.machine.install(disks, &mut descriptors)?;
         self.machine.restore(&saved.machine)?;
-        let stream = self.machine.set_host_stream(stream);
+        watch(stream.as_fd())?;
+        self.machine.set_host_stream(stream);
         saved.vm.restore(&self.vm).map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
         self.clock.stamp(Phase::DevicesSet);
         let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
@@ -274,7 +278,7 @@ impl Vm {
             self.all_stopped()?;
             self.state = State::Paused;
         }
-        Ok(stream)
+        Ok(())
     }
 
     fn read_state(&self, file: &File) -> Result<SavedVm> {
