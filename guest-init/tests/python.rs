@@ -90,6 +90,11 @@ fn pid(guest: &mut Guest) -> (String, u64) {
     (text(&done).to_owned(), done.init_us)
 }
 
+fn kill(process: &str) {
+    let process = rustix::process::Pid::from_raw(process.parse().unwrap()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+}
+
 #[test]
 fn events_reach_the_handler_with_everything_around_them() {
     let Some(mut guest) = guest("lambda_function.hello", CODE) else { return };
@@ -147,6 +152,27 @@ fn a_handler_that_exits_or_dies() {
         assert!(init_us > 0);
         last = next;
     }
+}
+
+#[test]
+fn a_runtime_that_dies_between_two_events_is_replaced() {
+    let Some(mut guest) = acting() else { return };
+    let first = pid(&mut guest).0;
+    kill(&first);
+    let (next, init_us) = pid(&mut guest);
+    assert_ne!(next, first);
+    assert!(init_us > 0);
+    assert_eq!(guest.printed(), "initialising\n");
+}
+
+#[test]
+fn nothing_runs_on_without_a_host() {
+    let Some(mut guest) = acting() else { return };
+    let process = pid(&mut guest).0;
+    guest.send(&invocation("r", 60_000, r#"{"do": "hang"}"#));
+    while !guest.printing().contains("hanging") {}
+    drop(guest);
+    assert!(!std::path::Path::new(&format!("/proc/{process}")).exists());
 }
 
 #[test]

@@ -195,6 +195,14 @@ impl Guest {
         decode_from_guest(&message).unwrap()
     }
 
+    /// Waits for a line.
+    pub fn printing(&mut self) -> String {
+        match self.receive() {
+            FromGuest::Log(log) => String::from_utf8_lossy(&log.line).into_owned(),
+            other => panic!("{other:?}"),
+        }
+    }
+
     /// What was printed since the last call.
     pub fn printed(&mut self) -> String {
         let mut text = String::new();
