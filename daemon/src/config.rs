@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -148,6 +149,20 @@ impl Options {
 #[derive(Debug)]
 pub struct StateLock(#[expect(dead_code, reason = "closing it gives up the lock")] File);
 
+/// Makes a directory that only this user can look into: code, snapshots and logs may hold secrets.
+///
+/// # Errors
+/// Names the directory.
+pub fn private_dir(path: PathBuf) -> anyhow::Result<PathBuf> {
+    let make = || {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+        // Also if it was there before.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
+    };
+    make().with_context(|| format!("can't make or use the directory {}", path.display()))?;
+    Ok(path)
+}
+
 /// Makes the state directory if needed and takes it for this process.
 ///
 /// # Errors
@@ -209,6 +224,18 @@ mod tests {
         ] {
             let error = check(&[&format!("{flag}={value}")]).expect_err(value);
             assert!(error.contains(flag), "{flag}: {error}");
+        }
+    }
+
+    #[test]
+    fn directories_with_secrets_are_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("code");
+        for _ in 0..2 {
+            let path = private_dir(path.clone()).unwrap();
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700);
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         }
     }
 

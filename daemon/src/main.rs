@@ -122,18 +122,18 @@ async fn daemon<B: Backend>(
     let store = store::Store::open(&state.join("store.sqlite"))?;
     let store = Arc::new(store);
     let functions = store.all();
+    let dir = |name| config::private_dir(state.join(name));
     let workshop = Workshop {
         backend,
         place: options.place(),
-        code: code::CodeStore::open(state.join("code"), |sha256| store.uses_code(sha256))
-            .with_context(|| format!("can't use {}", state.join("code").display()))?,
-        logs: logs::Logs::open(state.join("logs"), logs::Bounds::default())
-            .with_context(|| format!("can't use {}", state.join("logs").display()))?,
+        code: code::CodeStore::open(dir("code")?, |sha256| store.uses_code(sha256))
+            .context("can't use the directory of code")?,
+        logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
+            .context("can't use the directory of logs")?,
         patience: options.patience,
     };
-    let snapshots = state.join("snapshots");
-    let preparer = prepare::Preparer::open(workshop.clone(), snapshots.clone(), &functions)
-        .with_context(|| format!("can't use {}", snapshots.display()))?;
+    let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
+        .context("can't use the directory of snapshots")?;
     let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
     for function in &functions {
         scheduler.deployed(function, None);

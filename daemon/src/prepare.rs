@@ -177,6 +177,11 @@ impl<B: Backend> Preparer<B> {
         functions.get(name).filter(|e| e.fingerprint == fingerprint)?.resident.clone()
     }
 
+    /// Starts no more preparations; what goes on is about to be cut off, quietly.
+    pub fn close(&self) {
+        self.gate.close();
+    }
+
     /// Where the snapshot stands.
     pub fn status(&self, name: &str, fingerprint: &str) -> Status {
         let functions = self.lock();
@@ -222,6 +227,7 @@ impl<B: Backend> Preparer<B> {
                 entry.resident = Some(resident);
                 entry.status = Status::Ready;
             }
+            Err(_) if self.gate.is_closed() => {}
             Err(error) => {
                 tracing::warn!(function = name, %error, "no snapshot: the function will be booted");
                 entry.status = Status::Failed(error.to_string());

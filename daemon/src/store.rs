@@ -6,6 +6,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
@@ -51,6 +54,14 @@ pub enum StoreError {
         /// Why.
         source: rusqlite::Error,
     },
+    /// The file can't be made or written.
+    #[error("store {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A newer Firn wrote it.
     #[error(
         "store {} has schema version {found}; this firnd knows up to {supported}: use a newer firnd",
@@ -92,6 +103,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Open`] or [`StoreError::Version`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        // Environment variables may hold secrets; SQLite gives its other files the same mode.
+        let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path);
+        file.map_err(|source| StoreError::File { path: path.to_owned(), source })?;
         let failed = |source| StoreError::Open { path: path.to_owned(), source };
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_CREATE

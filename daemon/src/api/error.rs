@@ -77,6 +77,10 @@ pub enum ApiError {
     Service(String),
 }
 
+/// What went wrong in the daemon, for its log; an extension of the response.
+#[derive(Debug, Clone)]
+pub struct Fault(pub String);
+
 /// How the body spells the message's key.
 enum Spelling {
     /// `{"Type": …, "Message": …}`
@@ -172,6 +176,9 @@ impl IntoResponse for ApiError {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(ERROR_TYPE, HeaderValue::from_static(name));
+        if status.is_server_error() {
+            response.extensions_mut().insert(Fault(message));
+        }
         if let Some(retry) = retry {
             headers.insert(header::RETRY_AFTER, retry);
         }

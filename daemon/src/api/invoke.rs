@@ -95,10 +95,7 @@ pub async fn invoke<B: Backend>(
             retry_after: 1,
         },
         Refusal::Impossible(message) => ApiError::ResourceConflict(message),
-        Refusal::Failed(message) => {
-            tracing::error!(message, "an invocation could not be served");
-            ApiError::Service(message)
-        }
+        Refusal::Failed(message) => ApiError::Service(message),
     })?;
     Ok(respond(served, tail, &trace_id))
 }

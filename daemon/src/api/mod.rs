@@ -35,7 +35,7 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use self::{
-    error::ApiError,
+    error::{ApiError, Fault},
     names::{Place, Reference},
 };
 use crate::{
@@ -178,8 +178,8 @@ async fn common(mut request: Request, next: Next) -> Response<Body> {
     let status = response.status();
     let us = info.received.elapsed().as_micros() as u64;
     // Paths name functions; headers and bodies may hold secrets and are never logged.
-    if status.is_server_error() {
-        tracing::error!(%method, path, status = status.as_u16(), id = info.id, us, "request");
+    if let Some(Fault(fault)) = response.extensions().get() {
+        tracing::error!(%method, path, id = info.id, us, fault, "a request failed");
     } else {
         tracing::debug!(%method, path, status = status.as_u16(), id = info.id, us, "request");
     }

@@ -164,6 +164,11 @@ fn members(settings: &Settings) -> Violations {
             );
         }
     }
+    let tracing = settings.tracing_config.as_ref().and_then(|t| t.mode.as_deref());
+    if let Some(mode) = tracing.filter(|mode| !matches!(*mode, "Active" | "PassThrough")) {
+        let set = "Member must satisfy enum value set: [Active, PassThrough]";
+        found.add("tracingConfig.mode", mode, set);
+    }
     let package = settings.package_type.as_deref();
     let kinds = "Member must satisfy enum value set: [Zip, Image]";
     if let Some(package) = package.filter(|p| !matches!(*p, "Zip" | "Image")) {
@@ -208,7 +213,11 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
     if settings.publish {
         return refuse("Publish (versions)");
     }
-    if settings.snap_start.as_ref().is_some_and(|s| s.apply_on.as_deref() != Some("None")) {
+    if settings
+        .snap_start
+        .as_ref()
+        .is_some_and(|s| s.apply_on.as_deref().is_some_and(|a| a != "None"))
+    {
         return refuse(
             "SnapStart on published versions (every function is started from a snapshot anyway)",
         );

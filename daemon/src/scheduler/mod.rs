@@ -221,6 +221,7 @@ impl<B: Backend> Scheduler<B> {
 
     /// Takes no more requests, gives those in flight `patience`, and kills what is left.
     pub async fn close(&self, patience: Duration) {
+        self.preparer.close();
         let all = self.limits.concurrency as u32;
         if tokio::time::timeout(patience, self.permits.acquire_many(all)).await.is_err() {
             tracing::warn!("invocations in flight are cut off");
