@@ -173,12 +173,12 @@ impl IntoResponse for ApiError {
         }
         let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = status;
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        headers.insert(ERROR_TYPE, HeaderValue::from_static(name));
         if status.is_server_error() {
             response.extensions_mut().insert(Fault(message));
         }
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(ERROR_TYPE, HeaderValue::from_static(name));
         if let Some(retry) = retry {
             headers.insert(header::RETRY_AFTER, retry);
         }
