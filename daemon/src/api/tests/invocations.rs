@@ -4,6 +4,10 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::{FUNCTIONS, daemon, join_all, limits, start};
 use crate::scheduler::Limits;
@@ -242,4 +246,28 @@ async fn a_caller_that_hangs_up_does_not_break_its_instance() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     let next = d.invoke("f", &[], &json!(1)).await;
     assert_eq!(next.header("x-firn-start-kind"), Some("warm"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_of_unknown_length_are_bounded_too() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    let head = format!(
+        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+         Transfer-Encoding: chunked\r\n\r\n"
+    );
+    let chunk = format!("{:x}\r\n{}\r\n", 1 << 20, " ".repeat(1 << 20));
+    for (chunks, status) in [(2, "200"), (7, "413")] {
+        let mut stream = TcpStream::connect(d.address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..chunks {
+            stream.write_all(chunk.as_bytes()).await.unwrap();
+        }
+        stream.write_all(b"1\r\n1\r\n0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{}", &answer[..200]);
+        let named = answer.contains("Request must be smaller than 6291456 bytes");
+        assert_eq!(named, status == "413");
+    }
 }
