@@ -47,6 +47,17 @@ pub struct Build {
     pub cpus: usize,
 }
 
+/// Build the guest kernel, or say where it is cached and what it weighs.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {}
+
+/// Runs the task.
+pub fn run(_: Arguments) -> Result<i32> {
+    let kernel = build()?;
+    println!("{}\n{}", kernel.display(), summary(&record(&kernel)?));
+    Ok(0)
+}
+
 /// Builds the kernel unless it is cached; the directory holds `vmlinux`, `bzImage`, `config` and
 /// `build.json`.
 pub fn build() -> Result<PathBuf> {
@@ -66,7 +77,7 @@ pub fn build() -> Result<PathBuf> {
 }
 
 /// Reads what the last build recorded.
-pub fn record(kernel: &Path) -> Result<Build> {
+fn record(kernel: &Path) -> Result<Build> {
     let path = kernel.join("build.json");
     let text = fs::read(&path).with_context(|| format!("{}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))
@@ -132,7 +143,7 @@ fn build_into(
 }
 
 /// One line about a build.
-pub fn summary(build: &Build) -> String {
+fn summary(build: &Build) -> String {
     format!(
         "{}: {} symbols, vmlinux {:.1} MB, bzImage {:.1} MB, built in {} on {} CPUs",
         build.release,

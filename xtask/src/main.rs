@@ -4,12 +4,12 @@ mod artifacts;
 mod cache;
 mod cargo;
 mod cpio;
-#[allow(dead_code, reason = "the demo and the tests come next")]
+mod daemon;
+mod demo;
 mod host_vm;
 mod images;
-#[allow(dead_code, reason = "the rest of the tasks comes next")]
 mod kernel;
-#[allow(dead_code, reason = "the rest of the tasks comes next")]
+mod lane;
 mod packages;
 mod python;
 mod scratch;
@@ -30,8 +30,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    Demo(demo::Arguments),
     Artifacts(artifacts::Arguments),
     HostVm(host_vm::command::Arguments),
+    Kernel(kernel::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -50,7 +52,9 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<i32> {
     scratch::clean_up_on_signals()?;
     match arguments.task {
+        Task::Demo(arguments) => demo::run(&arguments),
         Task::Artifacts(arguments) => artifacts::run(arguments),
+        Task::Kernel(arguments) => kernel::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),
     }
 }

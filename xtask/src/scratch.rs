@@ -6,7 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -75,7 +75,12 @@ pub fn clean_up_on_signals() -> Result<()> {
     }
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
+        for signal in signals.forever() {
+            // Somebody waits for it: the run goes on to its orderly end. A second signal ends it.
+            if let Some(waiting) = waiting().take() {
+                drop(waiting);
+                continue;
+            }
             if let Some(terminal) = TERMINAL.get() {
                 let _ = tcsetattr(io::stdin(), OptionalActions::Now, terminal);
             }
@@ -84,4 +89,16 @@ pub fn clean_up_on_signals() -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// Waits until a person presses Ctrl-C, which then does not end the process.
+pub fn wait_for_signal() {
+    let (sender, receiver) = mpsc::channel::<()>();
+    *waiting() = Some(sender);
+    let _ = receiver.recv();
+}
+
+fn waiting() -> MutexGuard<'static, Option<mpsc::Sender<()>>> {
+    static WAITING: Mutex<Option<mpsc::Sender<()>>> = Mutex::new(None);
+    WAITING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -22,13 +22,20 @@ pub fn say(text: &str) {
 
 /// Makes the kernel kill the program when the calling thread ends, however it ends.
 pub fn die_with_us(command: &mut Command) -> &mut Command {
+    signal_at_our_end(command, rustix::process::Signal::KILL)
+}
+
+/// The same for a program that has to clean up: it is asked to end. It gets no Ctrl-C of ours.
+pub fn end_with_us(command: &mut Command) -> &mut Command {
+    signal_at_our_end(command.process_group(0), rustix::process::Signal::TERM)
+}
+
+fn signal_at_our_end(command: &mut Command, signal: rustix::process::Signal) -> &mut Command {
     // SAFETY: between fork and exec the closure makes one system call; it neither allocates nor
     // takes a lock.
     unsafe {
-        command.pre_exec(|| {
-            let kill = rustix::process::Signal::KILL;
-            Ok(rustix::process::set_parent_process_death_signal(Some(kill))?)
-        })
+        command
+            .pre_exec(move || Ok(rustix::process::set_parent_process_death_signal(Some(signal))?))
     }
 }
 

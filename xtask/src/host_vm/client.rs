@@ -40,8 +40,14 @@ pub struct Running {
 }
 
 impl Client {
-    pub(super) fn new(address: SocketAddr) -> Self {
+    /// A client of the host VM whose agent listens there.
+    pub fn new(address: SocketAddr) -> Self {
         Self { address }
+    }
+
+    /// Where the agent listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Runs a command with this process's own standard streams and returns its exit code.

@@ -1,12 +1,14 @@
 //! `cargo xtask host-vm`: the host VM as a tool of its own.
 
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use firn_host_vm_agent::Exec;
 
+use super::client::Client;
 use super::{HostVm, Options, measure};
 
 /// Boot the dev host VM, run a command in it, end it.
@@ -28,6 +30,10 @@ pub struct Arguments {
     /// Seed of everything random in measurement mode.
     #[arg(long, default_value_t = 1, requires = "icount")]
     seed: u32,
+
+    /// Use the running host VM whose agent listens there, instead of booting one.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "icount")]
+    at: Option<SocketAddr>,
 
     /// Memory of the host VM.
     #[arg(long, value_name = "MiB", default_value_t = 2048)]
@@ -87,6 +93,9 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         exec.env.push((name.to_owned(), value.to_owned()));
     }
 
+    if let Some(address) = arguments.at {
+        return run_at(Client::new(address), &options, &exec);
+    }
     if arguments.icount {
         ensure!(!exec.argv.is_empty(), "--icount needs a command");
         let limit = Duration::from_secs(arguments.limit);
@@ -95,7 +104,7 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         io::stderr().write_all(&measured.stderr)?;
         return Ok(measured.code);
     }
-    let vm = HostVm::start(&options)?;
+    let mut vm = HostVm::start(&options)?;
     if arguments.shell {
         eprintln!("xtask: host VM up after {:.1} s", vm.boot_time().as_secs_f64());
         exec.argv = vec!["sh".into()];
@@ -108,6 +117,14 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         return Ok(0);
     }
     vm.client().run(&exec).with_context(|| format!("the host VM's console:\n{}", vm.console()))
+}
+
+/// Runs the command in a host VM that another run has booted.
+fn run_at(client: Client, options: &Options, exec: &Exec) -> Result<i32> {
+    for (from, to) in &options.files {
+        client.put(from, to)?;
+    }
+    client.run(exec)
 }
 
 fn split_file(text: &str) -> Result<(PathBuf, String)> {

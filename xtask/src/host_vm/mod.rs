@@ -102,7 +102,7 @@ impl HostVm {
     }
 
     /// Ends the host VM in order. Dropping it has the same effect, without waiting.
-    pub fn power_off(mut self) -> Result<()> {
+    pub fn power_off(&mut self) -> Result<()> {
         self.client().power_off()?;
         self.qemu.wait(Duration::from_secs(10))
     }

@@ -54,14 +54,7 @@ impl Qemu {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for this process, which then ends QEMU.
         command.process_group(0);
-        // SAFETY: between fork and exec the closure makes one system call; it neither allocates
-        // nor takes a lock.
-        unsafe {
-            command.pre_exec(|| {
-                let kill = rustix::process::Signal::KILL;
-                Ok(rustix::process::set_parent_process_death_signal(Some(kill))?)
-            });
-        }
+        crate::step::die_with_us(&mut command);
         let mut child = command.spawn().with_context(|| format!("cannot run {PROGRAM}"))?;
         let console = Console::default();
         let (sender, marks) = mpsc::channel();

@@ -1,0 +1,331 @@
+//! A running `firnd` for the demo and the tests, in either lane, and the check that it leaves
+//! nothing behind.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use firn_host_vm_agent::Exec;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::host_vm::client::Client;
+use crate::host_vm::{HostVm, Options};
+use crate::lane::Lane;
+use crate::{scratch, step};
+
+/// What the daemon prints when it serves.
+const READY: &str = "firnd: ready on";
+
+/// Longest time until it does; the emulated rig takes seconds.
+const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// Longest time to stop in order.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Lines of its log that are kept for error messages.
+const LOG_LINES: usize = 80;
+
+/// Port of the daemon inside the host VM.
+const PORT: u16 = 9000;
+
+/// Where the host VM keeps the number of the process to stop.
+const PID_FILE: &str = "/run/firnd.pid";
+
+/// Memory of the host VM for the daemon and a handful of small functions.
+const HOST_VM_MIB: u32 = 3072;
+
+/// Names everything of Firn that is alive, one a line. `$1` is a directory to leave out: this
+/// program's own.
+const INVENTORY: &str = r#"
+for comm in /proc/[0-9]*/comm; do
+  read -r name < "$comm" 2>/dev/null || continue
+  case $name in firn*) echo "process ${comm%/comm} $name" ;; esac
+done
+find /sys/fs/cgroup -type d -name '*firn*' 2>/dev/null | sed 's/^/control group /'
+grep -i firn /proc/self/mountinfo | cut -d' ' -f5 | sed 's/^/mount /'
+for path in /tmp/*firn* /run/*firn* /dev/shm/*firn*; do
+  [ -e "$path" ] && [ "$path" != "$1" ] && echo "file $path"
+done
+true
+"#;
+
+/// Starts it with these flags.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Start it again whenever it dies, as a service manager would: tests kill it.
+    pub restart: bool,
+    /// Further flags.
+    pub flags: Vec<String>,
+}
+
+/// A daemon that serves. Dropping it kills it, and the host VM with it.
+pub struct Daemon {
+    place: Place,
+    endpoint: SocketAddr,
+    log: Log,
+    before: BTreeSet<String>,
+}
+
+enum Place {
+    Native { child: Child, state: PathBuf },
+    HostVm { vm: HostVm, ended: Receiver<()> },
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<VecDeque<String>>>);
+
+impl Daemon {
+    /// Starts a daemon in the lane and waits until it serves.
+    pub fn start(lane: Lane, artifacts: &Path, settings: &Settings) -> Result<Self> {
+        step::say("starting the daemon …");
+        let log = Log::default();
+        let (ready, is_ready) = mpsc::channel();
+        let (place, endpoint, before) = match lane {
+            Lane::Native => {
+                ensure!(
+                    rustix::process::geteuid().is_root(),
+                    "the jail of a microVM takes root to set up: run this with sudo, or with \
+                     `--lane host-vm`, which needs no rights"
+                );
+                start_native(artifacts, settings, &log, ready)?
+            }
+            Lane::HostVm => start_in_host_vm(artifacts, settings, &log, ready)?,
+        };
+        let daemon = Self { place, endpoint, log, before };
+        match is_ready.recv_timeout(START_LIMIT) {
+            Ok(()) => Ok(daemon),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!(
+                    "the daemon was not ready after {} s; its log:\n{}",
+                    START_LIMIT.as_secs(),
+                    daemon.log()
+                )
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                bail!("the daemon ended before it was ready; its log:\n{}", daemon.log())
+            }
+        }
+    }
+
+    /// Where its API is.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.endpoint)
+    }
+
+    /// The last lines of its log.
+    pub fn log(&self) -> String {
+        self.log.text()
+    }
+
+    /// A command that runs another command where the daemon runs, for the tests.
+    pub fn runner(&self) -> Result<Vec<String>> {
+        match &self.place {
+            Place::Native { .. } => Ok(vec!["env".into()]),
+            Place::HostVm { vm, .. } => {
+                let program = std::env::current_exe()?;
+                let program = program.to_str().context("the path of xtask is not UTF-8")?;
+                let agent = vm.client().address().to_string();
+                Ok([program, "host-vm", "--at", &agent, "--"].map(String::from).to_vec())
+            }
+        }
+    }
+
+    /// Stops it in order, checks that nothing is left of it, ends the host VM.
+    pub fn stop(mut self) -> Result<()> {
+        let left = match &mut self.place {
+            Place::Native { child, state } => {
+                terminate(child)?;
+                let run = state.join("run");
+                let mut left = &inventory_here()? - &self.before;
+                left.extend(entries(&run).map(|path| format!("file {path}")));
+                left
+            }
+            Place::HostVm { vm, ended } => {
+                let client = vm.client();
+                client.output(&shell(&format!("kill -TERM $(cat {PID_FILE})")))?;
+                if ended.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                    bail!("the daemon did not stop; its log:\n{}", self.log.text());
+                }
+                let mut left = &inventory(&client)? - &self.before;
+                let run = client.output(&shell("ls -A /var/lib/firn/run 2>/dev/null"))?;
+                let names = String::from_utf8_lossy(&run.stdout).into_owned();
+                left.extend(names.lines().map(|name| format!("file run/{name}")));
+                left
+            }
+        };
+        if let Place::HostVm { vm, .. } = &mut self.place {
+            vm.power_off()?;
+        }
+        if !left.is_empty() {
+            let list: Vec<String> = left.into_iter().collect();
+            bail!(
+                "the daemon stopped but left this behind:\n  {}\nits log:\n{}",
+                list.join("\n  "),
+                self.log.text()
+            );
+        }
+        Ok(())
+    }
+}
+
+type Started = (Place, SocketAddr, BTreeSet<String>);
+
+fn start_native(
+    artifacts: &Path,
+    settings: &Settings,
+    log: &Log,
+    ready: mpsc::Sender<()>,
+) -> Result<Started> {
+    let before = inventory_here()?;
+    let state = scratch::directory()?.join("state");
+    // Asking the system and then giving the port to another process can fail if a third takes it
+    // in between; the daemon says so then.
+    let endpoint = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+    let mut command = Command::new("sh");
+    command.args(["-c", script(settings.restart), "firnd"]);
+    command.arg(artifacts.join("bin/firnd")).arg("--artifacts").arg(artifacts);
+    command.arg("--state").arg(&state).arg("--listen").arg(endpoint.to_string());
+    command.args(&settings.flags);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = step::end_with_us(&mut command).spawn().context("cannot run firnd")?;
+    for stream in [
+        child.stdout.take().map(|s| Box::new(s) as Box<dyn Read + Send>),
+        child.stderr.take().map(|s| Box::new(s) as Box<dyn Read + Send>),
+    ] {
+        let (log, ready) = (log.clone(), ready.clone());
+        if let Some(stream) = stream {
+            thread::spawn(move || {
+                for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+                    log.add(&line, &ready);
+                }
+            });
+        }
+    }
+    Ok((Place::Native { child, state }, endpoint, before))
+}
+
+fn start_in_host_vm(
+    artifacts: &Path,
+    settings: &Settings,
+    log: &Log,
+    ready: mpsc::Sender<()>,
+) -> Result<Started> {
+    let options = Options {
+        memory_mib: HOST_VM_MIB,
+        artifacts: Some(artifacts.to_owned()),
+        forward: vec![PORT],
+        ..Options::default()
+    };
+    let vm = HostVm::start(&options)?;
+    let client = vm.client();
+    let before = inventory(&client)?;
+    let script = format!("echo $$ > {PID_FILE}; {}", script(settings.restart));
+    let mut argv: Vec<String> =
+        ["sh", "-c", &script, "firnd", "/firn/bin/firnd"].map(String::from).to_vec();
+    // The port is forwarded to the VM's own address. Emulated CPUs are slow: longer limits, and
+    // no share of a CPU for small functions, which would make them slower still.
+    let flags = format!(
+        "--artifacts /firn --listen 0.0.0.0:{PORT} --listen-anywhere --patience 20 --no-cpu-limits"
+    );
+    argv.extend(flags.split(' ').map(String::from));
+    argv.extend(settings.flags.iter().cloned());
+    let running = client.start(&Exec { argv, ..Exec::default() })?;
+    let (end, ended) = mpsc::channel::<()>();
+    let log = log.clone();
+    thread::spawn(move || {
+        let mut rest = Vec::new();
+        let _ = running.finish(|_, bytes| {
+            rest.extend_from_slice(bytes);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                log.add(&line, &ready);
+            }
+            Ok(())
+        });
+        log.add(&rest, &ready);
+        drop(end);
+    });
+    let endpoint = vm.forwarded(PORT).context("the daemon's port is not forwarded")?;
+    Ok((Place::HostVm { vm, ended }, endpoint, before))
+}
+
+/// Runs `"$@"`; with `restart` whenever it has ended, until SIGTERM, which is passed on.
+fn script(restart: bool) -> &'static str {
+    if restart {
+        r#"trap 'kill -TERM $child; wait $child; exit' TERM
+           while :; do "$@" & child=$!; wait $child; sleep 0.2; done"#
+    } else {
+        r#"exec "$@""#
+    }
+}
+
+fn terminate(child: &mut Child) -> Result<()> {
+    let _ = kill_process(Pid::from_child(child), Signal::TERM);
+    let end = Instant::now() + STOP_LIMIT;
+    while child.try_wait()?.is_none() {
+        ensure!(Instant::now() < end, "the daemon did not stop within {} s", STOP_LIMIT.as_secs());
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Place::Native { child, .. } = &mut self.place
+            && matches!(child.try_wait(), Ok(None))
+        {
+            let _ = terminate(child);
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Log {
+    fn add(&self, line: &[u8], ready: &mpsc::Sender<()>) {
+        let line = String::from_utf8_lossy(line).trim_end().to_owned();
+        if line.starts_with(READY) {
+            let _ = ready.send(());
+        }
+        let mut lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if lines.len() == LOG_LINES {
+            lines.pop_front();
+        }
+        if !line.is_empty() {
+            lines.push_back(line);
+        }
+    }
+
+    fn text(&self) -> String {
+        let lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        lines.iter().map(|line| format!("  | {line}\n")).collect()
+    }
+}
+
+fn shell(script: &str) -> Exec {
+    Exec { argv: ["sh", "-c", script].map(String::from).to_vec(), ..Exec::default() }
+}
+
+fn inventory(client: &Client) -> Result<BTreeSet<String>> {
+    let output = client.output(&shell(INVENTORY))?;
+    ensure!(output.code == 0, "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+}
+
+fn inventory_here() -> Result<BTreeSet<String>> {
+    let own = scratch::directory()?;
+    let text = step::output(Command::new("sh").args(["-c", INVENTORY, "inventory"]).arg(own))?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = String> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path().display().to_string()))
+}
