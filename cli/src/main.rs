@@ -1,5 +1,6 @@
 //! The `firn` command.
 
+mod bench;
 mod doctor;
 
 use std::process::ExitCode;
@@ -17,10 +18,23 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Doctor(doctor::Arguments),
+    /// Measure what a start costs: boot, thaw and warm, interleaved, with every phase
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Bench(options) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let result = runtime.map_err(Into::into).and_then(|r| r.block_on(bench::run(options)));
+            match result {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("firn bench: {error:#}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
     }
 }
