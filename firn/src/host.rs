@@ -141,7 +141,7 @@ impl Host {
             if let Some(cgroups) = &inner.cgroups {
                 cgroups.remove();
             }
-            let _ = std::fs::remove_dir_all(&inner.state.run);
+            inner.state.close();
         });
         let _ = sweeping.await;
     }
@@ -216,7 +216,9 @@ impl Inner {
                     false => shell::spawn(&inner, class).await,
                 };
                 let put = made.and_then(|shell| inner.put(shell));
-                lock(&inner.pool).entry(class).or_default().filling -= 1;
+                if let Some(pool) = lock(&inner.pool).get_mut(&class) {
+                    pool.filling = pool.filling.saturating_sub(1);
+                }
                 match put {
                     Ok(()) | Err(ShellError::Closed) => {}
                     Err(error) => tracing::warn!(%error, ?class, "can't make a shell"),

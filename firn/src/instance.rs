@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use firn_proto::{
     control::{self, DiskSource, FromVmm, ToVmm},
-    guest::{self, Done, FromGuest, Invoke, Load, ToGuest},
+    guest::{self, Done, FromGuest, Invoke, Load, Outcome, ToGuest},
 };
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     phases::Stopwatch,
     shell::CODE_SLOT,
     stream::Stream,
-    vm::{Trouble, Vm, frame_name, unexpected},
+    vm::{Trouble, Vm, unexpected},
 };
 
 /// What a guest gets beyond a function's own time limit to say that it has passed.
@@ -309,7 +309,7 @@ impl Instance {
                 let phases = watch.finish();
                 Ok(LoadReport { init_us: loaded.init_us, error: loaded.error, phases })
             }
-            other => Err(trouble(unexpected("Loaded", frame_name(&other)))),
+            other => Err(trouble(self.vm.violated("Loaded", &other))),
         }
     }
 
@@ -417,13 +417,28 @@ pub(crate) fn invoke_message(invocation: &Invocation) -> Result<ToGuest, String>
 /// Waits for the answer to an event that was sent.
 pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<Done, Trouble> {
     let within = invocation.timeout + (GRACE + RESTART) * vm.patience;
-    match vm.frame(within).await? {
-        FromGuest::Done(done) if done.request_id == invocation.request_id => Ok(done),
-        FromGuest::Done(done) => Err(Trouble::Protocol(format!(
-            "answer to request {:?} instead of {:?}",
-            done.request_id, invocation.request_id
-        ))),
-        other => Err(unexpected("Done", frame_name(&other))),
+    let done = match vm.frame(within).await? {
+        FromGuest::Done(done) => done,
+        other => return Err(vm.violated("Done", &other)),
+    };
+    let violation = if done.request_id != invocation.request_id {
+        let (found, expected) = (&done.request_id, &invocation.request_id);
+        Some(format!("answer to request {found:?} instead of {expected:?}"))
+    } else {
+        match &done.outcome {
+            Outcome::Response { payload, .. } if payload.len() > guest::MAX_PAYLOAD => {
+                let (size, limit) = (payload.len(), guest::MAX_PAYLOAD);
+                Some(format!("answer of {size} bytes exceeds the limit of {limit}"))
+            }
+            _ => None,
+        }
+    };
+    match violation {
+        None => Ok(done),
+        Some(message) => {
+            vm.process.kill();
+            Err(Trouble::Protocol(message))
+        }
     }
 }
 

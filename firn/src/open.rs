@@ -18,7 +18,7 @@ use std::{
         unix::{ffi::OsStrExt, fs::PermissionsExt},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -307,7 +307,7 @@ pub(crate) struct State {
     /// Files in `run` live in memory, so that a guest's `/tmp` counts as its memory.
     pub(crate) in_memory: bool,
     /// Locked until it is closed.
-    _lock: File,
+    lock: Mutex<Option<File>>,
 }
 
 impl State {
@@ -348,8 +348,16 @@ impl State {
             run,
             host_id: id[..16].to_owned(),
             in_memory: matches!(kind, libc::TMPFS_MAGIC | RAMFS_MAGIC),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         })
+    }
+
+    /// Removes what belongs to this life and gives the directory free.
+    pub(crate) fn close(&self) {
+        let lock = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        if lock.is_some() {
+            let _ = fs::remove_dir_all(&self.run);
+        }
     }
 
     /// Records a VMM, for a life that comes after this one was killed.

@@ -30,7 +30,7 @@ use crate::{
     memfile,
     phases::Stopwatch,
     stream::Stream,
-    vm::{Trouble, Vm, frame_name, unexpected},
+    vm::{Trouble, Vm, unexpected},
 };
 
 /// Time from the boot request until the guest's init is ready.
@@ -174,7 +174,7 @@ impl Host {
         let within = BOOT * inner.config.patience;
         let ready = match vm.frame(within).await.map_err(awaiting("Ready"))? {
             FromGuest::Ready(ready) => ready,
-            other => return Err(awaiting("Ready")(unexpected("Ready", frame_name(&other)))),
+            other => return Err(awaiting("Ready")(vm.violated("Ready", &other))),
         };
         first_byte(&vm, &mut watch);
         watch.mark("ready");
@@ -243,12 +243,6 @@ impl Host {
             .send(&message, &descriptors)
             .await
             .map_err(|e| StartError::Protocol(format!("Thaw: {e:?}")))?;
-        // While the VMM works.
-        if inner.config.cpu_limits
-            && let Some(group) = &vm.group
-        {
-            group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
-        }
         let patience = inner.config.patience;
         let thawed = tokio::time::timeout(RENEW * patience, vm.control.answer()).await;
         match thawed {
@@ -264,7 +258,7 @@ impl Host {
         let within = (RENEW + HOOKS) * patience;
         let renewed = match vm.frame(within).await.map_err(awaiting("Renewed"))? {
             FromGuest::Renewed(renewed) => renewed,
-            other => return Err(awaiting("Renewed")(unexpected("Renewed", frame_name(&other)))),
+            other => return Err(awaiting("Renewed")(vm.violated("Renewed", &other))),
         };
         first_byte(&vm, &mut watch);
         watch.mark("renewed");
@@ -274,6 +268,13 @@ impl Host {
 
         let mut report = None;
         if let Some(first) = first {
+            // From here on the function works. The thaw itself had all the CPU time there is: it
+            // is our overhead, not the function's.
+            if inner.config.cpu_limits
+                && let Some(group) = &vm.group
+            {
+                group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
+            }
             let done = instance::await_done(&mut vm, first).await.map_err(awaiting("Done"))?;
             watch.mark("done");
             report = Some(instance::report(done, Some(renewed.clone()), watch.phases()));

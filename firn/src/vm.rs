@@ -115,7 +115,10 @@ impl Vm {
             message = timeout_at(end, stream.next()) => match message {
                 Ok(Ok(Some(message))) => return Ok(message),
                 Ok(Ok(None)) => None,
-                Ok(Err(error)) => return Err(error.into()),
+                Ok(Err(error)) => {
+                    self.process.kill();
+                    return Err(error.into());
+                }
                 Err(_) => {
                     self.process.kill();
                     return Err(Trouble::TimedOut(within));
@@ -136,6 +139,12 @@ impl Vm {
                 .unwrap_or(ControlError::Closed),
         };
         Err(self.trouble(error).await)
+    }
+
+    /// The guest said something else than it should: it will not be asked again.
+    pub(crate) fn violated(&self, expected: &str, found: &FromGuest) -> Trouble {
+        self.process.kill();
+        unexpected(expected, frame_name(found))
     }
 
     /// What a failed conversation means; for a VMM that ended, waits for how.
@@ -180,7 +189,7 @@ pub(crate) fn unexpected(expected: &str, found: &str) -> Trouble {
 }
 
 /// A guest message's name, for errors.
-pub(crate) fn frame_name(message: &FromGuest) -> &'static str {
+fn frame_name(message: &FromGuest) -> &'static str {
     match message {
         FromGuest::Ready(_) => "Ready",
         FromGuest::Loaded(_) => "Loaded",

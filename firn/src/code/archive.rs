@@ -120,9 +120,8 @@ fn plain_path(raw: &[u8]) -> Result<PathBuf, CodeError> {
 
 /// Checks what can be known before inflating; returns the size that the entry claims.
 fn check_entry(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize) -> Result<u64, CodeError> {
-    let entry = archive
-        .by_index_raw(index)
-        .map_err(|e| CodeError::NotAZip { reason: e.to_string() })?;
+    let entry =
+        archive.by_index_raw(index).map_err(|e| CodeError::NotAZip { reason: e.to_string() })?;
     let raw = entry.name_raw();
     if entry.encrypted() {
         return Err(refuse(raw, "is encrypted"));
@@ -283,8 +282,7 @@ mod tests {
         let mut damaged = Vec::new();
         {
             let mut writer = ZipWriter::new(Cursor::new(&mut damaged));
-            let stored =
-                SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+            let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
             writer.start_file("a", stored).unwrap();
             writer.write_all(b"content").unwrap();
             writer.finish().unwrap();

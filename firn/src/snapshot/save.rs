@@ -30,7 +30,7 @@ use crate::{
     memfile,
     open::TEMPORARY,
     shell,
-    vm::{Trouble, frame_name, unexpected},
+    vm::{Trouble, unexpected},
 };
 
 /// Time that the guest may take to stop its runtime.
@@ -118,7 +118,7 @@ impl Instance {
         self.queue(&ToGuest::Freeze, "freeze")?;
         match self.vm.frame(FREEZE * self.vm.patience).await.map_err(&trouble)? {
             FromGuest::Frozen => {}
-            other => return Err(trouble(unexpected("Frozen", frame_name(&other)))),
+            other => return Err(trouble(self.vm.violated("Frozen", &other))),
         }
         self.pause().await?;
         if !self.vm.stream().map_err(&trouble)?.is_quiet() {

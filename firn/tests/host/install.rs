@@ -1,0 +1,125 @@
+//! An installation in a temporary directory, and how to look at what a host does to the machine.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use firn::{Host, HostConfig, ShellClass};
+use tempfile::TempDir;
+
+/// The class of all tests.
+pub const CLASS: ShellClass = ShellClass { vcpus: 1, memory_mib: 128 };
+
+/// An installation with a state directory beside it.
+pub struct Install {
+    dir: TempDir,
+}
+
+impl Install {
+    /// With the stand-in as VMM.
+    pub fn stand_in() -> Self {
+        Self::with(&std::env::current_exe().unwrap())
+    }
+
+    /// With the real VMM, if it has been built and there is a KVM.
+    pub fn real() -> Option<Self> {
+        if fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            println!("skipped: no /dev/kvm");
+            return None;
+        }
+        Some(Self::with(&program("firn-vmm")))
+    }
+
+    fn with(vmm: &Path) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("artifacts");
+        for part in ["bin", "kernel", "images/test"] {
+            fs::create_dir_all(path.join(part)).unwrap();
+        }
+        symlink(vmm, path.join("bin/firn-vmm")).unwrap();
+        symlink(program("firn-jailer"), path.join("bin/firn-jailer")).unwrap();
+        let init = path.join("bin/firn-init");
+        fs::write(&init, b"init").unwrap();
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(path.join("kernel/vmlinux"), b"stand-in kernel").unwrap();
+        fs::write(path.join("images/test/rootfs.erofs"), [1; 4096]).unwrap();
+        fs::write(path.join("images/test/image.json"), r#"{"runtime":"test"}"#).unwrap();
+        let tmp = fs::File::create(path.join("images/tmp.ext4")).unwrap();
+        tmp.set_len(1 << 20).unwrap();
+        Self { dir }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn artifact(&self, name: &str) -> PathBuf {
+        self.path("artifacts").join(name)
+    }
+
+    pub fn config(&self) -> HostConfig {
+        let mut config = HostConfig::new(self.path("artifacts"), self.path("state"));
+        // What production refuses is not what is tested here.
+        config.allow_no_cgroups = true;
+        config
+    }
+
+    pub async fn open(&self) -> Host {
+        Host::open(self.config()).await.unwrap()
+    }
+
+    /// Nothing of a host remains: no record, no control group.
+    pub fn assert_nothing_left(&self) {
+        assert!(!self.path("state/run").exists(), "the run directory is left");
+        let groups = groups(self);
+        assert!(groups.is_empty(), "control groups are left: {groups:?}");
+    }
+}
+
+/// A program of this workspace, built if it is not there.
+pub fn program(name: &str) -> PathBuf {
+    let deps = std::env::current_exe().unwrap();
+    let path = deps.parent().and_then(Path::parent).unwrap().join(name);
+    if !path.exists() {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+        let built = std::process::Command::new(cargo).args(["build", "-p", name]).status();
+        assert!(built.is_ok_and(|s| s.success()), "can't build {name}");
+    }
+    path
+}
+
+/// Control groups of this installation's host.
+fn groups(install: &Install) -> Vec<PathBuf> {
+    let Ok(state) = fs::canonicalize(install.path("state")) else { return Vec::new() };
+    let id = blake3::hash(state.as_os_str().as_encoded_bytes()).to_hex();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts
+        .lines()
+        .filter(|line| line.contains(" - cgroup"))
+        .map(|line| Path::new(line.split(' ').nth(4).unwrap()).join("firn").join(&id[..16]))
+        .filter(|path| path.exists())
+        .collect()
+}
+
+/// The file of `/proc` as text.
+pub fn proc(pid: u32, name: &str) -> String {
+    fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default()
+}
+
+/// Whether the process runs; zombies don't.
+pub fn runs(pid: u32) -> bool {
+    let stat = proc(pid, "stat");
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+/// Waits for something to become true.
+pub async fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !is() {
+        assert!(Instant::now() < end, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,87 @@
+//! The library from outside: real jails, real processes, and two kinds of VMM in them.
+//!
+//! - The real `firn-vmm`, where `/dev/kvm` is: shells, and guests of a few instructions.
+//! - A stand-in, which is this very executable under the name `firn-vmm`: it speaks both protocols
+//!   and plays the guest too, so that boot, load, invoke, snapshot and thaw run in a real jail on
+//!   any machine, and misbehave on request.
+//!
+//! Needs root; says so and passes otherwise. A test's name, or part of it, as argument runs only
+//! that.
+
+mod install;
+mod jail;
+mod life;
+mod snapshots;
+mod stand_in;
+
+use std::{panic, process::ExitCode, time::Instant};
+
+type Test = (&'static str, fn());
+
+/// Runs `$name` on a runtime of its own.
+macro_rules! tests {
+    ($($module:ident :: $name:ident),* $(,)?) => {
+        &[$((concat!(stringify!($module), "::", stringify!($name)), || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on($module::$name());
+        })),*]
+    };
+}
+
+const TESTS: &[Test] = tests![
+    jail::a_stand_in_lives_in_a_whole_cage,
+    jail::a_real_shell_lives_in_a_whole_cage,
+    jail::a_step_of_the_jailer_that_fails_is_named,
+    jail::real_guests_end_with_their_reason,
+    life::boot_load_invoke_pause,
+    life::nothing_is_left_after_kill_and_shutdown,
+    life::nothing_is_left_of_a_host_that_was_killed,
+    life::a_vmm_that_dies_says_how,
+    life::a_guest_that_breaks_the_protocol_is_stopped,
+    life::a_guest_that_hangs_is_killed,
+    life::the_pool_is_refilled_and_skips_the_dead,
+    life::bad_configurations_are_named,
+    snapshots::base_and_function_snapshots_thaw,
+    snapshots::a_guest_that_keeps_its_old_identity_never_serves,
+    snapshots::every_alteration_is_named,
+    snapshots::other_surroundings_are_named,
+    snapshots::a_full_disk_leaves_nothing,
+];
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args();
+    if arguments.next().as_deref() == Some("firn-vmm") {
+        stand_in::run();
+    }
+    // What cargo and people pass to ordinary test executables is accepted and ignored.
+    let filters: Vec<String> = arguments.filter(|a| !a.starts_with('-')).collect();
+    if filters.first().map(String::as_str) == Some("host-to-be-killed") {
+        life::host_to_be_killed(&filters[1]);
+    }
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: jails can only be built by root");
+        return ExitCode::SUCCESS;
+    }
+    let mut failed = Vec::new();
+    for (name, test) in TESTS {
+        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter.as_str())) {
+            continue;
+        }
+        let start = Instant::now();
+        let passed = panic::catch_unwind(test).is_ok();
+        let verdict = if passed { "ok" } else { "FAILED" };
+        println!("test {name} ... {verdict} ({:.2} s)", start.elapsed().as_secs_f64());
+        if !passed {
+            failed.push(name);
+        }
+    }
+    if failed.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    println!("failed: {failed:?}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,201 @@
+//! Snapshots through their whole life, and every way in which they are refused.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use firn::{Disk, Host, Snapshot, SnapshotError, SnapshotMeta, StartError};
+
+use crate::{
+    install::{CLASS, Install},
+    life::{answer, boot, event, spec, text},
+};
+
+fn meta(label: &str) -> SnapshotMeta {
+    SnapshotMeta { label: label.into(), key: "k".into() }
+}
+
+/// A base snapshot of a guest whose page 3 holds `base`.
+async fn base(host: &Host, dir: &Path) -> Snapshot {
+    let mut instance = boot(host).await;
+    let (spec, _lines) = spec(3, "base", None);
+    instance.load(&spec, true).await.unwrap();
+    instance.snapshot(dir, meta("base")).await.unwrap()
+}
+
+pub async fn base_and_function_snapshots_thaw() {
+    let install = Install::stand_in();
+    let host = install.open().await;
+    let snapshots = install.path("state/snapshots");
+    fs::create_dir_all(&snapshots).unwrap();
+    let base_snapshot = base(&host, &snapshots.join("base")).await;
+    assert_eq!((base_snapshot.base(), base_snapshot.memory_bytes()), (None, 4096));
+    assert_eq!(base_snapshot.class(), CLASS);
+    let base = base_snapshot.make_resident(&host, None, None).await.unwrap();
+
+    // A function on top of it, with code, and another page.
+    let code_path = install.path("code");
+    fs::write(&code_path, [9; 8192]).unwrap();
+    let code = Disk::open_read_only(&code_path).unwrap();
+    let (mut instance, report) = host.thaw(&base, None, None).await.unwrap();
+    assert!(report.is_none());
+    assert_eq!(answer(&mut instance, b"page").await, "base");
+    let (function, _lines) = spec(1, "function", Some(code.clone()));
+    instance.load(&function, true).await.unwrap();
+    let dir = snapshots.join("function");
+    let written = instance.snapshot(&dir, meta("function")).await.unwrap();
+    assert_eq!(written.memory_bytes(), 4096, "only what differs");
+    assert_eq!(written.base(), Some(base.id()));
+
+    let opened = Snapshot::open(&dir).unwrap();
+    assert_eq!((opened.id(), opened.meta()), (written.id(), &meta("function")));
+    let resident = opened.make_resident(&host, Some(&base), Some(&code)).await.unwrap();
+    assert_eq!(resident.resident_bytes(), 8192);
+    // Files may go: what is thawed is in memory.
+    fs::remove_dir_all(&dir).unwrap();
+    let first = event(b"page");
+    let (mut one, report) = host.thaw(&resident, Some(&first), None).await.unwrap();
+    let report = report.unwrap();
+    assert_eq!(text(&report.outcome), "function");
+    assert_eq!(report.renewed.as_ref().unwrap().instance_id, one.id());
+    let names: Vec<_> = report.phases.0.iter().map(|p| p.0).collect();
+    let expected =
+        ["shell", "sent", "received", "mapped", "entered", "first byte", "renewed", "done"];
+    assert_eq!(names, expected);
+    // Clones don't see each other, and a thawed one can be written down again.
+    let (two, _) = host.thaw(&resident, None, None).await.unwrap();
+    assert_ne!(one.id(), two.id());
+    let (changed, _lines) = spec(0, "again", Some(code.clone()));
+    one.load(&changed, true).await.unwrap();
+    assert_eq!(answer(&mut one, b"page").await, "again");
+    let third = one.snapshot(&snapshots.join("third"), meta("third")).await.unwrap();
+    let third = third.make_resident(&host, Some(&resident), Some(&code)).await.unwrap();
+    assert_eq!(third.resident_bytes(), 3 * 4096);
+    let (_, report) = host.thaw(&third, Some(&first), None).await.unwrap();
+    assert_eq!(text(&report.unwrap().outcome), "again");
+    drop(two);
+    host.shutdown().await;
+    install.assert_nothing_left();
+    let left: Vec<_> = fs::read_dir(&snapshots).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+pub async fn a_guest_that_keeps_its_old_identity_never_serves() {
+    let install = Install::stand_in();
+    let host = install.open().await;
+    let mut instance = boot(&host).await;
+    let (mut spec, _lines) = spec(3, "x", None);
+    spec.environment.push(("KEEPS_IDENTITY".into(), "1".into()));
+    instance.load(&spec, true).await.unwrap();
+    let snapshot = instance.snapshot(&install.path("s"), meta("x")).await.unwrap();
+    let resident = snapshot.make_resident(&host, None, None).await.unwrap();
+    match host.thaw(&resident, Some(&event(b"{}")), None).await {
+        Err(StartError::NotRenewed { found, .. }) => assert_eq!(found, "old"),
+        other => panic!("{other:?}"),
+    }
+    host.shutdown().await;
+    install.assert_nothing_left();
+}
+
+pub async fn every_alteration_is_named() {
+    let install = Install::stand_in();
+    let host = install.open().await;
+    let dir = install.path("s");
+    base(&host, &dir).await;
+    assert!(matches!(
+        boot(&host).await.snapshot(&dir, meta("again")).await,
+        Err(SnapshotError::Exists { .. })
+    ));
+    // Each file is changed in turn, tried, and put back.
+    let attempt = async |name: &str, change: fn(&File)| {
+        let path = dir.join(name);
+        let saved = fs::read(&path).unwrap();
+        change(&File::options().read(true).write(true).open(&path).unwrap());
+        let result = match Snapshot::open(&dir) {
+            Ok(snapshot) => snapshot.make_resident(&host, None, None).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        fs::write(&path, saved).unwrap();
+        result
+    };
+    let altered = |result, name: &str| match result {
+        Err(SnapshotError::Altered { what, .. }) => assert_eq!(what, name),
+        other => panic!("{name}: {other:?}"),
+    };
+    let truncated = |result, name: &str| match result {
+        Err(SnapshotError::Truncated { what, .. }) => assert_eq!(what, name),
+        other => panic!("{name}: {other:?}"),
+    };
+    let half = |file: &File| file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    altered(attempt("state", |f| f.write_all_at(b"!", 60).unwrap()).await, "state");
+    altered(attempt("memory", |f| f.write_all_at(b"!", 3 * 4096 + 9).unwrap()).await, "memory");
+    altered(attempt("tmp.delta", |f| f.write_all_at(b"!", 0).unwrap()).await, "tmp.delta");
+    truncated(attempt("state", half).await, "state");
+    truncated(attempt("memory", half).await, "memory");
+    truncated(attempt("tmp.delta", half).await, "tmp.delta");
+    let longer = attempt("memory", |f| f.set_len((128 << 20) + 4096).unwrap()).await;
+    assert!(matches!(longer, Err(SnapshotError::Memory { .. })), "{longer:?}");
+    let version = attempt("state", |f| f.write_all_at(&[7], 8).unwrap()).await;
+    assert!(matches!(version, Err(SnapshotError::Version { found: 7, .. })), "{version:?}");
+    let other = attempt("state", |f| f.write_all_at(b"ELF", 0).unwrap()).await;
+    assert!(matches!(other, Err(SnapshotError::NotASnapshot { .. })), "{other:?}");
+    attempt("state", |_| ()).await.unwrap();
+    // Where the snapshot has no page, bytes of the file are not looked at and not thawed.
+    attempt("memory", |f| f.write_all_at(b"!", 50 * 4096).unwrap()).await.unwrap();
+    host.shutdown().await;
+}
+
+pub async fn other_surroundings_are_named() {
+    let install = Install::stand_in();
+    let host = install.open().await;
+    let snapshot = base(&host, &install.path("s")).await;
+    let resident = snapshot.make_resident(&host, None, None).await.unwrap();
+    let code_path = install.path("code");
+    fs::write(&code_path, [1; 512]).unwrap();
+    let code = Disk::open_read_only(&code_path).unwrap();
+    let error = snapshot.make_resident(&host, None, Some(&code)).await.unwrap_err();
+    assert!(matches!(error, SnapshotError::Code { .. }), "{error}");
+    let error = snapshot.make_resident(&host, Some(&resident), None).await.unwrap_err();
+    assert!(matches!(error, SnapshotError::Base { .. }), "{error}");
+    host.shutdown().await;
+
+    // Another life with another part each; what was written is put back.
+    let with = async |name: &str, content: &[u8]| {
+        let path = install.artifact(name);
+        let saved = fs::read(&path).unwrap();
+        fs::write(&path, content).unwrap();
+        let host = install.open().await;
+        let error = snapshot.make_resident(&host, None, None).await.unwrap_err();
+        host.shutdown().await;
+        fs::write(&path, saved).unwrap();
+        error
+    };
+    let error = with("kernel/vmlinux", b"stand-in kernel 2").await;
+    assert!(matches!(error, SnapshotError::Kernel { .. }), "{error}");
+    let error = with("images/test/rootfs.erofs", &[2; 4096]).await;
+    assert!(matches!(error, SnapshotError::Image { .. }), "{error}");
+    let error = with("images/tmp.ext4", &[2; 4096]).await;
+    assert!(matches!(error, SnapshotError::TmpDisk { .. }), "{error}");
+}
+
+pub async fn a_full_disk_leaves_nothing() {
+    let install = Install::stand_in();
+    let small = install.path("small");
+    fs::create_dir(&small).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount(c"none", &small, c"tmpfs", flags, c"size=64k").unwrap();
+    let host = install.open().await;
+    let mut instance = boot(&host).await;
+    let (mut spec, _lines) = spec(3, "x", None);
+    spec.environment = (0..64).map(|page| (page.to_string(), "x".into())).collect();
+    instance.load(&spec, true).await.unwrap();
+    let error = instance.snapshot(&small.join("s"), meta("x")).await.unwrap_err();
+    let left = fs::read_dir(&small).unwrap().count();
+    host.shutdown().await;
+    rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(matches!(error, SnapshotError::NoSpace { .. }), "{error}");
+    assert_eq!(left, 0);
+    install.assert_nothing_left();
+}

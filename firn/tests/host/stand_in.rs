@@ -1,0 +1,295 @@
+//! A VMM without KVM that plays its guest itself. What it does is told by the function's
+//! environment and by its events:
+//!
+//! | event | it |
+//! |---|---|
+//! | `log N` | prints N lines, then answers |
+//! | `page` | answers with the first bytes of the page that `load` wrote, as they are in memory now |
+//! | `die` | ends with `GuestPanic` |
+//! | `hang` | never answers |
+//! | `wrong id`, `garbage` | breaks the protocol |
+//! | anything else | answers with it |
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    sync::{Arc, Mutex},
+};
+
+use firn::{
+    control::{
+        self, CONTROL_FD, Exit, ExitReason, Failure, FailureKind, FromVmm, Phase, SaveReport,
+        ShellConfig, Stamps, ToVmm,
+    },
+    guest::{self, Done, FromGuest, Log, Outcome, Ready, Renewed, ToGuest},
+};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
+
+const PAGE: usize = 4096;
+
+/// Memory of the guest: the pages that are not zeros. Its first is what `page` answers with.
+#[derive(Default)]
+struct Memory {
+    pages: BTreeMap<u64, Vec<u8>>,
+    keeps_identity: bool,
+}
+
+struct Vmm {
+    control: Arc<OwnedFd>,
+    config: Option<ShellConfig>,
+    memory: Arc<Mutex<Memory>>,
+}
+
+/// Serves until the host closes the control socket.
+pub fn run() -> ! {
+    // SAFETY: the jailer has checked that this descriptor is the control socket, and nothing else
+    // in this process uses it.
+    let control = Arc::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    eprintln!("the stand-in lives");
+    let mut vmm = Vmm { control: control.clone(), config: None, memory: Arc::default() };
+    while let Some((message, descriptors)) = receive(&control) {
+        let answer = vmm.handle(message, descriptors).unwrap_or_else(|error| {
+            FromVmm::Failed(Failure { kind: FailureKind::Io, message: error.to_string() })
+        });
+        send(&control, &answer);
+    }
+    std::process::exit(0);
+}
+
+fn receive(control: &OwnedFd) -> Option<(ToVmm, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; control::MAX_MESSAGE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let received =
+        rustix::net::recvmsg(control, &mut slices, &mut ancillary, RecvFlags::empty()).ok()?;
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            descriptors.extend(fds);
+        }
+    }
+    (received.bytes > 0)
+        .then(|| (control::decode_to_vmm(&bytes[..received.bytes]).unwrap(), descriptors))
+}
+
+fn send(control: &OwnedFd, message: &FromVmm) {
+    let bytes = control::encode(message).unwrap();
+    let _ = rustix::net::send(control, &bytes, SendFlags::NOSIGNAL);
+}
+
+fn stamps() -> Stamps {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+    Stamps(vec![(Phase::Received, now), (Phase::Mapped, now), (Phase::Entered, now)])
+}
+
+impl Vmm {
+    fn handle(&mut self, message: ToVmm, fds: Vec<OwnedFd>) -> io::Result<FromVmm> {
+        let mut fds = fds.into_iter().map(File::from);
+        let mut next = || fds.next().ok_or_else(|| io::Error::other("a descriptor is missing"));
+        Ok(match message {
+            ToVmm::Build(config) => {
+                self.config = Some(config);
+                FromVmm::Ready(stamps())
+            }
+            ToVmm::Boot { .. } => {
+                let mut kernel = String::new();
+                next()?.read_to_string(&mut kernel)?;
+                if !kernel.starts_with("stand-in") {
+                    return Ok(FromVmm::Failed(Failure {
+                        kind: FailureKind::BadKernel,
+                        message: "not a kernel".into(),
+                    }));
+                }
+                let mut initramfs = [0; 6];
+                next()?.read_exact(&mut initramfs)?;
+                assert_eq!(&initramfs, b"070701");
+                self.start(next()?, true);
+                FromVmm::Booted(stamps())
+            }
+            ToVmm::Thaw { .. } => {
+                let (memory, state, stream) = (next()?, next()?, next()?);
+                self.thaw(&memory, &state)?;
+                self.start(stream, false);
+                FromVmm::Thawed(stamps())
+            }
+            ToVmm::Save { base } => {
+                let (memory, state) = (next()?, next()?);
+                let base = if base { Some(next()?) } else { None };
+                let delta = next()?;
+                delta.set_len(1 << 20)?;
+                delta.write_all_at(b"written to /tmp", 8192)?;
+                FromVmm::Saved(self.save(&memory, &state, base.as_ref())?)
+            }
+            ToVmm::Attach { .. } => {
+                let mut first = [0; 1];
+                next()?.read_exact_at(&mut first, 0)?;
+                FromVmm::Done
+            }
+            ToVmm::Stats => FromVmm::Stats(control::Stats::default()),
+            _ => FromVmm::Done,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        u64::from(self.config.as_ref().unwrap().memory_mib) << 20
+    }
+
+    fn thaw(&self, memory: &File, state: &File) -> io::Result<()> {
+        let mut pages = BTreeMap::new();
+        let mut offset = 0;
+        while let Ok(data) = rustix::fs::seek(memory, rustix::fs::SeekFrom::Data(offset)) {
+            let mut page = vec![0; PAGE];
+            memory.read_exact_at(&mut page, data)?;
+            pages.insert(data / PAGE as u64, page);
+            offset = data + PAGE as u64;
+        }
+        let mut keeps = [0; 1];
+        state.read_exact_at(&mut keeps, 0)?;
+        *self.memory.lock().unwrap() = Memory { pages, keeps_identity: keeps[0] == b'k' };
+        Ok(())
+    }
+
+    fn save(&self, memory: &File, state: &File, base: Option<&File>) -> io::Result<SaveReport> {
+        let own = self.memory.lock().unwrap();
+        memory.set_len(self.bytes())?;
+        let mut bitmap = vec![0u8; (self.bytes() / PAGE as u64 / 8) as usize];
+        let mut pages_written = 0;
+        for (number, page) in &own.pages {
+            let mut before = vec![0; PAGE];
+            if let Some(base) = base {
+                base.read_exact_at(&mut before, number * PAGE as u64)?;
+            }
+            if before != *page {
+                memory.write_all_at(page, number * PAGE as u64)?;
+                bitmap[(number / 8) as usize] |= 1 << (number % 8);
+                pages_written += 1;
+            }
+        }
+        let head: &[u8] = if own.keeps_identity { b"keeps" } else { b"state" };
+        state.write_all_at(head, 0)?;
+        state.write_all_at(&bitmap, head.len() as u64)?;
+        Ok(SaveReport {
+            memory_bytes: self.bytes(),
+            pages_written,
+            state_bytes: head.len() as u64,
+            bitmap_bytes: bitmap.len() as u64,
+            duration_ns: 1,
+        })
+    }
+
+    fn start(&self, stream: File, booted: bool) {
+        let stream = UnixStream::from(OwnedFd::from(stream));
+        let guest = Guest { control: self.control.clone(), memory: self.memory.clone(), stream };
+        std::thread::spawn(move || guest.run(booted));
+    }
+}
+
+struct Guest {
+    control: Arc<OwnedFd>,
+    memory: Arc<Mutex<Memory>>,
+    stream: UnixStream,
+}
+
+impl Guest {
+    fn say(&mut self, message: &FromGuest) {
+        let _ = self.stream.write_all(&guest::encode(message).unwrap());
+    }
+
+    fn run(mut self, booted: bool) {
+        if booted {
+            self.say(&FromGuest::Ready(Ready {
+                version: guest::VERSION,
+                init_tsc: 1,
+                ready_tsc: 2,
+            }));
+        }
+        loop {
+            let mut prefix = [0; 4];
+            if self.stream.read_exact(&mut prefix).is_err() {
+                return;
+            }
+            let mut message = vec![0; guest::frame_length(prefix).unwrap()];
+            self.stream.read_exact(&mut message).unwrap();
+            match guest::decode_to_guest(&message).unwrap() {
+                ToGuest::Load(load) => {
+                    let mut memory = self.memory.lock().unwrap();
+                    for (key, value) in &load.environment {
+                        let mut page = value.clone().into_bytes();
+                        page.resize(PAGE, 0);
+                        match key.as_str() {
+                            "KEEPS_IDENTITY" => memory.keeps_identity = true,
+                            key => drop(memory.pages.insert(key.parse().unwrap(), page)),
+                        }
+                    }
+                    drop(memory);
+                    self.say(&FromGuest::Loaded(guest::Loaded { init_us: 7, error: None }));
+                }
+                ToGuest::Freeze => self.say(&FromGuest::Frozen),
+                ToGuest::Renew(renew) => {
+                    assert!(renew.entropy.iter().any(|b| *b != 0));
+                    let keeps = self.memory.lock().unwrap().keeps_identity;
+                    let instance_id = if keeps { "old".into() } else { renew.instance_id };
+                    self.say(&FromGuest::Renewed(Renewed {
+                        instance_id,
+                        renew_us: 1,
+                        hooks_us: 2,
+                        error: None,
+                    }));
+                }
+                ToGuest::Invoke(invoke) => self.invoke(invoke),
+                _ => return,
+            }
+        }
+    }
+
+    fn invoke(&mut self, invoke: guest::Invoke) {
+        let mut request_id = invoke.request_id;
+        let mut payload = invoke.payload;
+        match &payload[..] {
+            b"die" => {
+                let exit = Exit { reason: ExitReason::GuestPanic, detail: "as asked".into() };
+                send(&self.control, &FromVmm::Exited(exit));
+                std::process::exit(ExitReason::GuestPanic.code());
+            }
+            b"hang" => return,
+            b"wrong id" => request_id = "another".into(),
+            b"garbage" => {
+                let _ = self.stream.write_all(&[0xff; 64]);
+                return;
+            }
+            b"page" => {
+                let memory = self.memory.lock().unwrap();
+                let (_, page) = memory.pages.first_key_value().unwrap();
+                payload = page.iter().copied().take_while(|b| *b != 0).collect();
+            }
+            other => {
+                if let Some(count) = other.strip_prefix(b"log ") {
+                    let count = std::str::from_utf8(count).unwrap().parse().unwrap();
+                    for line in 0..count {
+                        self.say(&FromGuest::Log(Log {
+                            stream: guest::Stream::Stdout,
+                            line: format!("line {line}").into_bytes(),
+                            partial: false,
+                        }));
+                    }
+                }
+            }
+        }
+        self.say(&FromGuest::Done(Done {
+            request_id,
+            outcome: Outcome::Response { payload, content_type: "application/json".into() },
+            duration_us: 5,
+            init_us: 0,
+            max_memory_bytes: 6,
+            tsc: (1, 2),
+        }));
+    }
+}
