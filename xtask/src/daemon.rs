@@ -15,9 +15,9 @@ use anyhow::{Context, Result, bail, ensure};
 use firn_host_vm_agent::Exec;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::host_vm::HostVm;
 use crate::host_vm::client::Client;
-use crate::host_vm::{HostVm, Options};
-use crate::lane::Lane;
+use crate::lane::Site;
 use crate::{scratch, step};
 
 /// What the daemon prints when it serves.
@@ -33,13 +33,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LINES: usize = 80;
 
 /// Port of the daemon inside the host VM.
-const PORT: u16 = 9000;
+pub const PORT: u16 = 9000;
 
 /// Where the host VM keeps the number of the process to stop.
-const PID_FILE: &str = "/run/firnd.pid";
-
-/// Memory of the host VM for the daemon and a handful of small functions.
-const HOST_VM_MIB: u32 = 3072;
+const PID_FILE: &str = "/run/daemon.pid";
 
 /// Names everything of Firn that is alive, one a line. `$1` is a directory to leave out: this
 /// program's own.
@@ -82,21 +79,14 @@ enum Place {
 struct Log(Arc<Mutex<VecDeque<String>>>);
 
 impl Daemon {
-    /// Starts a daemon in the lane and waits until it serves.
-    pub fn start(lane: Lane, artifacts: &Path, settings: &Settings) -> Result<Self> {
+    /// Starts a daemon and waits until it serves.
+    pub fn start(site: Site, artifacts: &Path, settings: &Settings) -> Result<Self> {
         step::say("starting the daemon …");
         let log = Log::default();
         let (ready, is_ready) = mpsc::channel();
-        let (place, endpoint, before) = match lane {
-            Lane::Native => {
-                ensure!(
-                    rustix::process::geteuid().is_root(),
-                    "the jail of a microVM takes root to set up: run this with sudo, or with \
-                     `--lane host-vm`, which needs no rights"
-                );
-                start_native(artifacts, settings, &log, ready)?
-            }
-            Lane::HostVm => start_in_host_vm(artifacts, settings, &log, ready)?,
+        let (place, endpoint, before) = match site {
+            Site::Native => start_native(artifacts, settings, &log, ready)?,
+            Site::HostVm(vm) => start_in_host_vm(vm, settings, &log, ready)?,
         };
         let daemon = Self { place, endpoint, log, before };
         match is_ready.recv_timeout(START_LIMIT) {
@@ -122,19 +112,6 @@ impl Daemon {
     /// The last lines of its log.
     pub fn log(&self) -> String {
         self.log.text()
-    }
-
-    /// A command that runs another command where the daemon runs, for the tests.
-    pub fn runner(&self) -> Result<Vec<String>> {
-        match &self.place {
-            Place::Native { .. } => Ok(vec!["env".into()]),
-            Place::HostVm { vm, .. } => {
-                let program = std::env::current_exe()?;
-                let program = program.to_str().context("the path of xtask is not UTF-8")?;
-                let agent = vm.client().address().to_string();
-                Ok([program, "host-vm", "--at", &agent, "--"].map(String::from).to_vec())
-            }
-        }
     }
 
     /// Stops it in order, checks that nothing is left of it, ends the host VM.
@@ -212,18 +189,11 @@ fn start_native(
 }
 
 fn start_in_host_vm(
-    artifacts: &Path,
+    vm: HostVm,
     settings: &Settings,
     log: &Log,
     ready: mpsc::Sender<()>,
 ) -> Result<Started> {
-    let options = Options {
-        memory_mib: HOST_VM_MIB,
-        artifacts: Some(artifacts.to_owned()),
-        forward: vec![PORT],
-        ..Options::default()
-    };
-    let vm = HostVm::start(&options)?;
     let client = vm.client();
     let before = inventory(&client)?;
     let script = format!("echo $$ > {PID_FILE}; {}", script(settings.restart));

@@ -8,11 +8,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::daemon::{Daemon, Settings};
-use crate::lane::Choice;
+use crate::daemon::{self, Daemon, Settings};
+use crate::lane::{Choice, Site};
 use crate::{artifacts, cargo, packages, python, scratch, step};
 
-const REQUIREMENTS: &str = include_str!("../clients/requirements.txt");
+/// The real clients, pinned.
+pub const REQUIREMENTS: &str = include_str!("../clients/requirements.txt");
 
 /// What Lambda's clients must be told; any value does.
 pub const CREDENTIALS: [(&str, &str); 3] = [
@@ -39,7 +40,8 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let environment = python::environment("the clients", REQUIREMENTS)?;
-    let daemon = Daemon::start(lane, &artifacts, &Settings::default())?;
+    let site = Site::start(lane, &artifacts, daemon::PORT)?;
+    let daemon = Daemon::start(site, &artifacts, &Settings::default())?;
 
     let workspace = cargo::workspace();
     let mut client = Command::new(environment.join("bin/python"));

@@ -1,11 +1,17 @@
 //! Where functions run: on this machine's own KVM, or in the dev host VM.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use crate::host_vm::{HostVm, Options};
+use crate::step::Outcome;
 use crate::{cargo, step};
+
+/// Memory of the host VM for the daemon and a handful of small functions.
+const HOST_VM_MIB: u32 = 3072;
 
 /// A lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -14,6 +20,70 @@ pub enum Lane {
     Native,
     /// The dev host VM: QEMU, emulated, for machines without a usable KVM.
     HostVm,
+}
+
+/// Where programs of Firn run in a lane.
+pub enum Site {
+    /// Here.
+    Native,
+    /// In a host VM, with the artifacts as `/firn`.
+    HostVm(HostVm),
+}
+
+impl Site {
+    /// Prepares it: boots the host VM, forwarding one of its ports.
+    pub fn start(lane: Lane, artifacts: &Path, port: u16) -> Result<Self> {
+        match lane {
+            Lane::Native => {
+                ensure!(
+                    rustix::process::geteuid().is_root(),
+                    "the jail of a microVM takes root to set up: run this with sudo, or with \
+                     `--lane host-vm`, which needs no rights"
+                );
+                Ok(Self::Native)
+            }
+            Lane::HostVm => {
+                step::say("booting the dev host VM …");
+                let options = Options {
+                    memory_mib: HOST_VM_MIB,
+                    artifacts: Some(artifacts.to_owned()),
+                    forward: vec![port],
+                    ..Options::default()
+                };
+                HostVm::start(&options).map(Self::HostVm)
+            }
+        }
+    }
+
+    /// Runs a program of this machine there, with these files of this machine in its environment,
+    /// and shows progress by counting lines.
+    pub fn watch(
+        &self,
+        what: &str,
+        program: &Path,
+        files: &[(&str, String)],
+        counts: impl Fn(&str) -> bool + Send + 'static,
+    ) -> Result<Outcome> {
+        let Self::HostVm(vm) = self else {
+            let files = files.iter().map(|(name, value)| (*name, value.as_str()));
+            return step::watch(what, Command::new(program).envs(files), counts, 0);
+        };
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["host-vm", "--at", &vm.client().address().to_string(), "--here"]);
+        for (name, value) in files {
+            command.arg("--env").arg(format!("{name}={value}"));
+        }
+        step::watch(what, command.arg("--").arg(program), counts, 0)
+    }
+
+    /// A command that runs another command there, for the tests.
+    pub fn runner(&self) -> Result<Vec<String>> {
+        let Self::HostVm(vm) = self else { return Ok(vec!["env".into()]) };
+        let program = std::env::current_exe()?;
+        let program = program.to_str().context("the path of xtask is not UTF-8")?;
+        let agent = vm.client().address().to_string();
+        Ok([program, "host-vm", "--at", &agent, "--"].map(String::from).to_vec())
+    }
 }
 
 /// Lets a person choose; also as the variable FIRN_LANE.

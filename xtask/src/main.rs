@@ -14,6 +14,7 @@ mod packages;
 mod python;
 mod scratch;
 mod step;
+mod test;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,7 @@ enum Task {
     Artifacts(artifacts::Arguments),
     HostVm(host_vm::command::Arguments),
     Kernel(kernel::Arguments),
+    Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +56,7 @@ fn run(arguments: Arguments) -> Result<i32> {
     match arguments.task {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Artifacts(arguments) => artifacts::run(arguments),
+        Task::Test(arguments) => test::run(&arguments),
         Task::Kernel(arguments) => kernel::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),
     }

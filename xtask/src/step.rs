@@ -53,6 +53,16 @@ pub fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("{shown} printed no UTF-8"))
 }
 
+/// What a program printed, and whether it succeeded.
+pub struct Outcome {
+    /// Both streams, in the order in which the lines came.
+    pub lines: Vec<String>,
+    /// Whether its exit code was 0.
+    pub success: bool,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
 /// Runs a program, showing only `what` and the time.
 pub fn run(what: &str, command: &mut Command) -> Result<()> {
     run_counting(what, command, |_| false, 0).map(drop)
@@ -66,6 +76,28 @@ pub fn run_counting(
     counts: impl Fn(&str) -> bool + Send + 'static,
     total: usize,
 ) -> Result<Duration> {
+    let shown = shown(command);
+    let outcome = watch(what, command, counts, total)?;
+    if !outcome.success {
+        let tail = &outcome.lines[outcome.lines.len().saturating_sub(TAIL)..];
+        bail!(
+            "{what} failed: `{shown}` ended with an error; its last lines:\n{}",
+            indent(tail.iter().map(String::as_str))
+        );
+    }
+    if outcome.elapsed > Duration::from_secs(2) {
+        say(&format!("{what}: done in {}", time(outcome.elapsed)));
+    }
+    Ok(outcome.elapsed)
+}
+
+/// Runs a program that may fail, with the same progress, and returns what it printed.
+pub fn watch(
+    what: &str,
+    command: &mut Command,
+    counts: impl Fn(&str) -> bool + Send + 'static,
+    total: usize,
+) -> Result<Outcome> {
     let started = Instant::now();
     let shown = shown(command);
     say(&format!("{what} …"));
@@ -79,13 +111,13 @@ pub fn run_counting(
         let progress = progress.clone();
         thread::spawn(move || collect(reader, &progress, counts))
     };
+    let terminal = std::io::stderr().is_terminal();
     let mut last = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
         thread::sleep(Duration::from_millis(20));
-        let terminal = std::io::stderr().is_terminal();
         if last.elapsed() > if terminal { Duration::from_secs(1) } else { INTERVAL } {
             last = Instant::now();
             let count = progress.lock().map(|progress| progress.count).unwrap_or_default();
@@ -93,19 +125,12 @@ pub fn run_counting(
         }
     };
     let _ = collector.join();
-    if std::io::stderr().is_terminal() {
+    if terminal {
         eprint!("\r\x1b[K");
     }
-    if !status.success() {
-        let progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let tail = indent(progress.tail.iter().map(String::as_str));
-        bail!("{what} failed: `{shown}` ended with {status}; its last lines:\n{tail}");
-    }
-    let elapsed = started.elapsed();
-    if elapsed > Duration::from_secs(2) {
-        say(&format!("{what}: done in {}", time(elapsed)));
-    }
-    Ok(elapsed)
+    let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let lines = std::mem::take(&mut progress.lines);
+    Ok(Outcome { lines, success: status.success(), elapsed: started.elapsed() })
 }
 
 /// A duration for people: `3.2 s`, `4 min 05 s`.
@@ -120,7 +145,7 @@ pub fn time(duration: Duration) -> String {
 #[derive(Default)]
 struct Progress {
     count: usize,
-    tail: Vec<String>,
+    lines: Vec<String>,
 }
 
 fn collect(from: impl Read, progress: &Mutex<Progress>, counts: impl Fn(&str) -> bool) {
@@ -128,10 +153,7 @@ fn collect(from: impl Read, progress: &Mutex<Progress>, counts: impl Fn(&str) ->
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
         let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         progress.count += usize::from(counts(&line));
-        if progress.tail.len() == TAIL {
-            progress.tail.remove(0);
-        }
-        progress.tail.push(line);
+        progress.lines.push(line);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -46,6 +46,10 @@ pub struct Arguments {
     /// Copy a file into the VM: HERE or HERE:THERE; THERE is /root/<name> otherwise.
     #[arg(long, value_name = "HERE[:THERE]")]
     file: Vec<String>,
+
+    /// After the command, copy a file out of the VM: THERE:HERE.
+    #[arg(long, value_name = "THERE:HERE", conflicts_with_all = ["icount", "shell"])]
+    get: Vec<String>,
 
     /// The first word of the command is a program of this machine: copy it in and run it. Makes
     /// this usable as a cargo runner.
@@ -93,8 +97,16 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         exec.env.push((name.to_owned(), value.to_owned()));
     }
 
+    let mut wanted = Vec::new();
+    for file in &arguments.get {
+        wanted.push(file.split_once(':').with_context(|| format!("--get {file} has no `:`"))?);
+    }
     if let Some(address) = arguments.at {
-        return run_at(Client::new(address), &options, &exec);
+        let client = Client::new(address);
+        for (from, to) in &options.files {
+            client.put(from, to)?;
+        }
+        return run_and_get(client, &exec, &wanted);
     }
     if arguments.icount {
         ensure!(!exec.argv.is_empty(), "--icount needs a command");
@@ -116,15 +128,16 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         vm.power_off()?;
         return Ok(0);
     }
-    vm.client().run(&exec).with_context(|| format!("the host VM's console:\n{}", vm.console()))
+    run_and_get(vm.client(), &exec, &wanted)
+        .with_context(|| format!("the host VM's console:\n{}", vm.console()))
 }
 
-/// Runs the command in a host VM that another run has booted.
-fn run_at(client: Client, options: &Options, exec: &Exec) -> Result<i32> {
-    for (from, to) in &options.files {
-        client.put(from, to)?;
+fn run_and_get(client: Client, exec: &Exec, wanted: &[(&str, &str)]) -> Result<i32> {
+    let code = client.run(exec)?;
+    for (from, to) in wanted {
+        client.get(from, Path::new(to))?;
     }
-    client.run(exec)
+    Ok(code)
 }
 
 fn split_file(text: &str) -> Result<(PathBuf, String)> {
