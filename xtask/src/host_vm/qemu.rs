@@ -146,8 +146,9 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
     match mode {
         Mode::Interactive(ports) => {
             // The guest reads this machine's counter; without its frequency it would calibrate
-            // against a timer that the machine does not have, and hang.
-            kernel.push_str(&format!(" tsc_early_khz={}", tsc_khz()));
+            // against a timer that the machine does not have, and hang. Reliable: a watchdog that
+            // is late under emulation would otherwise replace it by jiffies of 4 ms.
+            kernel.push_str(&format!(" tsc=reliable tsc_early_khz={}", tsc_khz()));
             let forwards: String = ports
                 .iter()
                 .map(|(guest, host)| format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"))
