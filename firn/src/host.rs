@@ -295,11 +295,22 @@ impl Drop for Uid {
     }
 }
 
-/// The VMMs that live, or have not been cleaned up after.
+/// The VMMs that live, or have not been cleaned up after, or are being launched.
 #[derive(Debug)]
 pub(crate) struct Live {
     processes: Mutex<HashMap<u32, Arc<OwnedFd>>>,
+    /// Processes and launches.
     count: watch::Sender<usize>,
+}
+
+/// A launch that is under way; a shutdown waits for it.
+#[derive(Debug)]
+pub(crate) struct Launching<'a>(&'a Live);
+
+impl Drop for Launching<'_> {
+    fn drop(&mut self) {
+        self.0.count.send_modify(|count| *count -= 1);
+    }
 }
 
 impl Default for Live {
@@ -309,16 +320,22 @@ impl Default for Live {
 }
 
 impl Live {
+    /// Begins a launch, unless the host is `closed`. The order matters: a shutdown closes first and
+    /// then waits, so that it either is seen here or sees this.
+    pub(crate) fn launching(&self, closed: impl FnOnce() -> bool) -> Option<Launching<'_>> {
+        self.count.send_modify(|count| *count += 1);
+        let launching = Launching(self);
+        (!closed()).then_some(launching)
+    }
+
     pub(crate) fn add(&self, pid: u32, pidfd: Arc<OwnedFd>) {
-        let mut processes = lock(&self.processes);
-        processes.insert(pid, pidfd);
-        self.count.send_replace(processes.len());
+        lock(&self.processes).insert(pid, pidfd);
+        self.count.send_modify(|count| *count += 1);
     }
 
     pub(crate) fn remove(&self, pid: u32) {
-        let mut processes = lock(&self.processes);
-        processes.remove(&pid);
-        self.count.send_replace(processes.len());
+        lock(&self.processes).remove(&pid);
+        self.count.send_modify(|count| *count -= 1);
     }
 
     fn kill_all(&self) {

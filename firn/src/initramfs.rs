@@ -54,8 +54,11 @@ mod tests {
 
     use super::*;
 
-    /// Reads an archive back: name, mode, device, content.
-    fn read(mut archive: &[u8]) -> Vec<(String, u32, (u32, u32), Vec<u8>)> {
+    /// Name, mode, device, content.
+    type Entry = (String, u32, (u32, u32), Vec<u8>);
+
+    /// Reads an archive back.
+    fn read(mut archive: &[u8]) -> Vec<Entry> {
         let mut entries = Vec::new();
         loop {
             let field = |n: usize| {

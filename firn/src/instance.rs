@@ -313,7 +313,8 @@ impl Instance {
         }
     }
 
-    /// Handles one event. A paused instance resumes by itself.
+    /// Handles one event. A paused instance resumes by itself. Dropping the future before it is
+    /// done leaves an instance whose next answer is to the wrong question: retire it.
     ///
     /// # Errors
     /// Any [`InstanceError`]. A function that fails is no error: see [`InvokeReport::outcome`].

@@ -112,10 +112,10 @@ extern "C" fn run(child: *mut libc::c_void) -> libc::c_int {
     unsafe {
         let child = child.cast::<Child>();
         let descriptors = &(*child).descriptors;
-        for number in 0..descriptors.len() {
+        for (number, copy) in descriptors.iter().enumerate() {
             // The copies are all at CLEAR and above, so no target is a later source, and the new
             // number is not close-on-exec.
-            if libc::dup2(descriptors[number], number as RawFd) < 0 {
+            if libc::dup2(*copy, number as RawFd) < 0 {
                 ptr::write_volatile(&raw mut (*child).error, *libc::__errno_location());
                 libc::_exit(127);
             }

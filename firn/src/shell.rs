@@ -174,6 +174,7 @@ pub(crate) async fn spawn(inner: &Arc<Inner>, class: ShellClass) -> Result<Shell
 fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError> {
     let at = |step| move |source: io::Error| ShellError::Spawn { step, source };
     let artifacts = &inner.artifacts;
+    let _launching = inner.live.launching(|| inner.is_closed()).ok_or(ShellError::Closed)?;
     let uid = inner.uids.take().ok_or(ShellError::NoUid { limit: inner.config.uids.len() })?;
     let name = inner.next_name();
     let delta = memfile::nameless(&inner.state.run).map_err(at("make a /tmp disk"))?;

@@ -17,13 +17,13 @@ use std::{
 };
 
 use firn_proto::{
-    control::{self, DiskSource, FromVmm, ToVmm},
+    control::{DiskSource, Failure, FailureKind, FromVmm, ToVmm},
     guest::{self, FromGuest, Renew, ToGuest},
 };
 
 use crate::{
     Host, Image, Instance, Invocation, InvokeReport, LogSink, ResidentSnapshot, ShellClass,
-    ShellError, VmmExit,
+    ShellError, SnapshotError, VmmExit,
     channel::name as message_name,
     host::Inner,
     instance::{self, Origin},
@@ -52,11 +52,15 @@ pub enum StartError {
     /// There was no shell to start it in.
     #[error(transparent)]
     Shell(#[from] ShellError),
+    /// The snapshot does not fit this machine: it was made on a CPU that this one can't stand in
+    /// for.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The VMM refused the kernel or the snapshot.
     #[error("the VMM refused: {message}")]
     Refused {
-        /// Class of the failure: `BadKernel`, `SnapshotCpu`…
-        kind: control::FailureKind,
+        /// Class of the failure: `BadKernel`, `SnapshotShape`…
+        kind: FailureKind,
         /// Its words.
         message: String,
     },
@@ -111,9 +115,10 @@ impl StartError {
         match trouble {
             Trouble::Died(exit) => Self::Died { exit },
             Trouble::TimedOut(after) => Self::TimedOut { waiting_for, after },
-            Trouble::Refused(failure) => {
-                Self::Refused { kind: failure.kind, message: failure.message }
+            Trouble::Refused(Failure { kind: FailureKind::SnapshotCpu, message }) => {
+                Self::Snapshot(SnapshotError::Cpu { difference: message })
             }
+            Trouble::Refused(Failure { kind, message }) => Self::Refused { kind, message },
             Trouble::Protocol(message) => Self::Protocol(message),
             Trouble::Io(source) => Self::Io { operation: waiting_for, source },
         }
@@ -210,7 +215,7 @@ impl Host {
         stream.set_log(log);
 
         let id = new_identity().map_err(io_at("make an identity"))?;
-        let invoke = first.map(|first| instance::invoke_message(first)).transpose();
+        let invoke = first.map(instance::invoke_message).transpose();
         let invoke = invoke.map_err(StartError::Request)?;
         let mut entropy = vec![0; guest::ENTROPY_BYTES];
         fill_random(&mut entropy).map_err(io_at("read entropy"))?;
@@ -239,10 +244,9 @@ impl Host {
         descriptors.extend(code.map(|disk| disk.file().as_fd()));
         descriptors.extend([tmp.as_fd(), snapshot.delta(), delta.as_fd()]);
         watch.mark("sent");
-        vm.control
-            .send(&message, &descriptors)
-            .await
-            .map_err(|e| StartError::Protocol(format!("Thaw: {e:?}")))?;
+        if let Err(error) = vm.control.send(&message, &descriptors).await {
+            return Err(awaiting("Thawed")(vm.trouble(error).await));
+        }
         let patience = inner.config.patience;
         let thawed = tokio::time::timeout(RENEW * patience, vm.control.answer()).await;
         match thawed {

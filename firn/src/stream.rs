@@ -155,9 +155,8 @@ impl Stream {
                 Err(error) => Err(error),
             },
             ready = self.socket.writable(), if !self.unsent.is_empty() => match ready {
-                Ok(()) => self.socket.try_write(&self.unsent).map(|count| {
-                    self.unsent.advance(count);
-                    count
+                Ok(()) => self.socket.try_write(&self.unsent).inspect(|count| {
+                    self.unsent.advance(*count);
                 }),
                 Err(error) => Err(error),
             },

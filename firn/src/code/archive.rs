@@ -34,6 +34,10 @@ pub(super) struct Extracted {
 /// Checks all of `zip` that can be checked without inflating, then extracts it into the empty
 /// directory `tree`.
 pub(super) fn extract(zip: &[u8], tree: &Path) -> Result<Extracted, CodeError> {
+    extract_within(zip, tree, MAX_UNZIPPED)
+}
+
+fn extract_within(zip: &[u8], tree: &Path, limit: u64) -> Result<Extracted, CodeError> {
     let size = zip.len() as u64;
     if size > MAX_ZIPPED {
         return Err(CodeError::ZippedTooLarge { size, limit: MAX_ZIPPED });
@@ -48,12 +52,14 @@ pub(super) fn extract(zip: &[u8], tree: &Path) -> Result<Extracted, CodeError> {
     for index in 0..archive.len() {
         claimed = claimed.saturating_add(check_entry(&mut archive, index)?);
     }
-    if claimed > MAX_UNZIPPED {
-        return Err(CodeError::UnzippedTooLarge { limit: MAX_UNZIPPED });
+    if claimed > limit {
+        return Err(CodeError::UnzippedTooLarge { limit });
     }
     let mut unzipped_bytes = 0;
     for index in 0..archive.len() {
-        unzipped_bytes += extract_entry(&mut archive, index, tree, MAX_UNZIPPED - unzipped_bytes)?;
+        let room = limit - unzipped_bytes;
+        unzipped_bytes += extract_entry(&mut archive, index, tree, room)?
+            .ok_or(CodeError::UnzippedTooLarge { limit })?;
     }
     Ok(Extracted { entries: archive.len(), unzipped_bytes })
 }
@@ -135,13 +141,13 @@ fn check_entry(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize) -> Result<
     Ok(entry.size())
 }
 
-/// Writes one entry; returns its size, which may be at most `room`.
+/// Writes one entry; returns its size, or `None` where it is over `room`.
 fn extract_entry(
     archive: &mut ZipArchive<Cursor<&[u8]>>,
     index: usize,
     tree: &Path,
     room: u64,
-) -> Result<u64, CodeError> {
+) -> Result<Option<u64>, CodeError> {
     let name = archive.name_for_index(index).unwrap_or_default().to_owned();
     let damaged = |reason: String| CodeError::Damaged { name: name.clone(), reason };
     let entry = archive.by_index(index).map_err(|e| match e {
@@ -158,7 +164,7 @@ fn extract_entry(
     };
     if raw.ends_with(b"/") {
         make_dirs(tree, &path).map_err(in_the_way)?;
-        return Ok(0);
+        return Ok(Some(0));
     }
     make_dirs(tree, path.parent().unwrap_or(tree)).map_err(in_the_way)?;
     // One bit of the mode is taken over; everything must be readable by the function's user, and
@@ -175,11 +181,11 @@ fn extract_entry(
     loop {
         let count = source.read(&mut buffer).map_err(|e| damaged(e.to_string()))?;
         if count == 0 {
-            return Ok(size);
+            return Ok(Some(size));
         }
         size += count as u64;
         if size > room {
-            return Err(CodeError::UnzippedTooLarge { limit: MAX_UNZIPPED });
+            return Ok(None);
         }
         file.write_all(&buffer[..count]).map_err(&writing)?;
     }
@@ -296,28 +302,38 @@ mod tests {
     fn sizes_are_limited_whatever_the_headers_say() {
         let large = vec![0; MAX_ZIPPED as usize + 1];
         assert!(matches!(error(&large), CodeError::ZippedTooLarge { size: 52_428_801, .. }));
-        let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
-        let zeros = vec![0; 1 << 20];
-        writer.start_file("bomb", SimpleFileOptions::default()).unwrap();
-        for _ in 0..251 {
-            writer.write_all(&zeros).unwrap();
-        }
-        let mut bomb = writer.finish().unwrap().into_inner();
-        assert!(matches!(error(&bomb), CodeError::UnzippedTooLarge { .. }));
-        // The same with headers that claim one byte.
-        let claimed = (251u32 << 20).to_le_bytes();
-        let mut lies = 0;
-        for at in 0..bomb.len() - 4 {
-            if bomb[at..at + 4] == claimed {
-                bomb[at..at + 4].copy_from_slice(&1u32.to_le_bytes());
-                lies += 1;
-            }
-        }
-        assert!(lies >= 1);
+        // A claim is enough to be refused.
+        let mut claims = archive(&[("bomb", &[0; 1000])]);
+        assert_eq!(replace(&mut claims, 1000, MAX_UNZIPPED as u32 + 1), 2);
+        assert!(matches!(error(&claims), CodeError::UnzippedTooLarge { limit: 262_144_000 }));
+
+        // And an understatement does not help: what comes out counts.
+        let mut bomb = archive(&[("bomb", &[0; 100_000])]);
+        let refused = |zip: &[u8]| {
+            let tree = tempfile::tempdir().unwrap();
+            let error = extract_within(zip, tree.path(), 99_999).unwrap_err();
+            assert!(fs::metadata(tree.path().join("bomb")).map_or(0, |m| m.len()) <= 99_999);
+            error
+        };
+        assert!(matches!(refused(&bomb), CodeError::UnzippedTooLarge { limit: 99_999 }));
+        assert_eq!(replace(&mut bomb, 100_000, 1), 2);
         assert!(matches!(
-            error(&bomb),
+            refused(&bomb),
             CodeError::UnzippedTooLarge { .. } | CodeError::Damaged { .. }
         ));
+        let tree = tempfile::tempdir().unwrap();
+        let exact = archive(&[("a", &[0; 60_000]), ("b", &[0; 40_000])]);
+        assert_eq!(extract_within(&exact, tree.path(), 100_000).unwrap().unzipped_bytes, 100_000);
+    }
+
+    /// Replaces a number wherever an archive has it, and says how often.
+    fn replace(zip: &mut [u8], from: u32, to: u32) -> usize {
+        let places: Vec<_> =
+            (0..zip.len() - 3).filter(|at| zip[*at..at + 4] == from.to_le_bytes()).collect();
+        for at in &places {
+            zip[*at..at + 4].copy_from_slice(&to.to_le_bytes());
+        }
+        places.len()
     }
 
     #[test]

@@ -39,6 +39,9 @@ const FREEZE: Duration = Duration::from_secs(10);
 /// Time that the VMM may take to write, per GiB of memory, and at least.
 const SAVE: Duration = Duration::from_secs(60);
 
+/// How often a VMM that has something on its way is let go on, 1, 2, 4… ms.
+const QUIET_ATTEMPTS: u32 = 8;
+
 /// How the text of an I/O error says that the disk is full.
 const NO_SPACE: &str = "(os error 28)";
 
@@ -57,6 +60,7 @@ impl Files {
             return Err(SnapshotError::Exists { path: target.to_owned() });
         }
         let parent = parent(target);
+        fs::create_dir_all(&parent).map_err(at("make the snapshot's parent directory"))?;
         let dir = tempfile::Builder::new()
             .prefix(TEMPORARY)
             .tempdir_in(&parent)
@@ -127,6 +131,11 @@ impl Instance {
         Ok(())
     }
 
+    async fn resume(&mut self) -> Result<(), InstanceError> {
+        let trouble = InstanceError::from_trouble("resume");
+        self.vm.order(&ToVmm::Resume, &[]).await.map_err(trouble)
+    }
+
     async fn save(&mut self, files: &Files) -> Result<SaveReport, SnapshotError> {
         // What the VMM writes counts as its memory until it is on disk, and for ever where the
         // files lie in memory.
@@ -145,7 +154,19 @@ impl Instance {
         descriptors.push(files.delta.as_fd());
         let request = ToVmm::Save { base: base.is_some() };
         let within = SAVE * (1 + self.vm.class.memory_mib / 1024);
-        match self.vm.request_within(&request, &descriptors, within).await {
+        let mut answer = self.vm.request_within(&request, &descriptors, within).await;
+        for attempt in 0..QUIET_ATTEMPTS {
+            match &answer {
+                Err(Trouble::Refused(failure)) if failure.kind == FailureKind::BadRequest => {}
+                _ => break,
+            }
+            // The guest was stopped with something on its way: let it finish.
+            self.resume().await?;
+            tokio::time::sleep(Duration::from_millis(1 << attempt)).await;
+            self.pause().await?;
+            answer = self.vm.request_within(&request, &descriptors, within).await;
+        }
+        match answer {
             Ok(FromVmm::Saved(report)) => Ok(report),
             Ok(other) => {
                 let trouble = unexpected("Saved", message_name(&other));

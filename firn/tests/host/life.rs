@@ -104,6 +104,8 @@ pub async fn boot_load_invoke_pause() {
 
 pub async fn nothing_is_left_after_kill_and_shutdown() {
     let install = Install::stand_in();
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
     let host = install.open().await;
     let one = boot(&host).await;
     let two = boot(&host).await;
@@ -120,6 +122,34 @@ pub async fn nothing_is_left_after_kill_and_shutdown() {
         host.boot(&host.image("test").unwrap(), CLASS).await,
         Err(StartError::Shell(ShellError::Closed))
     ));
+    drop((two, host));
+    eventually("no descriptor is left", || descriptors() == before).await;
+}
+
+pub async fn many_at_once() {
+    let install = Install::stand_in();
+    let mut config = install.config();
+    config.shells = 3;
+    let host = Host::open(config).await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0..24 {
+        let host = host.clone();
+        tasks.spawn(async move {
+            let mut instance = boot(&host).await;
+            assert_eq!(answer(&mut instance, b"log 0").await, "log 0");
+            // Some are retired, some dropped, some killed by their own hand.
+            match number % 3 {
+                0 => instance.retire().await,
+                1 => drop(instance),
+                _ => drop(instance.invoke(&event(b"die")).await.unwrap_err()),
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    host.shutdown().await;
+    install.assert_nothing_left();
 }
 
 /// What the next test runs as a process of its own.
@@ -262,6 +292,30 @@ pub async fn the_pool_is_refilled_and_skips_the_dead() {
     let instance = boot(&host).await;
     assert_ne!(instance.pid(), before);
     assert!(instance.is_alive());
+    host.shutdown().await;
+    install.assert_nothing_left();
+}
+
+pub async fn a_dropped_host_takes_its_pool_along() {
+    let install = Install::stand_in();
+    let mut config = install.config();
+    config.shells = 2;
+    let host = Host::open(config).await.unwrap();
+    host.prepare(CLASS).await.unwrap();
+    let running = || fs::read_dir(install.path("state/run/pids")).unwrap().count();
+    assert_eq!(running(), 2);
+    drop(host);
+    eventually("its shells end", || running() == 0).await;
+    let mut next = Host::open(install.config()).await;
+    for _ in 0..100 {
+        // The last of its work holds the state directory for a moment.
+        if !matches!(next, Err(OpenError::InUse { .. })) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        next = Host::open(install.config()).await;
+    }
+    let host = next.unwrap();
     host.shutdown().await;
     install.assert_nothing_left();
 }
