@@ -14,8 +14,9 @@ use tokio::sync::watch;
 
 use crate::{
     HostConfig, Image, ImageError, OpenError, Shell, ShellClass, ShellError,
+    artifacts::Artifacts,
     cgroup::Cgroups,
-    open::{self, Artifacts, State},
+    open::{self, State},
     shell,
 };
 

@@ -16,6 +16,7 @@
 //! [`Host::shutdown`] waits until every process, control group and file of this life is gone, and
 //! [`Host::open`] removes what an earlier life that was killed has left.
 
+mod artifacts;
 mod cgroup;
 mod channel;
 pub mod code;
