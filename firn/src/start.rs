@@ -44,7 +44,7 @@ const HOOKS: Duration = Duration::from_secs(10);
 
 /// Kernel command line without devices. No serial ports are probed and a panic resets at once,
 /// which ends the VMM.
-const CMDLINE: &str = "quiet panic=-1 reboot=t";
+const CMDLINE: &str = "quiet panic=-1";
 
 /// Why an instance did not start.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,7 @@
 //! The VMM against Linux with `firn-init`. Needs a KVM that runs kernels, and names of files:
 //! `FIRN_TEST_KERNELS` (ELF and bzImage, separated by colons), `FIRN_TEST_INITRAMFS` (firn-init as
-//! `/init`), `FIRN_TEST_ROOTFS` and `FIRN_TEST_TMP` (disk images). Skipped without them.
+//! `/init`), `FIRN_TEST_ROOTFS` (the Python image), `FIRN_TEST_TMP` and `FIRN_TEST_CODE` (a disk of
+//! `tests/guests/busy`). Skipped without them.
 
 mod common;
 
@@ -14,7 +15,7 @@ use std::{
 use common::{Vmm, kvm, memfd};
 use firn_proto::{
     control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, ShellConfig, ToVmm},
-    guest::{self, FromGuest, Renew, ToGuest},
+    guest::{self, FromGuest, Invoke, Load, Outcome, Renew, ToGuest},
 };
 
 struct Files {
@@ -23,6 +24,7 @@ struct Files {
     initramfs: File,
     rootfs: File,
     tmp: File,
+    code: File,
 }
 
 fn files() -> Option<Files> {
@@ -41,6 +43,7 @@ fn files() -> Option<Files> {
         initramfs: open(name("FIRN_TEST_INITRAMFS")?),
         rootfs: open(name("FIRN_TEST_ROOTFS")?),
         tmp: open(name("FIRN_TEST_TMP")?),
+        code: open(name("FIRN_TEST_CODE")?),
     })
 }
 
@@ -103,10 +106,41 @@ impl Guest {
         guest::decode_from_guest(&message).unwrap()
     }
 
+    /// The next message that is no output.
+    fn hear_past_logs(&mut self) -> FromGuest {
+        loop {
+            match self.hear() {
+                FromGuest::Log(log) => eprintln!("{}", String::from_utf8_lossy(&log.line)),
+                other => return other,
+            }
+        }
+    }
+
     /// Freeze, pause, save, and thaw into a new process.
     fn move_on(mut self, files: &Files, vcpus: u8, generation: u32) -> Self {
         self.say(&ToGuest::Freeze);
         assert_eq!(self.hear(), FromGuest::Frozen);
+        let id = format!("generation-{generation}");
+        let renew = ToGuest::Renew(Renew {
+            wall_clock_ns: 1_800_000_000_000_000_000,
+            entropy: vec![generation as u8; guest::ENTROPY_BYTES],
+            instance_id: id.clone(),
+            hook_timeout_ms: 10_000,
+        });
+        let mut guest = self.carry_over(files, vcpus, DiskSource::Empty, Some(&renew));
+        let FromGuest::Renewed(renewed) = guest.hear() else { panic!("not renewed") };
+        assert_eq!(renewed.instance_id, id);
+        guest
+    }
+
+    /// Pause, save, and thaw into a new process, whatever the guest is doing.
+    fn carry_over(
+        self,
+        files: &Files,
+        vcpus: u8,
+        code: DiskSource,
+        first: Option<&ToGuest>,
+    ) -> Self {
         assert_eq!(self.vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
         let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
         let answer = self.vmm.request(
@@ -122,31 +156,22 @@ impl Guest {
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         let mut guest = Self { vmm, stream };
-        let id = format!("generation-{generation}");
-        guest.say(&ToGuest::Renew(Renew {
-            wall_clock_ns: 1_800_000_000_000_000_000,
-            entropy: vec![generation as u8; guest::ENTROPY_BYTES],
-            instance_id: id.clone(),
-            hook_timeout_ms: 10_000,
-        }));
+        if let Some(first) = first {
+            guest.say(first);
+        }
         let delta = memfd(b"");
         let message = ToVmm::Thaw {
-            disks: vec![DiskSource::ReadOnly, DiskSource::Empty, DiskSource::CopyOnWriteThawed],
+            disks: vec![DiskSource::ReadOnly, code, DiskSource::CopyOnWriteThawed],
             resume: true,
         };
-        let descriptors = [
-            memory.as_fd(),
-            state.as_fd(),
-            theirs.as_fd(),
-            files.rootfs.as_fd(),
-            files.tmp.as_fd(),
-            frozen.as_fd(),
-            delta.as_fd(),
-        ];
+        let mut descriptors =
+            vec![memory.as_fd(), state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];
+        if code == DiskSource::ReadOnly {
+            descriptors.push(files.code.as_fd());
+        }
+        descriptors.extend([files.tmp.as_fd(), frozen.as_fd(), delta.as_fd()]);
         let answer = guest.vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
-        let FromGuest::Renewed(renewed) = guest.hear() else { panic!("not renewed") };
-        assert_eq!(renewed.instance_id, id);
         guest
     }
 }
@@ -200,4 +225,47 @@ fn snapshot_thaw_snapshot_thaw() {
         let FromVmm::Exited(exit) = answer else { panic!("{answer:?}") };
         assert_eq!(exit.reason, control::ExitReason::GuestShutdown);
     }
+}
+
+/// Both vCPUs are in the middle of user-space loops when they are stopped, nothing is frozen, and
+/// the code disk was attached while the guest ran. Both loops must come out whole.
+#[test]
+fn two_busy_vcpus_survive_a_snapshot() {
+    let Some(files) = files() else { return };
+    let mut guest = Guest::boot(&files, &files.kernels[0], 2);
+    ready(&mut guest);
+    let attach = ToVmm::Attach { slot: 1, source: DiskSource::ReadOnly };
+    assert_eq!(guest.vmm.request(&attach, &[files.code.as_fd()]), FromVmm::Done);
+    guest.say(&ToGuest::Load(Load {
+        environment: vec![("_HANDLER".into(), "lambda_function.lambda_handler".into())],
+        memory_bytes: 128 << 20,
+        init_timeout_ms: 600_000,
+        snapshot: false,
+        code: true,
+    }));
+    // The import takes three seconds of the guest's time behind the start of the interpreter; stop
+    // it a few times on its way.
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(700));
+        guest = guest.carry_over(&files, 2, DiskSource::ReadOnly, None);
+    }
+    let FromGuest::Loaded(loaded) = guest.hear_past_logs() else { panic!("not loaded") };
+    assert_eq!(loaded.error, None);
+    guest.say(&ToGuest::Invoke(Invoke {
+        request_id: "8476a536-e9f4-11e8-9739-2dfe598c3fcd".into(),
+        function_arn: "arn:aws:lambda:us-east-1:000000000000:function:busy".into(),
+        trace_id: String::new(),
+        client_context: String::new(),
+        cognito_identity: String::new(),
+        deadline_ms: 1_900_000_000_000,
+        timeout_ms: 60_000,
+        payload: b"{}".to_vec(),
+    }));
+    let FromGuest::Done(done) = guest.hear_past_logs() else { panic!("not done") };
+    let Outcome::Response { payload, .. } = done.outcome else { panic!("{done:?}") };
+    let answer = String::from_utf8(payload).unwrap();
+    eprintln!("{answer}");
+    assert!(answer.contains("\"cpus\": 2"), "{answer}");
+    assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
+    assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
 }
