@@ -166,12 +166,13 @@ impl<D: Device> VirtioMmio<D> {
         }
         let registers = &state.registers;
         let offered = self.offered();
-        if registers.features & !offered != 0 {
+        let status = registers.status;
+        // Until `FEATURES_OK` the register holds a wish, which `set_status` judges.
+        if status & FEATURES_OK != 0 && registers.features & !offered != 0 {
             return Err(RestoreError::Features { device, found: registers.features, offered });
         }
         let wrong = |register, found| RestoreError::Register { device, register, found };
         let known = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | NEEDS_RESET | FAILED;
-        let status = registers.status;
         let unnegotiated = status & FEATURES_OK != 0 && registers.features & VERSION_1 == 0;
         let early = status & DRIVER_OK != 0 && status & FEATURES_OK == 0;
         if status & !known != 0 || unnegotiated || early {

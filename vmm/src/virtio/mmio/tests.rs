@@ -350,6 +350,20 @@ fn restore_works_on_a_used_device() {
     assert_eq!(mock.used(0), [(0, 1)]);
 }
 
+/// Found by fuzzing: what a driver writes before `FEATURES_OK` is a wish, and no reason to lose a
+/// snapshot. It still does not stick.
+#[test]
+fn a_wish_for_features_that_are_not_offered_is_saved_and_restored() {
+    let mut mock = cold();
+    mock.set(0x70, 3).unwrap();
+    mock.set(0x20, 0xff00_0000).unwrap();
+    let state = mock.device.save();
+    mock.device.restore(&state).unwrap();
+    assert_eq!(mock.device.save(), state);
+    mock.set(0x70, 11).unwrap();
+    assert_eq!(mock.get(0x70), 3);
+}
+
 #[test]
 fn saved_states_that_can_not_be_are_refused_and_change_nothing() {
     let good = up().device.save();
