@@ -22,6 +22,8 @@ mod channel;
 pub mod code;
 mod config;
 mod disk;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod host;
 mod image;
 mod initramfs;

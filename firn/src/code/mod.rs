@@ -161,6 +161,13 @@ fn make_file_system(tree: &Path, disk: &Path) -> Result<(), CodeError> {
     Err(CodeError::Mkfs { reason: format!("{}: {last}", output.status) })
 }
 
+/// See [`crate::fuzzing::extract`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn extract(zip: &[u8], tree: &Path) -> Result<(usize, u64), CodeError> {
+    let Extracted { entries, unzipped_bytes } = archive::extract(zip, tree)?;
+    Ok((entries, unzipped_bytes))
+}
+
 pub(super) fn io_at(what: &'static str) -> impl Fn(io::Error) -> CodeError {
     move |source| CodeError::Io { what: what.to_owned(), source }
 }

@@ -197,6 +197,13 @@ pub(crate) fn at(what: &'static str) -> impl Fn(io::Error) -> SnapshotError {
     }
 }
 
+/// See [`crate::fuzzing::snapshot_state`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn reencode(bytes: &[u8]) -> Result<Vec<u8>, SnapshotError> {
+    let (state, _) = container::decode(bytes, Path::new("state"))?;
+    Ok(container::encode(&state)?.0)
+}
+
 impl Snapshot {
     /// Opens the snapshot in `dir`: reads and checks its description, but not yet its memory.
     ///
