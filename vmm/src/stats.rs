@@ -159,7 +159,7 @@ impl KvmStats {
 }
 
 /// Parses a statistics file: header, descriptors, data. Histograms are left out.
-fn parse(bytes: &[u8]) -> Vec<(String, u64)> {
+pub fn parse(bytes: &[u8]) -> Vec<(String, u64)> {
     const DESCRIPTOR_HEAD: usize = 16;
     let u32_at =
         |at: usize| bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
