@@ -68,8 +68,8 @@ pub fn run(what: &str, command: &mut Command) -> Result<()> {
     run_counting(what, command, |_| false, 0).map(drop)
 }
 
-/// Runs a program and shows how many of about `total` lines satisfy `counts`. Returns the time it
-/// took.
+/// Runs a program and shows how many of about `total` lines satisfy `counts` (0: nobody knows).
+/// Returns the time it took.
 pub fn run_counting(
     what: &str,
     command: &mut Command,
@@ -158,7 +158,11 @@ fn collect(from: impl Read, progress: &Mutex<Progress>, counts: impl Fn(&str) ->
 }
 
 fn show(what: &str, elapsed: Duration, count: usize, total: usize, terminal: bool) {
-    let part = if total > 0 { format!(", {count} of about {total}") } else { String::new() };
+    let part = match (count, total) {
+        (0, 0) => String::new(),
+        (count, 0) => format!(", {count} so far"),
+        (count, total) => format!(", {count} of about {total}"),
+    };
     let line = format!("xtask: {what}: {}{part}", time(elapsed));
     let mut stderr = std::io::stderr().lock();
     let _ = match terminal {

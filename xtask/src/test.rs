@@ -201,7 +201,10 @@ fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) 
     pytest.args(["-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]);
     pytest.args(more).arg(&tests).current_dir(&tests);
     pytest.envs(demo::CREDENTIALS).env("PYTHONDONTWRITEBYTECODE", "1");
-    pytest.env("FIRN_ENDPOINT", daemon.endpoint()).env("FIRN_RUNNER", runner);
+    pytest
+        .env("PYTHONUNBUFFERED", "1")
+        .env("FIRN_ENDPOINT", daemon.endpoint())
+        .env("FIRN_RUNNER", runner);
     let counts = |line: &str| pytest_result(line).is_some();
     let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
     let before = tally.failed.len();

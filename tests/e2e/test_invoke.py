@@ -1,0 +1,143 @@
+"""Invocations: what the function gets, what the caller gets, and the three kinds of start."""
+
+import concurrent.futures
+import json
+import re
+
+import pytest
+
+
+def test_the_event_comes_back(deploy):
+    function = deploy()
+    for event in [{"a": [1, 2.5, None, "ü"]}, [], "text", 0, None, {"deep": {"er": {}}}]:
+        answer = function.invoke(event)
+        assert (answer.status, answer.error, answer.json) == (200, None, event)
+    assert answer.version == "$LATEST"
+
+
+def test_context_and_environment_are_lambdas(deploy):
+    function = deploy(
+        """
+import os
+def handler(event, context):
+    return {
+        "id": context.aws_request_id, "name": context.function_name,
+        "memory": context.memory_limit_in_mb, "arn": context.invoked_function_arn,
+        "left": context.get_remaining_time_in_millis(), "version": context.function_version,
+        "task": os.environ["LAMBDA_TASK_ROOT"], "cwd": os.getcwd(), "mine": os.environ["MINE"],
+        "region": os.environ["AWS_REGION"], "uid": os.getuid(),
+    }
+""",
+        Environment={"Variables": {"MINE": "yes = it is"}},
+    )
+    answer = function.invoke()
+    got = answer.json
+    assert got["id"] == answer.headers["x-amzn-requestid"]
+    assert got["name"] == function.name
+    assert got["memory"] == "128"
+    assert got["arn"].endswith(f":function:{function.name}")
+    assert 0 < got["left"] <= 35_000
+    assert got["version"] == "$LATEST"
+    assert (got["task"], got["cwd"]) == ("/var/task", "/var/task")
+    assert got["mine"] == "yes = it is"
+    assert got["region"] == "us-east-1"
+    assert got["uid"] != 0
+
+
+def test_boot_thaw_and_warm(deploy):
+    function = deploy(
+        "calls = 0\ndef handler(event, context):\n global calls\n calls += 1\n return calls"
+    ).wait_for_snapshot()
+    booted = function.invoke(start="boot")
+    assert (booted.kind, booted.json) == ("boot", 1)
+    thawed = function.invoke(start="thaw")
+    assert (thawed.kind, thawed.json) == ("thaw", 1)
+    warm = function.invoke(start="warm")
+    assert (warm.kind, warm.json) == ("warm", 2)
+    for answer in (booted, thawed, warm):
+        phases = list(json.loads(answer.headers["x-firn-phases"]).values())
+        assert phases and phases == sorted(phases)
+
+
+def test_the_log_tail_has_start_own_lines_end_and_report(scripts):
+    answer = scripts.run("import sys; print('to stdout'); print('to stderr', file=sys.stderr)")
+    request = answer.headers["x-amzn-requestid"]
+    assert f"START RequestId: {request} Version: $LATEST" in answer.log
+    assert "to stdout" in answer.log and "to stderr" in answer.log
+    assert f"END RequestId: {request}" in answer.log
+    report = next(line for line in answer.log.splitlines() if line.startswith("REPORT"))
+    pattern = (
+        rf"REPORT RequestId: {request}\s+Duration: [\d.]+ ms\s+Billed Duration: \d+ ms\s+"
+        r"Memory Size: 128 MB\s+Max Memory Used: \d+ MB"
+    )
+    assert re.match(pattern, report), report
+
+
+def test_a_dry_run_runs_nothing(client, scripts):
+    raw = client.invoke(FunctionName=scripts.function.name, InvocationType="DryRun")
+    assert raw["StatusCode"] == 204
+
+
+def test_tmp_is_empty_writable_and_private(scripts):
+    script = """
+        import os
+        result = os.listdir("/tmp")
+        open("/tmp/" + event["name"], "w").write("x" * 1_000_000)
+    """
+    assert scripts.run(script, start="thaw", name="a").json == []
+    assert scripts.run(script, start="thaw", name="b").json == []
+    assert scripts.run(script, start="warm", name="c").json in (["a"], ["b"])
+
+
+def test_everything_else_is_read_only(scripts):
+    script = """
+        result = []
+        for path in ["/x", "/var/task/x", "/usr/x", "/etc/x"]:
+            try:
+                open(path, "w")
+            except OSError as error:
+                result.append(error.errno)
+    """
+    assert len(scripts.run(script).json) == 4
+
+
+def test_two_thawed_instances_share_no_randomness(scripts):
+    script = """
+        import os, random, ssl, uuid
+        result = [os.urandom(16).hex(), random.getrandbits(128), ssl.RAND_bytes(16).hex(),
+                  str(uuid.uuid4()), os.getrandom(16).hex()]
+    """
+    one, two = (scripts.run(script, start="thaw").json for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert a != b
+
+
+def test_a_thawed_clock_is_right(scripts, site):
+    script = """
+        import time
+        now, monotonic = time.time(), time.monotonic()
+        time.sleep(0.2)
+        result = [now, time.time() - now, time.monotonic() - monotonic]
+    """
+    before = float(site.run("date +%s"))
+    now, slept, monotonic = scripts.run(script, start="thaw").json
+    after = float(site.run("date +%s"))
+    assert before - 1 <= now <= after + 1
+    assert 0.2 <= slept < 5 and 0.2 <= monotonic < 5
+
+
+def test_invocations_at_once_run_in_instances_of_their_own(deploy):
+    function = deploy(
+        "import time, uuid\nme = None\ndef handler(event, context):\n global me\n"
+        " me = me or str(uuid.uuid4())\n time.sleep(3)\n return me"
+    ).wait_for_snapshot()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: function.invoke().json, range(2)))
+    assert len(set(results)) == 2
+    assert function.invoke().json in results
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 5_900_000])
+def test_large_events_and_responses(scripts, size):
+    text = "x" * size
+    assert scripts.run("result = event['text']", text=text).json == text
