@@ -121,6 +121,12 @@ async fn samples(host: &Host, options: &Options) -> anyhow::Result<(Samples, Val
         let report = booted.invoke(&invocation(round)).await?;
         push(&mut samples, "boot_to_first_response", micros(started.elapsed()));
         push(&mut samples, "boot.to_ready", micros(ready));
+        let stats = booted.stats().await?;
+        if let Some(ready) = booted.booted() {
+            // Ticks since kernel entry, where the guest's counter starts.
+            let us = ready.init_tsc as f64 * 1000.0 / f64::from(stats.tsc_khz.max(1));
+            push(&mut samples, "boot.kernel_entry_to_init", us);
+        }
         phases(&mut samples, "boot", booted.start_phases());
         phases(&mut samples, "boot.load", &loaded.phases);
         check(&report)?;

@@ -191,7 +191,7 @@ impl InstanceError {
 #[derive(Debug, Clone)]
 pub(crate) enum Origin {
     /// Booted.
-    Booted { image: Image },
+    Booted { image: Image, ready: guest::Ready },
     /// Thawed.
     Thawed { snapshot: ResidentSnapshot },
 }
@@ -199,7 +199,7 @@ pub(crate) enum Origin {
 impl Origin {
     pub(crate) fn image(&self) -> &Image {
         match self {
-            Self::Booted { image } => image,
+            Self::Booted { image, .. } => image,
             Self::Thawed { snapshot } => snapshot.image(),
         }
     }
@@ -254,6 +254,15 @@ impl Instance {
     /// How its start went.
     pub fn start_phases(&self) -> &Phases {
         &self.phases
+    }
+
+    /// What the guest said first, if the instance was booted: its TSC, which starts at 0 where the
+    /// kernel is entered, at the first instruction of its init.
+    pub fn booted(&self) -> Option<&guest::Ready> {
+        match &self.origin {
+            Origin::Booted { ready, .. } => Some(ready),
+            Origin::Thawed { .. } => None,
+        }
     }
 
     /// What the guest said about its renewal, if the instance was thawed.

@@ -188,7 +188,7 @@ impl Host {
             return Err(StartError::GuestVersion { found: ready.version, supported });
         }
         let id = new_identity().map_err(io_at("make an identity"))?;
-        let origin = Origin::Booted { image: image.clone() };
+        let origin = Origin::Booted { image: image.clone(), ready };
         Ok(Instance::new(inner.clone(), vm, id, origin, watch.finish()))
     }
 
