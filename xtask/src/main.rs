@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything that a person runs while developing Firn.
 
 mod artifacts;
+mod bench;
 mod cache;
 mod cargo;
 mod cpio;
@@ -13,6 +14,7 @@ mod lane;
 mod packages;
 mod python;
 mod scratch;
+mod spec;
 mod step;
 mod test;
 
@@ -36,6 +38,8 @@ enum Task {
     HostVm(host_vm::command::Arguments),
     Kernel(kernel::Arguments),
     Test(test::Arguments),
+    Spec(spec::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +61,8 @@ fn run(arguments: Arguments) -> Result<i32> {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Artifacts(arguments) => artifacts::run(arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Spec(arguments) => spec::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Kernel(arguments) => kernel::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),
     }

@@ -170,11 +170,20 @@ fn linux(tally: &mut Tally, site: &Site, artifacts: &Path) -> Result<()> {
     archive.copy("init", 0o755, &artifacts.join("bin/firn-init"))?;
     let initramfs = scratch::directory()?.join("firn-init.cpio");
     std::fs::write(&initramfs, archive.finish()?)?;
-    let (root, initramfs) = match site {
-        Site::Native => (artifacts.display().to_string(), initramfs.display().to_string()),
+    let code = scratch::directory()?.join("busy.erofs");
+    let mut mkfs = Command::new("mkfs.erofs");
+    mkfs.args(["-T0", "--all-root"]).arg(&code).arg(cargo::workspace().join("tests/guests/busy"));
+    step::output(&mut mkfs)?;
+    let (root, initramfs, code) = match site {
+        Site::Native => (
+            artifacts.display().to_string(),
+            initramfs.display().to_string(),
+            code.display().to_string(),
+        ),
         Site::HostVm(vm) => {
             vm.client().put(&initramfs, "/root/firn-init.cpio")?;
-            ("/firn".into(), "/root/firn-init.cpio".into())
+            vm.client().put(&code, "/root/busy.erofs")?;
+            ("/firn".into(), "/root/firn-init.cpio".into(), "/root/busy.erofs".into())
         }
     };
     let files = [
@@ -182,6 +191,7 @@ fn linux(tally: &mut Tally, site: &Site, artifacts: &Path) -> Result<()> {
         ("FIRN_TEST_INITRAMFS", initramfs),
         ("FIRN_TEST_ROOTFS", format!("{root}/images/python3.11/rootfs.erofs")),
         ("FIRN_TEST_TMP", format!("{root}/images/tmp.ext4")),
+        ("FIRN_TEST_CODE", code),
         ("FIRN_VMM", format!("{root}/bin/firn-vmm")),
         // One emulated CPU: side by side, each would run into the others' time limits.
         ("RUST_TEST_THREADS", "1".into()),
@@ -196,15 +206,8 @@ fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) 
     let runner = serde_json::to_string(&site.runner()?)?;
     let settings = Settings { restart: true, ..Settings::default() };
     let daemon = Daemon::start(site, artifacts, &settings)?;
-    let tests = cargo::workspace().join("tests/e2e");
-    let mut pytest = Command::new(environment.join("bin/python"));
-    pytest.args(["-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]);
-    pytest.args(more).arg(&tests).current_dir(&tests);
-    pytest.envs(demo::CREDENTIALS).env("PYTHONDONTWRITEBYTECODE", "1");
-    pytest
-        .env("PYTHONUNBUFFERED", "1")
-        .env("FIRN_ENDPOINT", daemon.endpoint())
-        .env("FIRN_RUNNER", runner);
+    let mut pytest = pytest(&environment, &daemon, &runner);
+    pytest.args(more);
     let counts = |line: &str| pytest_result(line).is_some();
     let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
     let before = tally.failed.len();
@@ -226,6 +229,17 @@ fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) 
     daemon.stop()?;
     tally.passed += 1; // nothing was left behind
     Ok(())
+}
+
+/// pytest in `tests/e2e` against a daemon; it runs all tests unless names of some are added.
+pub fn pytest(environment: &Path, daemon: &Daemon, runner: &str) -> Command {
+    let mut pytest = Command::new(environment.join("bin/python"));
+    pytest.args(["-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]);
+    pytest.current_dir(cargo::workspace().join("tests/e2e"));
+    pytest.envs(demo::CREDENTIALS).env("PYTHONDONTWRITEBYTECODE", "1");
+    pytest.env("PYTHONUNBUFFERED", "1");
+    pytest.env("FIRN_ENDPOINT", daemon.endpoint()).env("FIRN_RUNNER", runner);
+    pytest
 }
 
 /// Builds a package's test program in release mode.
@@ -252,7 +266,7 @@ fn is_result(line: &str) -> bool {
 }
 
 /// Name and success from `test name ... ok`; ignored tests are no result.
-fn rust_result(line: &str) -> Option<(&str, bool)> {
+pub fn rust_result(line: &str) -> Option<(&str, bool)> {
     let (name, result) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
     match result.split(' ').next()? {
         "ok" => Some((name, true)),
@@ -262,7 +276,7 @@ fn rust_result(line: &str) -> Option<(&str, bool)> {
 }
 
 /// Name and success from `file.py::test PASSED [ 10%]`; skipped tests are no result.
-fn pytest_result(line: &str) -> Option<(&str, bool)> {
+pub fn pytest_result(line: &str) -> Option<(&str, bool)> {
     // A parameter may hold spaces: the result is the last of these words.
     let (name, passed) = [" PASSED", " XFAIL", " FAILED", " ERROR", " XPASS"]
         .iter()

@@ -1,0 +1,359 @@
+//! `cargo xtask spec`: measures every promise of `SPECIFICATION.md`.
+//!
+//! The file is the list: each table row of four columns whose third starts with `≤`, `≥` or `=` is
+//! a promise. Its last column says where the figure comes from; see the file's own head.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::daemon::{self, Daemon, Settings};
+use crate::lane::{Choice, Lane, Site};
+use crate::{artifacts, bench, cargo, demo, packages, python, step, test};
+
+/// Measure every promise of SPECIFICATION.md; fails if one is broken.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+
+    /// Only these promises.
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+
+    /// Rounds of the benches.
+    #[arg(long, default_value_t = 5)]
+    iterations: u32,
+
+    #[command(flatten)]
+    lane: Choice,
+}
+
+/// A row of the specification.
+#[derive(Debug, Clone, PartialEq)]
+struct Promise {
+    name: String,
+    text: String,
+    bound: Bound,
+    source: Source,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Bound {
+    relation: char,
+    value: f64,
+    unit: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Source {
+    /// A figure of `firn bench`.
+    Starts(String),
+    /// A figure of `tiny_thaw`.
+    Native(String),
+    /// Length of an artifact.
+    File(String),
+    /// pytest's names of tests.
+    EndToEnd(Vec<String>),
+    /// A package, and a part of its tests' names.
+    Rust(String, String),
+}
+
+impl Bound {
+    fn holds(&self, figure: f64) -> bool {
+        match self.relation {
+            '≤' => figure <= self.value,
+            '≥' => figure >= self.value,
+            _ => figure == self.value,
+        }
+    }
+}
+
+/// Runs the task.
+pub fn run(arguments: &Arguments) -> Result<i32> {
+    let text = std::fs::read_to_string(cargo::workspace().join("SPECIFICATION.md"))
+        .context("cannot read SPECIFICATION.md")?;
+    let mut promises = parse(&text)?;
+    for name in &arguments.only {
+        ensure!(
+            promises.iter().any(|promise| promise.name == *name),
+            "SPECIFICATION.md has no promise {name}"
+        );
+    }
+    promises.retain(|p| arguments.only.is_empty() || arguments.only.contains(&p.name));
+
+    packages::ensure(&[packages::KERNEL, packages::IMAGES, packages::CLIENTS, packages::RUN])?;
+    let lane = arguments.lane.decide()?;
+    let mut rig = Rig {
+        lane,
+        artifacts: artifacts::build()?,
+        iterations: arguments.iterations,
+        starts: None,
+        tiny: None,
+        end_to_end: BTreeMap::new(),
+    };
+    rig.run_end_to_end(&promises)?;
+    let mut broken = 0;
+    let mut rows = Vec::new();
+    for promise in &promises {
+        let (figure, rig_name) = match rig.measure(&promise.source) {
+            Ok((figure, rig)) => (Some(figure), rig),
+            Err(error) => (None, format!("could not be measured: {error:#}")),
+        };
+        let holds = figure.is_some_and(|figure| promise.bound.holds(figure));
+        broken += i32::from(!holds);
+        if !arguments.json {
+            print_row(promise, figure, &rig_name, holds);
+        }
+        rows.push(json!({
+            "name": promise.name, "promise": promise.text,
+            "bound": format!("{} {} {}", promise.bound.relation, promise.bound.value, promise.bound.unit),
+            "figure": figure, "unit": promise.bound.unit, "rig": rig_name, "holds": holds,
+        }));
+    }
+    if arguments.json {
+        println!("{:#}", Value::Array(rows));
+    } else {
+        println!("{} of {} promises hold", promises.len() as i32 - broken, promises.len());
+    }
+    Ok(i32::from(broken > 0))
+}
+
+fn print_row(promise: &Promise, figure: Option<f64>, rig: &str, holds: bool) {
+    let Bound { relation, value, unit } = &promise.bound;
+    let shown = figure.map_or("-".to_owned(), number);
+    let verdict = if holds { "pass" } else { "FAIL" };
+    println!(
+        "{verdict}  {:<20} {shown:>10} {relation} {} {unit}   [{rig}]",
+        promise.name,
+        number(*value)
+    );
+    println!("      {}", promise.text);
+}
+
+fn number(value: f64) -> String {
+    if value.fract() == 0.0 || value >= 1000.0 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.1}")
+    }
+}
+
+/// What has been measured already: each bench runs once, however many rows it feeds.
+struct Rig {
+    lane: Lane,
+    artifacts: PathBuf,
+    iterations: u32,
+    starts: Option<Value>,
+    tiny: Option<Value>,
+    end_to_end: BTreeMap<String, bool>,
+}
+
+impl Rig {
+    fn measure(&mut self, source: &Source) -> Result<(f64, String)> {
+        match source {
+            Source::Starts(key) => {
+                if self.starts.is_none() {
+                    self.starts =
+                        Some(bench::starts(self.lane, &self.artifacts, self.iterations, 1)?);
+                }
+                let starts = self.starts.as_ref().context("no figures")?;
+                let rig = starts["rig"].as_str().unwrap_or_default().to_owned();
+                Ok((start_figure(starts, key)?, rig))
+            }
+            Source::Native(key) => {
+                if self.tiny.is_none() {
+                    self.tiny = Some(bench::tiny_thaw()?);
+                }
+                let tiny = self.tiny.as_ref().context("no figures")?;
+                let figure = tiny[key]["p50"].as_f64().with_context(|| format!("no {key}"))?;
+                Ok((figure, "this machine's /dev/kvm".into()))
+            }
+            Source::File(name) => {
+                let path = self.artifacts.join(name);
+                let length = std::fs::metadata(&path)
+                    .with_context(|| format!("cannot read {}", path.display()))?
+                    .len();
+                Ok((length as f64 / 1024.0, "built here".into()))
+            }
+            Source::EndToEnd(names) => {
+                let failures =
+                    names.iter().map(|name| self.failures_of(name)).sum::<Result<f64>>()?;
+                let rig = match self.lane {
+                    Lane::HostVm => "dev host VM",
+                    Lane::Native => "this machine's own KVM",
+                };
+                Ok((failures, rig.into()))
+            }
+            Source::Rust(package, word) => {
+                Ok((rust_failures(package, word)?, "this machine".into()))
+            }
+        }
+    }
+
+    fn failures_of(&self, name: &str) -> Result<f64> {
+        let mut results = self.end_to_end.iter().filter(|(test, _)| {
+            test.strip_prefix(name)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '[']))
+        });
+        let failures = results.clone().filter(|(_, passed)| !**passed).count();
+        results.next().with_context(|| format!("pytest ran no {name}"))?;
+        Ok(failures as f64)
+    }
+
+    /// Runs all the tests that rows name, in one daemon's life.
+    fn run_end_to_end(&mut self, promises: &[Promise]) -> Result<()> {
+        let names: Vec<&String> = promises
+            .iter()
+            .filter_map(|promise| match &promise.source {
+                Source::EndToEnd(names) => Some(names),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let environment = python::environment("the clients", demo::REQUIREMENTS)?;
+        let site = Site::start(self.lane, &self.artifacts, daemon::PORT)?;
+        let settings = Settings { restart: true, ..Settings::default() };
+        let runner = serde_json::to_string(&site.runner()?)?;
+        let daemon = Daemon::start(site, &self.artifacts, &settings)?;
+        let mut pytest = test::pytest(&environment, &daemon, &runner);
+        pytest.args(names);
+        let counts = |line: &str| test::pytest_result(line).is_some();
+        let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
+        let results = outcome.lines.iter().filter_map(|line| test::pytest_result(line));
+        self.end_to_end = results.map(|(name, passed)| (name.to_owned(), passed)).collect();
+        daemon.stop()
+    }
+}
+
+/// A figure of the bench by its name; two are made of several.
+fn start_figure(starts: &Value, key: &str) -> Result<f64> {
+    let median = |name: &str| {
+        starts["median"][name].as_f64().with_context(|| format!("firn bench has no {name}"))
+    };
+    match key {
+        "boot_over_thaw" => {
+            Ok(median("boot_to_first_response")? / median("thaw_to_first_response")?)
+        }
+        "thaw_message_to_entry" => Ok(median("thaw@entered")? - median("thaw@received")?),
+        name => median(name),
+    }
+}
+
+/// Runs the tests of a package whose names contain a word; there must be one.
+fn rust_failures(package: &str, word: &str) -> Result<f64> {
+    let mut command = cargo::cargo();
+    command.args(["test", "--quiet", "--no-fail-fast", "--package", package, "--", word]);
+    command.args(["--format", "pretty"]);
+    let outcome = step::watch(&format!("tests {word} of {package}"), &mut command, |_| false, 0)?;
+    let results: Vec<bool> =
+        outcome.lines.iter().filter_map(|line| Some(test::rust_result(line)?.1)).collect();
+    if results.is_empty() {
+        bail!("{package} has no test {word}");
+    }
+    Ok(results.iter().filter(|passed| !**passed).count() as f64)
+}
+
+/// Reads the promises out of the specification.
+fn parse(text: &str) -> Result<Vec<Promise>> {
+    let mut promises = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [name, text, bound, source] = cells[..] else { continue };
+        if !bound.starts_with(['≤', '≥', '=']) {
+            continue;
+        }
+        let in_row = || format!("SPECIFICATION.md, row {name}");
+        promises.push(Promise {
+            name: name.to_owned(),
+            text: text.to_owned(),
+            bound: parse_bound(bound).with_context(in_row)?,
+            source: parse_source(source).with_context(in_row)?,
+        });
+    }
+    ensure!(!promises.is_empty(), "SPECIFICATION.md promises nothing");
+    for (at, promise) in promises.iter().enumerate() {
+        ensure!(
+            promises[..at].iter().all(|other| other.name != promise.name),
+            "SPECIFICATION.md has two rows {}",
+            promise.name
+        );
+    }
+    Ok(promises)
+}
+
+fn parse_bound(text: &str) -> Result<Bound> {
+    let mut words = text.splitn(3, ' ');
+    let (Some(relation), Some(value)) = (words.next(), words.next()) else {
+        bail!("`{text}` is no bound");
+    };
+    Ok(Bound {
+        relation: relation.chars().next().context("no relation")?,
+        value: value.parse().with_context(|| format!("`{value}` is no number"))?,
+        unit: words.next().unwrap_or_default().to_owned(),
+    })
+}
+
+fn parse_source(text: &str) -> Result<Source> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    Ok(match words[..] {
+        ["icount", key] => Source::Starts(key.into()),
+        ["native", key] => Source::Native(key.into()),
+        ["files", name] => Source::File(name.into()),
+        ["e2e", ref names @ ..] if !names.is_empty() => {
+            Source::EndToEnd(names.iter().map(ToString::to_string).collect())
+        }
+        ["rust", package, word] => Source::Rust(package.into(), word.into()),
+        _ => bail!("`{text}` is no source"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn specification() -> Vec<Promise> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../SPECIFICATION.md");
+        parse(&std::fs::read_to_string(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_specification_parses_and_names_tests_that_exist() {
+        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/e2e");
+        for promise in specification() {
+            let Source::EndToEnd(names) = promise.source else { continue };
+            for name in names {
+                let (file, test) = name.split_once("::").unwrap_or((&name, ""));
+                let text = std::fs::read_to_string(tests.join(file)).unwrap();
+                assert!(text.contains(&format!("def {test}")), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_a_bound_and_a_source() {
+        let row = "| fast | Is fast | ≤ 1.5 ms | icount warm |";
+        let promises = parse(row).unwrap();
+        assert_eq!(promises[0].bound, Bound { relation: '≤', value: 1.5, unit: "ms".into() });
+        assert_eq!(promises[0].source, Source::Starts("warm".into()));
+        assert!(parse(&format!("{row}\n{row}")).is_err());
+        assert!(parse("| fast | Is fast | ≤ x ms | icount warm |").is_err());
+        assert!(parse("| fast | Is fast | ≤ 1 ms | hearsay |").is_err());
+    }
+
+    #[test]
+    fn bounds_hold_or_not() {
+        let bound = |relation| Bound { relation, value: 5.0, unit: String::new() };
+        assert!(bound('≤').holds(5.0) && !bound('≤').holds(5.1));
+        assert!(bound('≥').holds(5.0) && !bound('≥').holds(4.9));
+        assert!(bound('=').holds(5.0) && !bound('=').holds(4.9));
+    }
+}
