@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, io::Write, path::Path, path::PathBuf, time::Ins
 use anyhow::{Context, bail};
 use firn::{
     Disk, FunctionSpec, Host, HostConfig, Instance, Invocation, InvokeReport, LogSink, Phases,
-    ShellClass, SnapshotMeta, guest::Outcome,
+    ShellClass, SnapshotMeta, control::Phase, guest::Outcome,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -145,6 +145,11 @@ async fn samples(host: &Host, options: &Options) -> anyhow::Result<(Samples, Val
             push(&mut samples, "thaw.guest_hooks", renewed.hooks_us as f64);
         }
         push(&mut samples, "thaw.handler", report.duration_us as f64);
+        // Only now: the VMM answers a thaw before its vCPU thread has got that far.
+        let stamps = thawed.stats().await?.stamps;
+        if let (Some(from), Some(to)) = (stamps.get(Phase::Received), stamps.get(Phase::Entered)) {
+            push(&mut samples, "thaw.message_to_entry", to.saturating_sub(from) as f64 / 1000.0);
+        }
 
         for _ in 0..options.warm {
             let started = Instant::now();

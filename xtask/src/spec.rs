@@ -232,7 +232,7 @@ impl Rig {
     }
 }
 
-/// A figure of the bench by its name; two are made of several.
+/// A figure of the bench by its name; one is made of two.
 fn start_figure(starts: &Value, key: &str) -> Result<f64> {
     let median = |name: &str| {
         starts["median"][name].as_f64().with_context(|| format!("firn bench has no {name}"))
@@ -241,7 +241,6 @@ fn start_figure(starts: &Value, key: &str) -> Result<f64> {
         "boot_over_thaw" => {
             Ok(median("boot_to_first_response")? / median("thaw_to_first_response")?)
         }
-        "thaw_message_to_entry" => Ok(median("thaw@entered")? - median("thaw@received")?),
         name => median(name),
     }
 }
