@@ -12,6 +12,7 @@ use firn_vmm::{
     devices::vsock::{GUEST_CID, HOST_CID, Vsock},
     virtio::DeviceError,
 };
+use rustix::net::sockopt;
 
 use crate::{
     guest::{self, Address, DATA, HIGH},
@@ -122,6 +123,8 @@ impl Host {
     fn plug(&mut self, driver: &mut Driver<Vsock>) {
         let (near, far) = UnixStream::pair().expect("a socket pair");
         far.set_nonblocking(true).expect("a socket can be non-blocking");
+        // The least that the kernel allows: a host that does not read is soon a slow one.
+        sockopt::set_socket_send_buffer_size(&near, 1).expect("a socket has a size");
         driver.device.set_host_stream(near);
         self.stream = Some(far);
     }
@@ -218,9 +221,8 @@ impl Subject for Vsock {
                 driver.device.pump()
             }
             Extra::Pump => {
-                let waits = driver.device.host_has_bytes();
-                let quiet = driver.device.quiescent();
-                assert!(!waits || quiet.is_err());
+                // Bytes behind a host's end of stream may wait in a quiet device: for ever.
+                let _ = (driver.device.host_has_bytes(), driver.device.quiescent());
                 driver.device.pump()
             }
         }
