@@ -15,7 +15,7 @@ use std::{
 use common::{Vmm, kvm, memfd};
 use firn_proto::{
     control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, ShellConfig, ToVmm},
-    guest::{self, FromGuest, Invoke, Load, Outcome, Renew, ToGuest},
+    guest::{self, FromGuest, FunctionError, Invoke, Load, Outcome, Renew, ToGuest},
 };
 
 struct Files {
@@ -268,4 +268,36 @@ fn two_busy_vcpus_survive_a_snapshot() {
     assert!(answer.contains("\"cpus\": 2"), "{answer}");
     assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
     assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
+}
+
+/// The first snapshot is taken as soon as init is up, where KVM would still "synchronise" writes to
+/// the TSC away. A clone's limit of half a second must then take half a second, by its clock and by
+/// ours.
+#[test]
+fn timers_are_right_after_an_early_snapshot() {
+    let Some(files) = files() else { return };
+    let mut guest = Guest::boot(&files, &files.kernels[0], 1);
+    let early = ready(&mut guest);
+    for generation in 1..=2 {
+        guest = guest.move_on(&files, 1, generation);
+    }
+    let attach = ToVmm::Attach { slot: 1, source: DiskSource::ReadOnly };
+    assert_eq!(guest.vmm.request(&attach, &[files.code.as_fd()]), FromVmm::Done);
+    let FromVmm::Stats(before) = guest.vmm.request(&ToVmm::Stats, &[]) else { panic!("no stats") };
+    eprintln!("first snapshot after {} ms", early.ready_tsc / u64::from(before.tsc_khz));
+    let started = Instant::now();
+    guest.say(&ToGuest::Load(Load {
+        environment: vec![("_HANDLER".into(), "lambda_function.lambda_handler".into())],
+        memory_bytes: 128 << 20,
+        init_timeout_ms: 500,
+        snapshot: false,
+        code: true,
+    }));
+    let FromGuest::Loaded(loaded) = guest.hear_past_logs() else { panic!("not loaded") };
+    let elapsed = started.elapsed();
+    assert_eq!(loaded.error, Some(FunctionError::TimedOut { limit_ms: 500 }));
+    eprintln!("limit of 500 ms: {} µs by the guest, {elapsed:?} by the host", loaded.init_us);
+    assert!((500_000..1_500_000).contains(&loaded.init_us), "{loaded:?}");
+    assert!(elapsed >= Duration::from_millis(500), "{elapsed:?}");
+    assert!(elapsed < Duration::from_secs(6), "{elapsed:?}");
 }
