@@ -60,6 +60,8 @@ enum Source {
     EndToEnd(Vec<String>),
     /// A package, and a part of its tests' names.
     Rust(String, String),
+    /// A test of the VMM with Linux.
+    Linux(String),
 }
 
 impl Bound {
@@ -93,9 +95,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         iterations: arguments.iterations,
         starts: None,
         tiny: None,
-        end_to_end: BTreeMap::new(),
+        in_lane: BTreeMap::new(),
     };
-    rig.run_end_to_end(&promises)?;
+    rig.run_in_lane(&promises)?;
     let mut broken = 0;
     let mut rows = Vec::new();
     for promise in &promises {
@@ -149,7 +151,8 @@ struct Rig {
     iterations: u32,
     starts: Option<Value>,
     tiny: Option<Value>,
-    end_to_end: BTreeMap<String, bool>,
+    /// Tests that ran in the lane, and whether they passed.
+    in_lane: BTreeMap<String, bool>,
 }
 
 impl Rig {
@@ -182,53 +185,69 @@ impl Rig {
             Source::EndToEnd(names) => {
                 let failures =
                     names.iter().map(|name| self.failures_of(name)).sum::<Result<f64>>()?;
-                let rig = match self.lane {
-                    Lane::HostVm => "dev host VM",
-                    Lane::Native => "this machine's own KVM",
-                };
-                Ok((failures, rig.into()))
+                Ok((failures, self.place().into()))
             }
+            Source::Linux(name) => Ok((self.failures_of(name)?, self.place().into())),
             Source::Rust(package, word) => {
                 Ok((rust_failures(package, word)?, "this machine".into()))
             }
         }
     }
 
+    fn place(&self) -> &'static str {
+        match self.lane {
+            Lane::HostVm => "dev host VM",
+            Lane::Native => "this machine's own KVM",
+        }
+    }
+
+    /// Failures among the tests of that name, or in the file of that name.
     fn failures_of(&self, name: &str) -> Result<f64> {
-        let mut results = self.end_to_end.iter().filter(|(test, _)| {
-            test.strip_prefix(name)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '[']))
+        let mut results = self.in_lane.iter().filter(|(test, _)| {
+            let rest = test.strip_prefix(name);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '[']))
         });
         let failures = results.clone().filter(|(_, passed)| !**passed).count();
-        results.next().with_context(|| format!("pytest ran no {name}"))?;
+        results.next().with_context(|| format!("there is no test {name}"))?;
         Ok(failures as f64)
     }
 
-    /// Runs all the tests that rows name, in one daemon's life.
-    fn run_end_to_end(&mut self, promises: &[Promise]) -> Result<()> {
-        let names: Vec<&String> = promises
-            .iter()
-            .filter_map(|promise| match &promise.source {
-                Source::EndToEnd(names) => Some(names),
-                _ => None,
-            })
-            .flatten()
-            .collect();
-        if names.is_empty() {
+    /// Runs all the tests that rows name: the lane is made once, and the daemon starts once.
+    fn run_in_lane(&mut self, promises: &[Promise]) -> Result<()> {
+        let mut end_to_end = Vec::new();
+        let mut linux = false;
+        for promise in promises {
+            match &promise.source {
+                Source::EndToEnd(names) => end_to_end.extend(names),
+                Source::Linux(_) => linux = true,
+                _ => {}
+            }
+        }
+        if end_to_end.is_empty() && !linux {
+            return Ok(());
+        }
+        let site = Site::start(self.lane, &self.artifacts, daemon::PORT)?;
+        if linux {
+            let outcome = test::linux(&site, &self.artifacts)?;
+            self.keep(outcome.lines.iter().filter_map(|line| test::rust_result(line)));
+        }
+        if end_to_end.is_empty() {
             return Ok(());
         }
         let environment = python::environment("the clients", demo::REQUIREMENTS)?;
-        let site = Site::start(self.lane, &self.artifacts, daemon::PORT)?;
         let settings = Settings { restart: true, ..Settings::default() };
         let runner = serde_json::to_string(&site.runner()?)?;
         let daemon = Daemon::start(site, &self.artifacts, &settings)?;
         let mut pytest = test::pytest(&environment, &daemon, &runner);
-        pytest.args(names);
+        pytest.args(end_to_end);
         let counts = |line: &str| test::pytest_result(line).is_some();
         let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
-        let results = outcome.lines.iter().filter_map(|line| test::pytest_result(line));
-        self.end_to_end = results.map(|(name, passed)| (name.to_owned(), passed)).collect();
+        self.keep(outcome.lines.iter().filter_map(|line| test::pytest_result(line)));
         daemon.stop()
+    }
+
+    fn keep<'a>(&mut self, results: impl Iterator<Item = (&'a str, bool)>) {
+        self.in_lane.extend(results.map(|(name, passed)| (name.to_owned(), passed)));
     }
 }
 
@@ -308,6 +327,7 @@ fn parse_source(text: &str) -> Result<Source> {
         ["e2e", ref names @ ..] if !names.is_empty() => {
             Source::EndToEnd(names.iter().map(ToString::to_string).collect())
         }
+        ["linux", name] => Source::Linux(name.into()),
         ["rust", package, word] => Source::Rust(package.into(), word.into()),
         _ => bail!("`{text}` is no source"),
     })
