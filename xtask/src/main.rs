@@ -7,6 +7,7 @@ mod cargo;
 mod cpio;
 mod daemon;
 mod demo;
+mod fuzz;
 mod host_vm;
 mod images;
 mod kernel;
@@ -40,6 +41,7 @@ enum Task {
     Test(test::Arguments),
     Spec(spec::Arguments),
     Bench(bench::Arguments),
+    Fuzz(fuzz::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +64,7 @@ fn run(arguments: Arguments) -> Result<i32> {
         Task::Artifacts(arguments) => artifacts::run(arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Spec(arguments) => spec::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Kernel(arguments) => kernel::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),

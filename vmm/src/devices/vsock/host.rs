@@ -40,8 +40,11 @@ pub enum NotQuiet {
     #[error("the guest's transmit queue is broken")]
     Broken,
     /// The host stream has bytes (or an end) that the guest has not got.
-    #[error("bytes from the host wait for the guest")]
+    #[error("bytes from the host, or its end, wait for the guest")]
     HostStream,
+    /// The host has ended the connection.
+    #[error("the host has ended the connection")]
+    HostFinished,
 }
 
 impl VirtioMmio<Vsock> {
@@ -96,9 +99,12 @@ impl VirtioMmio<Vsock> {
             Ok(count) => return Err(NotQuiet::TxQueue(count)),
             Err(_) => return Err(NotQuiet::Broken),
         }
-        let finished = device.connection.as_ref().is_some_and(Connection::host_finished);
+        // A connection whose host has ended it could not go on with a new one after a thaw.
+        if device.connection.as_ref().is_some_and(Connection::host_finished) {
+            return Err(NotQuiet::HostFinished);
+        }
         match self.peek() {
-            Some(Ok(_)) if !finished => Err(NotQuiet::HostStream),
+            Some(Ok(_)) => Err(NotQuiet::HostStream),
             _ => Ok(()),
         }
     }
