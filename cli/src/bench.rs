@@ -111,7 +111,7 @@ async fn samples(host: &Host, options: &Options) -> anyhow::Result<(Samples, Val
     let resident = function.make_resident(host, Some(&base), Some(&code)).await?;
 
     let mut samples = Samples::new();
-    let mut counters = Value::Null;
+    let mut counters = json!({});
     for round in 0..options.iterations {
         host.prepare(class).await?;
         let started = Instant::now();
@@ -130,6 +130,9 @@ async fn samples(host: &Host, options: &Options) -> anyhow::Result<(Samples, Val
         phases(&mut samples, "boot", booted.start_phases());
         phases(&mut samples, "boot.load", &loaded.phases);
         check(&report)?;
+        if round + 1 == options.iterations {
+            counters["boot"] = counted(&mut booted).await?;
+        }
         booted.retire().await;
 
         host.prepare(class).await?;
@@ -163,8 +166,7 @@ async fn samples(host: &Host, options: &Options) -> anyhow::Result<(Samples, Val
         push(&mut samples, "paused_round_trip", micros(started.elapsed()));
         push(&mut samples, "vmm_private_kib", vmm_private_kib(&thawed, class)?);
         if round + 1 == options.iterations {
-            let stats = thawed.stats().await?;
-            counters = json!({ "exits": named(&stats.exits), "kvm": named(&stats.kvm) });
+            counters["thaw"] = counted(&mut thawed).await?;
         }
         thawed.retire().await;
     }
@@ -245,6 +247,12 @@ fn median(values: &[f64]) -> f64 {
         n if n % 2 == 1 => sorted[n / 2],
         n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
     }
+}
+
+/// What an instance's VMM has counted in its whole life.
+async fn counted(instance: &mut Instance) -> anyhow::Result<Value> {
+    let stats = instance.stats().await?;
+    Ok(json!({ "exits": named(&stats.exits), "kvm": named(&stats.kvm) }))
 }
 
 fn named(counters: &[(String, u64)]) -> BTreeMap<&str, u64> {
