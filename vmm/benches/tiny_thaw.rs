@@ -40,8 +40,17 @@ fn main() {
         let sent = now_ns();
         let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
-        std::thread::sleep(Duration::from_millis(2));
-        let FromVmm::Stats(stats) = vmm.request(&ToVmm::Stats, &[]) else { panic!("no stats") };
+        // Asked only later: the question would take the processor from what it asks about.
+        let stats = loop {
+            std::thread::sleep(Duration::from_millis(2));
+            match vmm.request(&ToVmm::Stats, &[]) {
+                FromVmm::Stats(stats) if stats.stamps.get(Phase::FirstExit).is_some() => {
+                    break stats;
+                }
+                FromVmm::Stats(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
         let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
         let at = |phase| stamp(&stats.stamps, phase);
         let received = at(Phase::Received);
