@@ -97,7 +97,8 @@ class Function:
 
     def instances(self):
         with urllib.request.urlopen(f"{self.endpoint}/firn/v1/instances") as answer:
-            return json.load(answer)["Instances"]
+            found = json.load(answer)["Instances"].values()
+        return [instance for instance in found if instance["FunctionName"] == self.name]
 
 
 class Site:
@@ -155,8 +156,10 @@ class Scripts:
         return self.function.invoke({"script": textwrap.dedent(script), **more}, start=start)
 
     def alive(self):
-        """Whether the next invocation is unharmed by the last."""
-        return self.run("result = 'alive'").json == "alive"
+        """The next invocation is unharmed by the last."""
+        answer = self.run("result = 'alive'")
+        assert answer.json == "alive", answer.text
+        return True
 
 
 @pytest.fixture(scope="session")

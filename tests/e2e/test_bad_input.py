@@ -2,7 +2,6 @@
 nothing half-done."""
 
 import io
-import struct
 import urllib.error
 import urllib.request
 import zipfile
@@ -75,7 +74,8 @@ def test_an_unknown_runtime(client):
     [
         ({"AWS_REGION": "mars"}, "AWS_REGION"),
         ({"1A": "x"}, "1A"),
-        ({"A": "x" * 4096}, "4096"),
+        ({"A": "x"}, "environment"),
+        ({"AA": "x" * 4096}, "4096"),
     ],
 )
 def test_environments_that_are_refused(client, variables, needle):
@@ -128,14 +128,6 @@ def test_an_archive_that_unpacks_to_more_than_250_megabytes(client):
             archive.writestr(f"zeros{part}", bytes(100_000_000))
     code, message = refused(client, Code={"ZipFile": buffer.getvalue()})
     assert code == "InvalidParameterValueException" and "262144000" in message
-
-
-def test_an_archive_that_lies_about_its_sizes(client):
-    data = bytearray(GOOD["Code"]["ZipFile"])
-    central = data.rindex(b"PK\x01\x02")
-    struct.pack_into("<I", data, central + 24, 5)
-    code, _ = refused(client, Code={"ZipFile": bytes(data)})
-    assert code in ("InvalidParameterValueException", "InvalidZipFileException")
 
 
 def test_no_code_at_all(client):

@@ -8,7 +8,7 @@ from conftest import ROLE, zipped
 
 
 def test_a_function_is_as_it_was_created(client, deploy):
-    function = deploy(Description="greets", Environment={"Variables": {"A": "b"}}, Timeout=7)
+    function = deploy(Description="greets", Environment={"Variables": {"GREETING": "hello"}}, Timeout=7)
     found = client.get_function(FunctionName=function.name)
     configuration = found["Configuration"]
     assert configuration["FunctionName"] == function.name
@@ -17,7 +17,7 @@ def test_a_function_is_as_it_was_created(client, deploy):
     assert configuration["MemorySize"] == 128
     assert configuration["Timeout"] == 7
     assert configuration["Description"] == "greets"
-    assert configuration["Environment"] == {"Variables": {"A": "b"}}
+    assert configuration["Environment"] == {"Variables": {"GREETING": "hello"}}
     assert configuration["State"] == "Active"
     assert configuration["Version"] == "$LATEST"
     assert configuration["Role"] == ROLE
@@ -53,10 +53,10 @@ def test_new_code_is_what_runs_next(client, deploy):
 
 
 def test_new_configuration_is_what_runs_next(client, deploy):
-    function = deploy("import os\ndef handler(event, context): return os.environ.get('A')")
+    function = deploy("import os\ndef handler(event, context): return os.environ.get('GREETING')")
     assert function.invoke().json is None
     client.update_function_configuration(
-        FunctionName=function.name, Environment={"Variables": {"A": "1"}}, Timeout=9
+        FunctionName=function.name, Environment={"Variables": {"GREETING": "1"}}, Timeout=9
     )
     client.get_waiter("function_updated_v2").wait(FunctionName=function.name)
     assert function.invoke().json == "1"

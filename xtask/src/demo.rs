@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         let variables = CREDENTIALS.map(|(name, value)| format!("{name}={value}")).join(" ");
         let endpoint = daemon.endpoint();
         let aws = environment.join("bin/aws");
-        println!("\nFirn stays at {endpoint}. From another shell:\n");
+        println!("\nFirn stays at {endpoint} until you press Ctrl-C here. From another shell:\n");
         println!(
             "  curl --data '{{\"name\": \"you\"}}' {endpoint}/2015-03-31/functions/hello/invocations\n"
         );
@@ -69,7 +69,6 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
              --payload '{{\"name\": \"you\"}}' /dev/stdout\n",
             aws.display()
         );
-        println!("Ctrl-C ends it.");
         scratch::wait_for_signal();
         println!();
     }

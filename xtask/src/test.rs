@@ -314,7 +314,7 @@ fn count_rust(what: &str, tally: &mut Tally, outcome: &Outcome) {
 }
 
 fn print_tail(what: &str, lines: &[String]) {
-    const MOST: usize = 120;
+    const MOST: usize = 400;
     eprintln!("xtask: {what} failed:");
     for line in &lines[lines.len().saturating_sub(MOST)..] {
         eprintln!("  | {line}");

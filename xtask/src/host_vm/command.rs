@@ -10,6 +10,7 @@ use firn_host_vm_agent::Exec;
 
 use super::client::Client;
 use super::{HostVm, Options, measure};
+use crate::artifacts;
 
 /// Boot the dev host VM, run a command in it, end it.
 ///
@@ -39,7 +40,7 @@ pub struct Arguments {
     #[arg(long, value_name = "MiB", default_value_t = 2048)]
     memory: u32,
 
-    /// Artifacts directory to appear as /firn, or `none`.
+    /// Artifacts directory to appear as /firn; built unless given. `none` leaves it out.
     #[arg(long, value_name = "DIR")]
     artifacts: Option<PathBuf>,
 
@@ -78,7 +79,13 @@ pub fn run(arguments: Arguments) -> Result<i32> {
     let mut options = Options {
         memory_mib: arguments.memory,
         modules: arguments.module,
-        artifacts: arguments.artifacts.filter(|path| path.as_os_str() != "none"),
+        artifacts: match arguments.artifacts {
+            Some(path) if path.as_os_str() == "none" => None,
+            Some(path) => Some(path),
+            // The machine of `--at` has what it was booted with.
+            None if arguments.at.is_some() => None,
+            None => Some(artifacts::build()?),
+        },
         ..Options::default()
     };
     for file in &arguments.file {
