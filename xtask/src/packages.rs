@@ -17,6 +17,7 @@ pub const KERNEL: &[&str] = &[
     "libc6-dev",
     "libelf-dev",
     "linux-source-6.12",
+    "lz4",
     "make",
     "perl",
     "xz-utils",
