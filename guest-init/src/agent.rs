@@ -427,6 +427,8 @@ impl Agent {
         if let Some(Task::Invoke(invocation)) = &mut self.task {
             invocation.init = Some(Instant::now());
         }
+        // One that died unnoticed still holds the Runtime API's port.
+        self.runtime = None;
         let started = match &self.load {
             Some(load) => Runtime::start(&self.place, load).map_err(|error| error.to_string()),
             None => Err("this guest has no function yet".to_owned()),

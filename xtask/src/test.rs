@@ -276,14 +276,15 @@ pub fn rust_result(line: &str) -> Option<(&str, bool)> {
     }
 }
 
-/// Name and success from `file.py::test PASSED [ 10%]`; skipped tests are no result.
+/// Name and success from `file.py::test PASSED [ 10%]`; skipped tests and known
+/// failures are no result.
 pub fn pytest_result(line: &str) -> Option<(&str, bool)> {
     // A parameter may hold spaces: the result is the last of these words.
-    let (name, passed) = [" PASSED", " XFAIL", " FAILED", " ERROR", " XPASS"]
+    let (name, passed) = [" PASSED", " FAILED", " ERROR", " XPASS"]
         .iter()
         .filter_map(|word| Some((line.rfind(word)?, *word)))
         .max()
-        .map(|(at, word)| (&line[..at], word == " PASSED" || word == " XFAIL"))?;
+        .map(|(at, word)| (&line[..at], word == " PASSED"))?;
     (name.contains("::") && !name.starts_with(' ')).then_some((name, passed))
 }
 
