@@ -427,8 +427,6 @@ impl Agent {
         if let Some(Task::Invoke(invocation)) = &mut self.task {
             invocation.init = Some(Instant::now());
         }
-        // One that died unnoticed still holds the Runtime API's port.
-        self.runtime = None;
         let started = match &self.load {
             Some(load) => Runtime::start(&self.place, load).map_err(|error| error.to_string()),
             None => Err("this guest has no function yet".to_owned()),
@@ -496,6 +494,8 @@ impl Agent {
             State::Failed(error) => Some(error.clone()),
             _ => None,
         };
+        // Its listener goes with it: the next runtime's takes the same port.
+        drop(runtime);
         let timed_out = matches!(reason, FunctionError::TimedOut { .. });
         match &self.task {
             // It ended before it got the event, and not for its sake: the event is still whole.

@@ -64,14 +64,12 @@ def test_a_handler_that_returns_no_json(scripts):
     assert "not JSON serializable" in fails(answer, "Runtime.MarshalError")
 
 
-@pytest.mark.xfail(run=False, reason="the next runtime finds the Runtime API's port in use")
 def test_a_response_that_is_too_large(scripts):
     answer = scripts.run("result = 'x' * 6_400_000")
     assert "6291556" in fails(answer, "Function.ResponseSizeTooLarge")
     assert scripts.alive()
 
 
-@pytest.mark.xfail(run=False, reason="megabytes over the invoke stream stall in the host VM")
 def test_a_handler_that_prints_without_end(deploy):
     function = deploy(
         "def handler(event, context):\n for _ in range(event): print('y' * 1000)\n return 'done'",

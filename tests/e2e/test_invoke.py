@@ -137,10 +137,7 @@ def test_invocations_at_once_run_in_instances_of_their_own(deploy):
     assert function.invoke().json in results
 
 
-STALLS = pytest.mark.xfail(run=False, reason="megabytes over the invoke stream stall in the host VM")
-
-
-@pytest.mark.parametrize("size", [1, 100_000, pytest.param(5_900_000, marks=STALLS)])
+@pytest.mark.parametrize("size", [1, 100_000, 5_900_000])
 def test_large_events_and_responses(scripts, size):
     text = "x" * size
     assert scripts.run("result = event['text']", text=text).json == text

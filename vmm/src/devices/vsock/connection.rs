@@ -18,8 +18,7 @@ use super::packet::{Header, NO_RECEIVE, NO_SEND};
 use crate::virtio::RestoreError;
 
 /// Bytes from the guest that we keep at most when the host does not read: our `buf_alloc`. It is
-/// allocated only when that happens. A guest that sends its 6 MiB response in one go gets a credit
-/// update for each half of it.
+/// allocated only when that happens.
 pub(super) const BUFFER: u32 = 1 << 20;
 
 /// The guest broke the rules of its connection, which is reset.
@@ -89,9 +88,12 @@ impl Connection {
         self.forwarded = self.forwarded.wrapping_add(count as u32);
     }
 
-    /// Whether the guest should hear how far we are: half of the buffer is news to it.
+    /// Whether the guest should hear how far we are: half of what it may have on its way is news
+    /// to it. Linux has no more on its way than its own buffer is large, whatever ours is: waiting
+    /// for half of ours would wait for ever.
     pub(super) fn credit_is_news(&self) -> bool {
-        self.forwarded.wrapping_sub(self.announced) >= BUFFER / 2
+        let news = self.forwarded.wrapping_sub(self.announced);
+        news > 0 && news >= BUFFER.min(self.guest_buffer) / 2
     }
 
     /// The counters that go into any packet to the guest.
@@ -157,6 +159,10 @@ mod tests {
         Connection::new(&Header { src_port: 7, buf_alloc: 100, ..Header::default() })
     }
 
+    fn connection_with_room(buf_alloc: u32) -> Connection {
+        Connection::new(&Header { src_port: 7, buf_alloc, ..Header::default() })
+    }
+
     fn news(fwd_cnt: u32, buf_alloc: u32) -> Header {
         Header { fwd_cnt, buf_alloc, ..Header::default() }
     }
@@ -202,7 +208,7 @@ mod tests {
 
     #[test]
     fn credit_is_news_at_half_the_buffer() {
-        let mut c = connection();
+        let mut c = connection_with_room(u32::MAX);
         c.receive(BUFFER / 2).unwrap();
         c.forward(BUFFER as usize / 2 - 1);
         assert!(!c.credit_is_news());
@@ -212,6 +218,24 @@ mod tests {
         c.announce(&mut header);
         assert_eq!((header.fwd_cnt, header.buf_alloc), (BUFFER / 2, BUFFER));
         assert!(!c.credit_is_news());
+    }
+
+    #[test]
+    fn credit_is_news_at_half_of_the_guests_buffer_if_that_is_smaller() {
+        // Linux's default, and the most that it then has on its way.
+        let mut c = connection_with_room(256 << 10);
+        c.receive(256 << 10).unwrap();
+        c.forward((128 << 10) - 1);
+        assert!(!c.credit_is_news());
+        c.forward(1);
+        assert!(c.credit_is_news());
+        for room in [0, 1] {
+            let mut c = connection_with_room(room);
+            assert!(!c.credit_is_news());
+            c.receive(1).unwrap();
+            c.forward(1);
+            assert!(c.credit_is_news());
+        }
     }
 
     proptest! {

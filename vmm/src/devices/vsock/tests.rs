@@ -217,6 +217,7 @@ fn bytes_wait_for_credit() {
 #[test]
 fn a_slow_host_gets_everything_and_the_guest_hears_of_it() {
     let (mut guest, mut host) = Guest::connected(100);
+    guest.buf_alloc = BUFFER;
     let bytes = pattern(1_000_000);
     for chunk in bytes.chunks(60_000) {
         guest.write(chunk);
@@ -239,6 +240,28 @@ fn a_slow_host_gets_everything_and_the_guest_hears_of_it() {
     assert!(last.fwd_cnt >= BUFFER / 2 && updates.len() < 3);
 }
 
+/// Linux has no more on its way than its own buffer is large, and never asks for credit.
+#[test]
+fn a_guest_with_a_small_buffer_hears_of_credit_before_it_must_wait() {
+    const LINUX: usize = 256 << 10;
+    let (mut guest, mut host) = Guest::connected(100);
+    guest.buf_alloc = LINUX as u32;
+    let (mut sent, mut known, mut arrived) = (0, 0, 0);
+    while sent < 6 << 20 {
+        let count = (LINUX - (sent - known)).min(60_000);
+        assert!(count > 0, "{sent} bytes sent, {known} known to be read, {arrived} read");
+        guest.write(&pattern(count));
+        sent += count;
+        arrived += drain(&mut host).0.len();
+        guest.mock.device.pump().unwrap();
+        arrived += drain(&mut host).0.len();
+        guest.mock.device.pump().unwrap();
+        if let Some((header, _)) = guest.packets().last() {
+            known = header.fwd_cnt as usize;
+        }
+    }
+}
+
 #[test]
 fn credit_is_told_when_asked_for() {
     let (mut guest, mut host) = Guest::connected(8);
@@ -252,6 +275,7 @@ fn credit_is_told_when_asked_for() {
 #[test]
 fn a_guest_that_overruns_our_buffer_is_reset() {
     let (mut guest, mut host) = Guest::connected(8);
+    guest.buf_alloc = BUFFER;
     let chunk = pattern(60_000);
     for _ in 0..30 {
         guest.write(&chunk);
