@@ -167,10 +167,14 @@ impl Agent {
 
     fn turn(&mut self) -> Result<(), AgentError> {
         self.host.flush()?;
-        if self.task.is_none()
-            && let Some(frame) = self.host.receive()?
-        {
-            return self.begin(frame);
+        if self.task.is_none() {
+            match self.host.receive() {
+                Ok(Some(frame)) => return self.begin(frame),
+                Ok(None) => {}
+                // A frozen guest owes no answer, so nothing is lost with the connection.
+                Err(lost) if self.frozen => self.host.replace(lost)?,
+                Err(error) => return Err(error.into()),
+            }
         }
         if !self.frozen {
             let now = Instant::now();

@@ -132,9 +132,10 @@ pub fn mount_code(target: &Path) -> Result<(), BootError> {
 /// Connects to the host: the invoke connection, non-blocking.
 ///
 /// # Errors
-/// [`BootError::Step`].
-pub fn connect() -> Result<OwnedFd, BootError> {
-    step("connect to the host by vsock", connect_vsock(libc::VMADDR_CID_HOST, INVOKE_PORT))
+/// Whatever the kernel says.
+pub fn connect() -> io::Result<OwnedFd> {
+    connect_vsock(libc::VMADDR_CID_HOST, INVOKE_PORT)
+        .map_err(|error| io::Error::new(error.kind(), format!("connect by vsock: {error}")))
 }
 
 fn mount_at(

@@ -31,10 +31,14 @@ pub enum HostError {
     Codec(#[from] CodecError),
 }
 
+/// Makes a new invoke connection, connected and non-blocking.
+pub type Connect = Box<dyn FnMut() -> io::Result<OwnedFd>>;
+
 /// The host's end of everything.
-#[derive(Debug)]
 pub struct Host {
     stream: File,
+    /// Makes the next connection when this one is lost.
+    connect: Option<Connect>,
     out: Outbox,
     prefix: [u8; 4],
     /// Bytes of `prefix`, then of `message`, that have arrived.
@@ -48,10 +52,37 @@ impl Host {
     pub fn new(stream: OwnedFd) -> Self {
         Self {
             stream: stream.into(),
+            connect: None,
             out: Outbox::default(),
             prefix: [0; 4],
             read: 0,
             message: None,
+        }
+    }
+
+    /// For monitors under which connections don't survive a snapshot: [`Host::replace`] connects
+    /// anew by `connect`.
+    #[must_use]
+    pub fn reconnecting(mut self, connect: Connect) -> Self {
+        self.connect = Some(connect);
+        self
+    }
+
+    /// Replaces a connection that was lost for the reason `lost`, where this host can.
+    ///
+    /// # Errors
+    /// `lost` if it can't, or if what was lost is not just the connection; or why there is no new
+    /// one.
+    pub fn replace(&mut self, lost: HostError) -> Result<(), HostError> {
+        match (&mut self.connect, lost) {
+            (Some(connect), HostError::Closed | HostError::Io(_)) => {
+                self.stream = connect()?.into();
+                self.out = Outbox::default();
+                self.read = 0;
+                self.message = None;
+                Ok(())
+            }
+            (_, lost) => Err(lost),
         }
     }
 
@@ -113,6 +144,12 @@ impl Host {
     }
 }
 
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{io::Write, os::unix::net::UnixStream};
@@ -139,6 +176,33 @@ mod tests {
         assert!(host.receive().unwrap().is_none());
         drop(peer);
         assert!(matches!(host.receive(), Err(HostError::Closed)));
+    }
+
+    #[test]
+    fn a_lost_connection_is_replaced_only_where_that_was_asked_for() {
+        let (peer, mut host) = pair();
+        drop(peer);
+        let lost = host.receive().unwrap_err();
+        assert!(matches!(host.replace(lost), Err(HostError::Closed)));
+
+        let (mut peer, mut host) = pair();
+        let (mut next, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let mut streams = vec![OwnedFd::from(theirs)];
+        host = host
+            .reconnecting(Box::new(move || streams.pop().ok_or(io::ErrorKind::NotFound.into())));
+        // Half a frame of the old connection must not become the head of the new one's.
+        peer.write_all(&[1, 0]).unwrap();
+        assert!(host.receive().unwrap().is_none());
+        drop(peer);
+        let lost = host.receive().unwrap_err();
+        host.replace(lost).unwrap();
+        next.write_all(&guest::encode(&ToGuest::Freeze).unwrap()).unwrap();
+        assert_eq!(host.receive().unwrap(), Some(ToGuest::Freeze));
+        // Nobody to connect to; and a host that breaks the protocol gets no second connection.
+        assert!(matches!(host.replace(HostError::Closed), Err(HostError::Io(_))));
+        let broken = HostError::Codec(CodecError::Trailing(1));
+        assert!(matches!(host.replace(broken), Err(HostError::Codec(_))));
     }
 
     #[test]

@@ -3,13 +3,22 @@
 //! Outside a guest, `firn-init --test-socket PATH --root DIR` serves a host that listens on the
 //! Unix socket PATH, with the image and the code in DIR: the same loop with the same runtime
 //! interface client, but no mounts, cgroup, clock or entropy to command.
+//!
+//! `--reconnect`, last (in a guest: `-- --reconnect` at the end of the kernel's command line), is
+//! for other monitors than `firn-vmm`, under which connections don't survive a snapshot: a frozen
+//! guest whose connection is lost connects anew and waits for `Renew` there. Without it, the end of
+//! the connection is the end of the guest at any time.
 
 // Rust's own start-up opens /dev/null where standard descriptors are missing and aborts where it
 // can't; both are the case for a PID 1 without a console, before it has mounted /dev.
 #![cfg_attr(not(test), no_main)]
 
 use std::{
-    ffi::OsString, fs::OpenOptions, io::Write as _, os::unix::net::UnixStream, path::PathBuf,
+    ffi::OsString,
+    fs::OpenOptions,
+    io::{self, Write as _},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::PathBuf,
 };
 
 use firn_init::{
@@ -24,6 +33,9 @@ use rustix::{
     process::getpid,
     system::{RebootCommand, reboot},
 };
+
+/// Asks for a new connection when the old one is lost while the guest is frozen.
+const RECONNECT: &str = "--reconnect";
 
 /// The C runtime's entry.
 #[cfg_attr(not(test), unsafe(no_mangle))]
@@ -52,11 +64,15 @@ fn guest(init_tsc: u64) -> String {
         Ok(machine) => machine,
         Err(error) => return error.to_string(),
     };
-    let stream = match boot::connect() {
-        Ok(stream) => stream,
+    let mut host = match boot::connect() {
+        Ok(stream) => Host::new(stream),
         Err(error) => return error.to_string(),
     };
-    match Agent::new(Place::guest(machine), Host::new(stream)) {
+    // The kernel hands over what follows `--`; other words of its command line could come before.
+    if std::env::args_os().next_back().is_some_and(|last| last == RECONNECT) {
+        host = host.reconnecting(Box::new(boot::connect));
+    }
+    match Agent::new(Place::guest(machine), host) {
         Ok(agent) => agent.run(init_tsc).to_string(),
         Err(error) => error.to_string(),
     }
@@ -65,8 +81,9 @@ fn guest(init_tsc: u64) -> String {
 /// Serves in a directory: why it ended, or why it could not begin.
 fn directory(init_tsc: u64) -> Result<AgentError, String> {
     const USAGE: &str = "this is the init of a Firn guest; for tests: \
-                         firn-init --test-socket PATH --root DIR";
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+                         firn-init --test-socket PATH --root DIR [--reconnect]";
+    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let reconnect = arguments.pop_if(|last| last == RECONNECT).is_some();
     let (socket, root) = match arguments.as_slice() {
         [a, socket, b, root] if a == "--test-socket" && b == "--root" => (socket, root),
         [version] if version == "--version" => {
@@ -75,11 +92,19 @@ fn directory(init_tsc: u64) -> Result<AgentError, String> {
         }
         _ => return Err(USAGE.to_owned()),
     };
-    let stream = UnixStream::connect(socket)
-        .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
-        .map_err(|error| format!("{}: {error}", socket.display()))?;
+    let socket = PathBuf::from(socket);
+    let connect = move || -> io::Result<OwnedFd> {
+        let stream = UnixStream::connect(&socket)
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", socket.display())))?;
+        stream.set_nonblocking(true)?;
+        Ok(stream.into())
+    };
+    let mut host = Host::new(connect().map_err(|error| error.to_string())?);
+    if reconnect {
+        host = host.reconnecting(Box::new(connect));
+    }
     let place = Place::directory(PathBuf::from(root));
-    let agent = Agent::new(place, Host::new(stream.into())).map_err(|error| error.to_string())?;
+    let agent = Agent::new(place, host).map_err(|error| error.to_string())?;
     Ok(agent.run(init_tsc))
 }
 

@@ -59,6 +59,7 @@ fn environment() -> Result<PathBuf, String> {
 /// One guest.
 pub struct Guest {
     init: Child,
+    listener: UnixListener,
     stream: UnixStream,
     root: TempDir,
     /// Everything that was printed, in order.
@@ -76,6 +77,11 @@ pub struct Function<'a> {
 impl Guest {
     /// A guest whose image has this bootstrap.
     pub fn with_bootstrap(bootstrap: &str) -> Self {
+        Self::with_options(bootstrap, &[])
+    }
+
+    /// As [`Self::with_bootstrap`], with options of `firn-init`.
+    pub fn with_options(bootstrap: &str, options: &[&str]) -> Self {
         let root = tempfile::tempdir().unwrap();
         for directory in ["var/runtime", "var/task"] {
             fs::create_dir_all(root.path().join(directory)).unwrap();
@@ -90,11 +96,11 @@ impl Guest {
             .arg(&socket)
             .arg("--root")
             .arg(root.path())
+            .args(options)
             .spawn()
             .unwrap();
-        let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut guest = Self { init, stream, root, logs: Vec::new() };
+        let stream = accept(&listener);
+        let mut guest = Self { init, listener, stream, root, logs: Vec::new() };
         match guest.receive() {
             FromGuest::Ready(ready) => assert!(ready.ready_tsc >= ready.init_tsc),
             other => panic!("{other:?}"),
@@ -225,6 +231,21 @@ impl Guest {
         (of("VmRSS:"), of("VmHWM:"))
     }
 
+    /// Ends the connection, as a monitor does under which none survives a snapshot.
+    pub fn lose_connection(&mut self) {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    /// Takes the guest's next connection.
+    pub fn accept_again(&mut self) {
+        self.stream = accept(&self.listener);
+    }
+
+    /// Waits for the guest's own end: its exit code.
+    pub fn ended(mut self) -> Option<i32> {
+        self.init.wait().unwrap().code()
+    }
+
     /// Tells the guest to end: its exit code.
     pub fn shut_down(mut self) -> Option<i32> {
         self.send(&ToGuest::Shutdown);
@@ -238,6 +259,12 @@ impl Drop for Guest {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
         let _ = self.init.wait();
     }
+}
+
+fn accept(listener: &UnixListener) -> UnixStream {
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    stream
 }
 
 pub fn invocation(id: &str, timeout_ms: u64, payload: &str) -> ToGuest {
