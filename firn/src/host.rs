@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    HostConfig, Image, ImageError, OpenError, Shell, ShellClass, ShellError,
+    HostConfig, Image, ImageError, Instance, OpenError, Phases, Shell, ShellClass, ShellError,
     artifacts::Artifacts,
     cgroup::Cgroups,
     open::{self, State},
@@ -124,11 +124,31 @@ impl Host {
     /// # Errors
     /// Any [`ShellError`].
     pub async fn prepare(&self, class: ShellClass) -> Result<(), ShellError> {
+        self.stock(class, self.inner().config.shells).await
+    }
+
+    /// Fills the pool of `class` up to `count` shells, once: what is taken from it beyond
+    /// [`HostConfig::shells`] does not come back.
+    ///
+    /// # Errors
+    /// Any [`ShellError`].
+    pub async fn stock(&self, class: ShellClass, count: usize) -> Result<(), ShellError> {
         let inner = self.inner();
-        while lock(&inner.pool).entry(class).or_default().ready.len() < inner.config.shells {
+        while lock(&inner.pool).entry(class).or_default().ready.len() < count {
             inner.put(shell::spawn(inner, class).await?)?;
         }
         Ok(())
+    }
+
+    /// Kills a shell and waits until nothing of it is left: `reaped` (its process), `gone` (its
+    /// control group, its place in the book).
+    pub async fn end_shell(&self, shell: Shell) -> Phases {
+        shell.vm.end(self.inner()).await
+    }
+
+    /// Kills an instance and waits until nothing of it is left, as [`Host::end_shell`] does.
+    pub async fn end(&self, instance: Instance) -> Phases {
+        instance.vm.end(self.inner()).await
     }
 
     /// Kills everything and waits until nothing is left. Later calls fail with
@@ -343,6 +363,13 @@ impl Live {
         for pidfd in lock(&self.processes).values() {
             let _ = rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
         }
+    }
+
+    /// Waits until the VMM `pid` has been cleaned up after.
+    pub(crate) async fn wait_until_gone(&self, pid: u32) {
+        let gone = |_: &usize| !lock(&self.processes).contains_key(&pid);
+        // Fails only if the sender is gone, and we hold it.
+        let _ = self.count.subscribe().wait_for(gone).await;
     }
 
     async fn wait_until_empty(&self) {

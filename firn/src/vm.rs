@@ -15,9 +15,11 @@ use firn_proto::{
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::{
-    ShellClass, VmmExit,
+    Phases, ShellClass, VmmExit,
     cgroup::Group,
     channel::{self, Control, ControlError},
+    host::Inner,
+    phases::Stopwatch,
     process::Process,
     stream::{Stream, StreamError},
 };
@@ -84,6 +86,17 @@ impl Vm {
             Ok(answer) => Ok(answer),
             Err(error) => Err(self.trouble(error).await),
         }
+    }
+
+    /// Kills it and waits until nothing is left.
+    pub(crate) async fn end(mut self, inner: &Inner) -> Phases {
+        let mut watch = Stopwatch::start();
+        self.process.kill();
+        self.process.ended().await;
+        watch.mark("reaped");
+        inner.live.wait_until_gone(self.process.pid()).await;
+        watch.mark("gone");
+        watch.finish()
     }
 
     /// A request whose answer is [`FromVmm::Done`].

@@ -1,38 +1,47 @@
-//! `cargo xtask bench`: the benches where their figures mean something. `firn bench` runs in virtual
-//! time in the dev host VM (or on this machine where its KVM is real), `tiny_thaw` on this
-//! machine's `/dev/kvm` whatever kind it is.
+//! `cargo xtask bench`: the benches where their figures mean something. `firn bench run` measures in
+//! virtual time in the dev host VM (or on this machine where its KVM is real), once for each seed;
+//! `tiny_thaw` runs on this machine's `/dev/kvm` whatever kind it is.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use firn_host_vm_agent::Exec;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::host_vm::{self, Options};
 use crate::lane::{Choice, Lane};
 use crate::{artifacts, cargo, packages, scratch, step};
 
 /// Memory of the measured host VM in MiB.
-const MEMORY_MIB: u32 = 2048;
+pub const MEMORY_MIB: u32 = 2048;
 
 /// Longest time that the measured host VM may take.
-const LIMIT: Duration = Duration::from_secs(1800);
+const LIMIT: Duration = Duration::from_secs(7200);
 
-/// Measure starts, and print what was measured as JSON.
+/// Measure starts: results as JSON lines.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Rounds of boot, thaw and warm, interleaved.
-    #[arg(long, default_value_t = 5)]
-    iterations: u32,
-
     /// Seeds of the measured host VM; figures move by some percent between them.
     #[arg(long, default_value = "1", value_delimiter = ',')]
     seed: Vec<u32>,
 
+    /// Where results go; target/bench unless given.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
+    /// Memory of the measured host VM.
+    #[arg(long, value_name = "MiB", default_value_t = MEMORY_MIB)]
+    memory: u32,
+
     #[command(flatten)]
     lane: Choice,
+
+    /// Further arguments for `firn bench run`.
+    #[arg(last = true)]
+    run: Vec<String>,
 }
 
 /// Runs the task.
@@ -40,50 +49,88 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     packages::ensure(&[packages::KERNEL, packages::IMAGES, packages::RUN])?;
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
-    let runs = arguments
-        .seed
-        .iter()
-        .map(|&seed| starts(lane, &artifacts, arguments.iterations, seed))
-        .collect::<Result<Vec<_>>>()?;
-    println!("{:#}", json!({ "starts": runs, "tiny_thaw": tiny_thaw()? }));
+    let out = match &arguments.out {
+        Some(out) => out.clone(),
+        None => cargo::target_directory()?.join("bench"),
+    };
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let mut results = String::new();
+    for &seed in seeds(lane, &arguments.seed) {
+        let run = Run {
+            lane,
+            artifacts: &artifacts,
+            memory_mib: arguments.memory,
+            seed,
+            arguments: &arguments.run,
+        };
+        results.push_str(&run.measure()?);
+    }
+    write(&out.join("results.jsonl"), &results)?;
+    write(&out.join("tiny_thaw.json"), &format!("{}\n", tiny_thaw()?))?;
+    println!("{}", out.join("results.jsonl").display());
     Ok(0)
 }
 
-/// `firn bench`: boot, thaw and warm of a Python function.
-pub fn starts(lane: Lane, artifacts: &Path, iterations: u32, seed: u32) -> Result<Value> {
-    let iterations = iterations.to_string();
-    let mut argv: Vec<String> =
-        ["firn", "bench", "--iterations", &iterations].map(String::from).to_vec();
-    let text = match lane {
-        Lane::HostVm => {
-            step::say("measuring starts in virtual time; this takes a minute …");
-            let more = ["--artifacts", "/firn", "--patience", "20"];
-            argv.extend(more.map(String::from));
-            let options = Options {
-                memory_mib: MEMORY_MIB,
-                artifacts: Some(artifacts.to_owned()),
-                ..Options::default()
-            };
-            let exec = Exec { argv, cwd: "/root".into(), ..Exec::default() };
-            let measured = host_vm::measure(&options, seed, &exec, LIMIT)?;
-            let complaint = String::from_utf8_lossy(&measured.stderr);
-            ensure!(measured.code == 0, "firn bench failed: {complaint}");
-            String::from_utf8(measured.stdout)?
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Real hardware has no seeds: one run.
+fn seeds(lane: Lane, seeds: &[u32]) -> &[u32] {
+    match lane {
+        Lane::HostVm => seeds,
+        Lane::Native => seeds.get(..1).unwrap_or_default(),
+    }
+}
+
+/// One run of `firn bench run`.
+pub struct Run<'a> {
+    /// Where.
+    pub lane: Lane,
+    /// The installation.
+    pub artifacts: &'a Path,
+    /// Memory of the host VM.
+    pub memory_mib: u32,
+    /// Its seed.
+    pub seed: u32,
+    /// Further arguments.
+    pub arguments: &'a [String],
+}
+
+impl Run<'_> {
+    /// Runs it and returns its JSON lines.
+    pub fn measure(&self) -> Result<String> {
+        let mut argv = ["firn", "bench", "run"].map(String::from).to_vec();
+        match self.lane {
+            Lane::HostVm => {
+                let seed = self.seed;
+                step::say(&format!("measuring in virtual time, seed {seed}; this takes minutes …"));
+                let rig = format!("dev host VM, virtual time, favordynmods, seed {seed}");
+                let more = ["--artifacts", "/firn", "--patience", "50", "--virtual-time", "--rig"];
+                argv.extend(more.map(String::from));
+                argv.extend([rig, "--seed".into(), seed.to_string()]);
+                argv.extend_from_slice(self.arguments);
+                let options = Options {
+                    memory_mib: self.memory_mib,
+                    artifacts: Some(self.artifacts.to_owned()),
+                    ..Options::default()
+                };
+                let exec = Exec { argv, cwd: "/root".into(), ..Exec::default() };
+                let measured = host_vm::measure(&options, seed, &exec, LIMIT)?;
+                let complaint = String::from_utf8_lossy(&measured.stderr);
+                ensure!(measured.code == 0, "firn bench run failed: {complaint}");
+                Ok(String::from_utf8(measured.stdout)?)
+            }
+            Lane::Native => {
+                step::say("measuring …");
+                let mut command = Command::new(self.artifacts.join("bin/firn"));
+                command.args(&argv[1..]).arg("--artifacts").arg(self.artifacts);
+                command.arg("--state").arg(scratch::directory()?.join("bench"));
+                command.args(["--rig", "this machine's own KVM"]).args(self.arguments);
+                step::output(&mut command)
+            }
         }
-        Lane::Native => {
-            step::say("measuring starts …");
-            let mut command = Command::new(artifacts.join("bin/firn"));
-            command.args(&argv[1..]).arg("--artifacts").arg(artifacts);
-            command.arg("--state").arg(scratch::directory()?.join("bench"));
-            step::output(&mut command)?
-        }
-    };
-    let mut value: Value = serde_json::from_str(&text).context("firn bench printed no JSON")?;
-    value["rig"] = match lane {
-        Lane::HostVm => json!(format!("dev host VM, virtual time, favordynmods, seed {seed}")),
-        Lane::Native => json!("this machine's own KVM"),
-    };
-    Ok(value)
+    }
 }
 
 /// `cargo bench … tiny_thaw` on this machine's `/dev/kvm`.

@@ -13,6 +13,9 @@ use crate::daemon::{self, Daemon, Settings};
 use crate::lane::{Choice, Lane, Site};
 use crate::{artifacts, bench, cargo, demo, packages, python, step, test};
 
+/// Scenarios of `firn bench run` that rows name.
+const SCENARIOS: &str = "boot,thaw,warm";
+
 /// Measure every promise of SPECIFICATION.md; fails if one is broken.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -50,7 +53,7 @@ struct Bound {
 
 #[derive(Debug, Clone, PartialEq)]
 enum Source {
-    /// A figure of `firn bench`.
+    /// A figure of `firn bench run`, or one over another.
     Starts(String),
     /// A figure of `tiny_thaw`.
     Native(String),
@@ -149,7 +152,7 @@ struct Rig {
     lane: Lane,
     artifacts: PathBuf,
     iterations: u32,
-    starts: Option<Value>,
+    starts: Option<Starts>,
     tiny: Option<Value>,
     /// Tests that ran in the lane, and whether they passed.
     in_lane: BTreeMap<String, bool>,
@@ -160,12 +163,10 @@ impl Rig {
         match source {
             Source::Starts(key) => {
                 if self.starts.is_none() {
-                    self.starts =
-                        Some(bench::starts(self.lane, &self.artifacts, self.iterations, 1)?);
+                    self.starts = Some(self.measure_starts()?);
                 }
                 let starts = self.starts.as_ref().context("no figures")?;
-                let rig = starts["rig"].as_str().unwrap_or_default().to_owned();
-                Ok((start_figure(starts, key)?, rig))
+                Ok((starts.figure(key)?, starts.rig.clone()))
             }
             Source::Native(key) => {
                 if self.tiny.is_none() {
@@ -192,6 +193,19 @@ impl Rig {
                 Ok((rust_failures(package, word)?, "this machine".into()))
             }
         }
+    }
+
+    fn measure_starts(&self) -> Result<Starts> {
+        let iterations = self.iterations.to_string();
+        let arguments = ["--scenario", SCENARIOS, "--iterations", &iterations].map(String::from);
+        let run = bench::Run {
+            lane: self.lane,
+            artifacts: &self.artifacts,
+            memory_mib: bench::MEMORY_MIB,
+            seed: 1,
+            arguments: &arguments,
+        };
+        Starts::parse(&run.measure()?)
     }
 
     fn place(&self) -> &'static str {
@@ -251,16 +265,43 @@ impl Rig {
     }
 }
 
-/// A figure of the bench by its name; one is made of two.
-fn start_figure(starts: &Value, key: &str) -> Result<f64> {
-    let median = |name: &str| {
-        starts["median"][name].as_f64().with_context(|| format!("firn bench has no {name}"))
-    };
-    match key {
-        "boot_over_thaw" => {
-            Ok(median("boot_to_first_response")? / median("thaw_to_first_response")?)
+/// What `firn bench run` found.
+#[derive(Debug, Default)]
+struct Starts {
+    rig: String,
+    /// Samples by `<scenario>.<figure>`.
+    samples: BTreeMap<String, Vec<f64>>,
+}
+
+impl Starts {
+    fn parse(lines: &str) -> Result<Self> {
+        let mut starts = Self::default();
+        for line in lines.lines() {
+            let record: Value = serde_json::from_str(line).context("a result is no JSON")?;
+            if let Some(rig) = record["rig"].as_str() {
+                starts.rig = rig.to_owned();
+            }
+            let Some(figures) = record["figures"].as_object() else { continue };
+            let scenario = record["scenario"].as_str().unwrap_or_default();
+            for (name, value) in figures {
+                let samples = starts.samples.entry(format!("{scenario}.{name}")).or_default();
+                samples.push(value.as_f64().with_context(|| format!("{name} is no number"))?);
+            }
         }
-        name => median(name),
+        Ok(starts)
+    }
+
+    /// The median of a figure, or of one over another's: `thaw.total_us`, `boot.total_us/thaw.total_us`.
+    fn figure(&self, key: &str) -> Result<f64> {
+        if let Some((over, under)) = key.split_once('/') {
+            return Ok(self.figure(over)? / self.figure(under)?);
+        }
+        let mut samples =
+            self.samples.get(key).with_context(|| format!("firn bench has no {key}"))?.clone();
+        samples.sort_by(f64::total_cmp);
+        let middle = samples.len() / 2;
+        let below = samples[middle - usize::from(samples.len() % 2 == 0)];
+        Ok((below + samples[middle]) / 2.0)
     }
 }
 
@@ -366,6 +407,33 @@ mod tests {
         assert!(parse(&format!("{row}\n{row}")).is_err());
         assert!(parse("| fast | Is fast | ≤ x ms | icount warm |").is_err());
         assert!(parse("| fast | Is fast | ≤ 1 ms | hearsay |").is_err());
+    }
+
+    #[test]
+    fn figures_are_medians_and_ratios_of_them() {
+        let sample = |scenario: &str, us: f64| json!({"record": "sample", "scenario": scenario, "figures": {"total_us": us}});
+        let records = [
+            json!({"record": "manifest", "rig": "a rig"}),
+            sample("boot", 60.0),
+            sample("thaw", 9.0),
+            sample("thaw", 11.0),
+        ];
+        let starts = Starts::parse(&records.map(|r| r.to_string()).join("\n")).unwrap();
+        assert_eq!(starts.rig, "a rig");
+        assert_eq!(starts.figure("thaw.total_us").unwrap(), 10.0);
+        assert_eq!(starts.figure("boot.total_us/thaw.total_us").unwrap(), 6.0);
+        assert!(starts.figure("warm.total_us").is_err());
+    }
+
+    #[test]
+    fn rows_name_scenarios_that_are_run() {
+        for promise in specification() {
+            let Source::Starts(key) = promise.source else { continue };
+            for figure in key.split('/') {
+                let (scenario, _) = figure.split_once('.').unwrap();
+                assert!(SCENARIOS.split(',').any(|name| name == scenario), "{}", promise.name);
+            }
+        }
     }
 
     #[test]

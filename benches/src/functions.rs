@@ -1,0 +1,204 @@
+//! The functions that are measured.
+//!
+//! Their sources are in `benches/functions/`. Those that need nothing but Python are in this
+//! program; the others come as archives `<name>.zip` that `cargo xtask bench` makes, because the
+//! host VM has no network.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Error, Result, io_with, of};
+
+/// A function in the list.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does, in a few words.
+    pub about: &'static str,
+    /// Memory in MB.
+    pub memory_mb: u32,
+    /// The event of every call: JSON.
+    pub event: &'static str,
+    /// `lambda_function.py`, where that is all of it.
+    code: Option<&'static str>,
+}
+
+const EVENT: &str = r#"{"key":"value"}"#;
+
+macro_rules! code {
+    ($name:literal) => {
+        Some(include_str!(concat!("../functions/", $name, "/lambda_function.py")))
+    };
+}
+
+/// All functions.
+pub const ALL: [Source; 7] = [
+    Source {
+        name: "nothing",
+        about: "does nothing",
+        memory_mb: 128,
+        event: EVENT,
+        code: code!("nothing"),
+    },
+    Source {
+        name: "cpu",
+        about: "pure Python CPU work",
+        memory_mb: 128,
+        event: EVENT,
+        code: code!("cpu"),
+    },
+    Source {
+        name: "imports",
+        about: "imports boto3 and signs a URL",
+        memory_mb: 256,
+        event: EVENT,
+        code: None,
+    },
+    Source {
+        name: "templating",
+        about: "JSON in, HTML out by Jinja",
+        memory_mb: 128,
+        event: EVENT,
+        code: None,
+    },
+    Source {
+        name: "compression",
+        about: "zlib, a quarter of a megabyte there and back",
+        memory_mb: 128,
+        event: EVENT,
+        code: code!("compression"),
+    },
+    Source {
+        name: "resident",
+        about: "200 MB resident, some of them touched",
+        memory_mb: 512,
+        event: EVENT,
+        code: code!("resident"),
+    },
+    Source {
+        name: "sleep",
+        about: "takes as long as the event says",
+        memory_mb: 128,
+        event: r#"{"sleep_s":0}"#,
+        code: code!("sleep"),
+    },
+];
+
+/// A function with its code as a disk.
+#[derive(Debug, Clone)]
+pub struct Function {
+    /// Its name.
+    pub name: &'static str,
+    /// Memory in MB.
+    pub memory_mb: u32,
+    /// The event of every call: JSON.
+    pub event: &'static str,
+    /// Its code: a read-only EROFS disk that belongs on `/var/task`.
+    pub disk: PathBuf,
+    /// blake3 of the disk.
+    pub hash: String,
+    /// Environment of its runtime, without what depends on how it starts.
+    pub environment: Vec<(String, String)>,
+}
+
+/// The function of that name in the list.
+///
+/// # Errors
+/// [`Error::Usage`] with all names.
+pub fn find(name: &str) -> Result<Source> {
+    ALL.into_iter().find(|function| function.name == name).ok_or_else(|| {
+        let names = ALL.map(|function| function.name).join(", ");
+        Error::Usage(format!("there is no function {name:?}; there are {names}"))
+    })
+}
+
+impl Source {
+    /// Makes its disk in `directory`. `archives` may hold `<name>.zip`, which goes before the
+    /// source in this program.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there is neither; anything about files.
+    pub fn build(self, archives: Option<&Path>, directory: &Path) -> Result<Function> {
+        let archive = archives.map(|archives| archives.join(format!("{}.zip", self.name)));
+        let zip = match (archive.filter(|archive| archive.exists()), self.code) {
+            (Some(archive), _) => std::fs::read(&archive).map_err(io_with(&archive))?,
+            (None, Some(code)) => zip(code)?,
+            (None, None) => {
+                return Err(Error::Usage(format!(
+                    "function {name} needs {name}.zip, and --functions names no directory that \
+                     has it; `cargo xtask bench` makes one",
+                    name = self.name
+                )));
+            }
+        };
+        let disk = directory.join(format!("{}.erofs", self.name));
+        firn::code::build_disk(&zip, &disk).map_err(of("firn", "build a code disk"))?;
+        let bytes = std::fs::read(&disk).map_err(io_with(&disk))?;
+        Ok(Function {
+            name: self.name,
+            memory_mb: self.memory_mb,
+            event: self.event,
+            disk,
+            hash: blake3::hash(&bytes).to_hex().to_string(),
+            environment: environment(self.memory_mb),
+        })
+    }
+}
+
+fn environment(memory_mb: u32) -> Vec<(String, String)> {
+    let memory = memory_mb.to_string();
+    [
+        ("_HANDLER", "lambda_function.lambda_handler"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_LAMBDA_FUNCTION_NAME", "bench"),
+        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
+        ("AWS_LAMBDA_LOG_GROUP_NAME", "/aws/lambda/bench"),
+        ("AWS_LAMBDA_LOG_STREAM_NAME", "bench"),
+    ]
+    .map(|(key, value)| (key.to_string(), value.to_string()))
+    .to_vec()
+}
+
+fn zip(code: &str) -> Result<Vec<u8>> {
+    let failed = |e: zip::result::ZipError| Error::Io {
+        what: "make an archive".into(),
+        source: std::io::Error::other(e),
+    };
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let options = zip::write::SimpleFileOptions::default();
+    archive.start_file("lambda_function.py", options).map_err(failed)?;
+    archive.write_all(code.as_bytes()).map_err(|e| failed(e.into()))?;
+    Ok(archive.finish().map_err(failed)?.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_function_has_its_source_and_a_json_event() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("functions");
+        for function in ALL {
+            let source = root.join(function.name).join("lambda_function.py");
+            assert!(source.exists(), "{}", source.display());
+            let packages = root.join(function.name).join("requirements.txt").exists();
+            assert_eq!(function.code.is_none(), packages, "{}", function.name);
+            serde_json::from_str::<serde_json::Value>(function.event).unwrap();
+        }
+        let listed = std::fs::read_dir(&root).unwrap().count();
+        assert_eq!(listed, ALL.len(), "a directory without an entry");
+        assert!(find("nothing").is_ok());
+        assert!(find("noting").unwrap_err().to_string().contains("nothing"));
+    }
+
+    #[test]
+    fn a_function_without_its_archive_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = find("imports").unwrap().build(None, directory.path()).unwrap_err();
+        assert!(error.to_string().contains("imports.zip"), "{error}");
+    }
+}

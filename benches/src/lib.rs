@@ -1,0 +1,46 @@
+//! The research harness of Firn, `firn bench`: what a start costs, phase by phase, with the numbers
+//! that a reader needs to trust it, side by side with others.
+//!
+//! ```text
+//! run ─▶ scenario × subject × function, in turns ─▶ JSON lines (record) ─▶ report, compare
+//! ```
+//!
+//! [`subject`] is the boundary to what is measured, [`scenario`] what is asked of it, [`record`]
+//! the results file. Nothing here is Firn's own but `subjects/firn.rs`. `docs/benchmarks.md` says
+//! how to read the results.
+
+pub mod clock;
+pub mod error;
+pub mod functions;
+mod host;
+pub mod observe;
+pub mod record;
+pub mod run;
+pub mod scenario;
+pub mod subject;
+pub mod subjects;
+pub mod trace;
+
+pub use run::hash;
+
+use crate::error::{Result, io_at};
+
+/// `firn bench …`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Measure, and print JSON lines: a manifest, then one line a raw sample
+    Run(Box<run::Options>),
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// Whatever keeps it from being done.
+pub fn main(command: Command) -> Result<()> {
+    match command {
+        Command::Run(options) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.map_err(io_at("start the runtime"))?.block_on(run::run(*options))
+        }
+    }
+}

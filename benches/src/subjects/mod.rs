@@ -1,0 +1,3 @@
+//! Everything that is measured: one file a subject.
+
+pub mod firn;
