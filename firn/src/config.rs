@@ -11,6 +11,10 @@ pub struct HostConfig {
     pub state: PathBuf,
     /// Shells that are kept ready for each class that is in use.
     pub shells: usize,
+    /// Huge pages of 2 MiB that each shell keeps zeroed for what a thaw copies.
+    pub spare_pages: u16,
+    /// Written pages from which on a thaw copies a region of 2 MiB whole, into a huge page.
+    pub dense_pages: u32,
     /// Give every guest a serial console whose output is logged at debug level.
     pub serial: bool,
     /// Multiplies every time limit that this crate sets by itself (boot, thaw, requests to the
@@ -31,6 +35,8 @@ impl HostConfig {
             artifacts: artifacts.into(),
             state: state.into(),
             shells: 0,
+            spare_pages: 24,
+            dense_pages: 8,
             serial: false,
             patience: 1,
             cpu_limits: true,

@@ -19,6 +19,7 @@ use crate::{
     host::Inner,
     phases::Stopwatch,
     shell::CODE_SLOT,
+    snapshot::{self, PAGE, Sample},
     stream::Stream,
     vm::{Trouble, Vm, unexpected},
 };
@@ -218,6 +219,36 @@ pub struct Instance {
     pub(crate) function_memory_mb: u32,
     renewed: Option<guest::Renewed>,
     phases: Phases,
+    /// What it touches is to be noted when it is paused.
+    pub(crate) watched: Option<Watched>,
+}
+
+/// A clone whose pages are looked at. However it ends, its snapshot learns of it.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    snapshot: ResidentSnapshot,
+    sample: Option<Sample>,
+}
+
+impl Watched {
+    pub(crate) fn new(snapshot: &ResidentSnapshot) -> Self {
+        Self { snapshot: snapshot.clone(), sample: None }
+    }
+
+    /// Looks at the paused process `pid`, whose guest memory lies at `address`.
+    fn look(mut self, pid: u32, address: u64) {
+        let pages = self.snapshot.class().memory_bytes() / PAGE;
+        match snapshot::observe(pid, address, pages) {
+            Ok(sample) => self.sample = Some(sample),
+            Err(error) => tracing::debug!(%error, pid, "can't see which pages a clone has written"),
+        }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.snapshot.watched(self.sample.take());
+    }
 }
 
 impl Instance {
@@ -234,7 +265,17 @@ impl Instance {
                 (snapshot.code().cloned(), snapshot.function_memory_mb())
             }
         };
-        Self { inner, vm, id, origin, code, function_memory_mb, renewed: None, phases }
+        Self {
+            inner,
+            vm,
+            id,
+            origin,
+            code,
+            function_memory_mb,
+            renewed: None,
+            phases,
+            watched: None,
+        }
     }
 
     pub(crate) fn set_renewed(&mut self, renewed: guest::Renewed) {
@@ -357,7 +398,14 @@ impl Instance {
     /// Any [`InstanceError`].
     pub async fn pause(&mut self) -> Result<(), InstanceError> {
         let trouble = InstanceError::from_trouble("pause");
-        self.vm.order(&ToVmm::Pause, &[]).await.map_err(trouble)
+        self.vm.order(&ToVmm::Pause, &[]).await.map_err(trouble)?;
+        if let Some(watched) = self.watched.take() {
+            let (pid, address) = (self.pid(), self.stats().await?.memory_address);
+            let looking = tokio::task::spawn_blocking(move || watched.look(pid, address));
+            // What it finds is advice; a panic would have been reported by its own thread.
+            let _ = looking.await;
+        }
+        Ok(())
     }
 
     /// The VMM's counters.

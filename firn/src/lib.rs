@@ -53,5 +53,5 @@ pub use log::{LogLine, LogSink};
 pub use open::OpenError;
 pub use phases::Phases;
 pub use shell::{Shell, ShellError};
-pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta};
+pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta, WorkingSetReport};
 pub use start::StartError;

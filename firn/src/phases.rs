@@ -45,6 +45,7 @@ impl Stopwatch {
             let name = match phase {
                 control::Phase::Received => "received",
                 control::Phase::Mapped => "mapped",
+                control::Phase::Populated => "populated",
                 control::Phase::DevicesSet => "devices set",
                 control::Phase::VcpuSet => "vcpu set",
                 control::Phase::Entered => "entered",

@@ -17,7 +17,7 @@ use std::{
 };
 
 use firn_proto::{
-    control::{DiskSource, Failure, FailureKind, FromVmm, ToVmm},
+    control::{DiskSource, Failure, FailureKind, FromVmm, MemoryPlan, ToVmm},
     guest::{self, FromGuest, Renew, ToGuest},
 };
 
@@ -26,9 +26,10 @@ use crate::{
     ShellError, SnapshotError, VmmExit,
     channel::name as message_name,
     host::Inner,
-    instance::{self, Origin},
+    instance::{self, Origin, Watched},
     memfile,
     phases::Stopwatch,
+    snapshot::Use,
     stream::Stream,
     vm::{Trouble, Vm, unexpected},
 };
@@ -234,9 +235,14 @@ impl Host {
         let tmp = inner.artifacts.tmp.file();
         let code = snapshot.code();
         let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
+        let (plan, watch_clone) = match snapshot.next_use() {
+            Use::Plan(plan) => (MemoryPlan::clone(&plan), None),
+            Use::Watch => (MemoryPlan::default(), Some(Watched::new(snapshot))),
+        };
         let message = ToVmm::Thaw {
             disks: vec![DiskSource::ReadOnly, code_source, DiskSource::CopyOnWriteThawed],
             resume: true,
+            plan,
         };
         let mut descriptors = Vec::with_capacity(8);
         descriptors.extend([snapshot.memory(), snapshot.state(), theirs.as_fd()]);
@@ -286,6 +292,7 @@ impl Host {
         let origin = Origin::Thawed { snapshot: snapshot.clone() };
         let mut instance = Instance::new(inner.clone(), vm, id, origin, watch.finish());
         instance.set_renewed(renewed);
+        instance.watched = watch_clone;
         Ok((instance, report))
     }
 }

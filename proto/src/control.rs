@@ -23,6 +23,15 @@ pub const MAX_DESCRIPTORS: usize = 32;
 /// Most block devices of one microVM.
 pub const MAX_DISKS: usize = 8;
 
+/// Bytes of a region: what one huge page covers.
+pub const REGION: u64 = 2 << 20;
+
+/// Most huge pages that a shell keeps in reserve.
+pub const MAX_SPARES: u16 = 512;
+
+/// Most runs of pages in one list of a [`MemoryPlan`].
+pub const MAX_RUNS: usize = 4096;
+
 /// Most vCPUs of one microVM.
 pub const MAX_VCPUS: u8 = 8;
 
@@ -50,6 +59,30 @@ pub struct ShellConfig {
     pub disks: Vec<DiskKind>,
     /// Give the guest a 16550A on port 0x3f8 whose output goes to the VMM's standard error.
     pub serial: bool,
+    /// Huge pages of [`REGION`] bytes to have zeroed and ready for [`MemoryPlan::copied`], at most
+    /// [`MAX_SPARES`].
+    pub spares: u16,
+}
+
+/// Consecutive 4 KiB pages of guest memory, counted as in a linear memory file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRun {
+    /// The first page.
+    pub first: u32,
+    /// How many.
+    pub pages: u32,
+}
+
+/// How a thaw treats pages of guest memory that the guest is known to write soon. All else is
+/// mapped from the snapshot and copied page by page when it is written. Contents are the same
+/// whatever the plan says; only the time of copying differs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPlan {
+    /// In ascending order and disjoint: all pages that are not zero in those regions of
+    /// [`REGION`] bytes which are to be copied whole, each into a huge page.
+    pub copied: Vec<PageRun>,
+    /// Pages to be copied one by one before the guest runs.
+    pub populated: Vec<PageRun>,
 }
 
 /// What CPU the guest sees.
@@ -123,6 +156,8 @@ pub enum ToVmm {
         disks: Vec<DiskSource>,
         /// Run at once; otherwise stay paused.
         resume: bool,
+        /// What to copy before the guest runs.
+        plan: MemoryPlan,
     },
     /// Replace a block device's medium while the guest runs and tell the guest (configuration
     /// change interrupt). Descriptors: the source's. Answer: [`FromVmm::Done`].
@@ -184,6 +219,8 @@ pub enum Phase {
     Received,
     /// Guest memory is mapped (thaw) or the kernel is loaded (boot).
     Mapped,
+    /// The pages of the [`MemoryPlan`] are copied (thaw).
+    Populated,
     /// Devices, irqchip and clock are restored and the first message is queued.
     DevicesSet,
     /// The first vCPU has its registers.
@@ -239,6 +276,9 @@ pub struct Stats {
     pub tsc_khz: u32,
     /// Whether the vCPUs are stopped.
     pub paused: bool,
+    /// Where guest memory starts in the VMM's address space. It is one range, in the order of a
+    /// linear memory file.
+    pub memory_address: u64,
 }
 
 /// Why a request failed.
@@ -357,6 +397,7 @@ mod tests {
             cpu_template: CpuTemplate::Host,
             disks: vec![DiskKind::ReadOnly, DiskKind::CopyOnWrite],
             serial: false,
+            spares: 4,
         });
         assert_eq!(decode_to_vmm(&encode(&message).unwrap()), Ok(message));
     }

@@ -13,7 +13,7 @@ mod common;
 use std::{os::fd::AsFd, os::unix::net::UnixStream, time::Duration};
 
 use common::{Vmm, config, elf, empty, kvm, memfd};
-use firn_proto::control::{FromVmm, Phase, Stamps, ToVmm};
+use firn_proto::control::{FromVmm, MemoryPlan, Phase, Stamps, ToVmm};
 
 /// `l: out %al,$0x80; jmp l`
 const OUT_FOR_EVER: &[u8] = &[0xe6, 0x80, 0xeb, 0xfc];
@@ -36,7 +36,7 @@ fn main() {
         let vmm = Vmm::shell(&kvm, &config(1, false));
         std::thread::sleep(Duration::from_millis(2));
         let (_ours, theirs) = UnixStream::pair().unwrap();
-        let message = ToVmm::Thaw { disks: empty(0), resume: true };
+        let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
         let sent = now_ns();
         let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");

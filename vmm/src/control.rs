@@ -205,8 +205,8 @@ impl Server {
                 vm.boot(&cmdline, initramfs, &disks, descriptors, watch_stream)?;
                 Ok(FromVmm::Booted(self.clock.stamps()))
             }
-            ToVmm::Thaw { disks, resume } => {
-                vm.thaw(&disks, resume, descriptors, watch_stream)?;
+            ToVmm::Thaw { disks, resume, plan } => {
+                vm.thaw(&disks, resume, &plan, descriptors, watch_stream)?;
                 Ok(FromVmm::Thawed(self.clock.stamps()))
             }
             ToVmm::Attach { slot, source } => {

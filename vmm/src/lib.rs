@@ -23,6 +23,7 @@ pub mod control;
 pub mod devices;
 pub mod machine;
 pub mod memory;
+pub mod plan;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;

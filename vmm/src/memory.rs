@@ -183,6 +183,13 @@ impl Memory {
         self.base.as_ptr() as u64 + region.file_offset
     }
 
+    /// Host address of the byte at `file_offset` of a linear memory file, which must lie within
+    /// guest memory.
+    pub fn host_pointer(&self, file_offset: u64) -> *mut u8 {
+        debug_assert!(file_offset < self.bytes);
+        self.base.as_ptr().wrapping_add(file_offset as usize)
+    }
+
     /// Asks for huge pages: a booting guest then faults on 2 MiB regions, not on 4 KiB pages.
     pub fn advise_huge(&self) {
         // SAFETY: advice on a range that we own changes no contents. Failure only costs time.

@@ -14,7 +14,8 @@ use std::{
 };
 
 use firn_proto::control::{
-    self, DiskSource, Exit, ExitReason, Failure, FailureKind, Phase, SaveReport, ShellConfig, Stats,
+    self, DiskSource, Exit, ExitReason, Failure, FailureKind, MemoryPlan, Phase, SaveReport,
+    ShellConfig, Stats,
 };
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VmFd};
@@ -23,6 +24,7 @@ use crate::{
     arch::{self, boot, cpuid::Signature, vcpu_state, vm_state::VmState},
     machine::{Machine, MachineRestoreError},
     memory::{Memory, MemoryError},
+    plan::{self, PlanError, Spares, View},
     snapshot::{self, SavedVm},
     stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
     vcpu::{self, Command, Reply, Shared, ThawPlan, Vcpu},
@@ -59,6 +61,16 @@ impl From<MemoryError> for RequestError {
     }
 }
 
+impl From<PlanError> for RequestError {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Malformed(_) => Self::refused(FailureKind::BadRequest, error),
+            PlanError::Kernel { .. } => Self::refused(FailureKind::Io, error),
+            PlanError::Memory(error) => error.into(),
+        }
+    }
+}
+
 impl From<MachineRestoreError> for RequestError {
     fn from(error: MachineRestoreError) -> Self {
         Self::refused(FailureKind::SnapshotShape, error)
@@ -87,6 +99,7 @@ pub struct Vm {
     config: ShellConfig,
     vm: Arc<VmFd>,
     memory: Arc<Memory>,
+    spares: Spares,
     machine: Arc<Machine>,
     signature: Signature,
     tsc_khz: u32,
@@ -127,6 +140,7 @@ impl Vm {
                 .map_err(kvm_error("SET_USER_MEMORY_REGION"))?;
         }
 
+        let spares = Spares::make(config.spares)?;
         let signature = Signature::of_host(kvm, config.cpu_template)
             .map_err(kvm_error("GET_SUPPORTED_CPUID"))?;
         let machine = Arc::new(Machine::new(&config, memory.guest(), &vm));
@@ -162,6 +176,7 @@ impl Vm {
             config,
             vm,
             memory,
+            spares,
             machine,
             signature,
             tsc_khz,
@@ -248,6 +263,7 @@ impl Vm {
         &mut self,
         disks: &[DiskSource],
         resume: bool,
+        plan: &MemoryPlan,
         descriptors: Vec<OwnedFd>,
         watch: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
@@ -259,6 +275,8 @@ impl Vm {
         let saved = self.read_state(&state)?;
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
+        plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
+        self.clock.stamp(Phase::Populated);
         self.machine.install(disks, &mut descriptors)?;
         self.machine.restore(&saved.machine)?;
         watch(stream.as_fd())?;
@@ -268,9 +286,9 @@ impl Vm {
         let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
         self.tsc_offset =
             saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
-        let plan = Arc::new(ThawPlan::new(saved.vcpus, shift, resume));
+        let thaw = Arc::new(ThawPlan::new(saved.vcpus, shift, resume));
         for vcpu in &self.vcpus {
-            vcpu.tell(Command::Thaw(plan.clone()));
+            vcpu.tell(Command::Thaw(thaw.clone()));
         }
         if resume {
             self.state = State::Running;
@@ -349,6 +367,8 @@ impl Vm {
         }
         self.all_stopped()?;
         self.state = State::Paused;
+        // What a thaw had no use for, or a boot: now, when nobody waits.
+        self.spares.release();
         Ok(())
     }
 
@@ -419,7 +439,7 @@ impl Vm {
         let memory_out = File::from(next(&mut descriptors)?);
         let mut state_out = File::from(next(&mut descriptors)?);
         let base = match base {
-            true => Some(Mapping::of(next(&mut descriptors)?, self.memory.bytes())?),
+            true => Some(View::of(next(&mut descriptors)?.as_fd(), self.memory.bytes())?),
             false => None,
         };
         self.machine
@@ -457,7 +477,7 @@ impl Vm {
         // only work on vCPU threads or on this one, which is here.
         let contents = unsafe { self.memory.contents() };
         let (pages_written, bitmap) =
-            snapshot::write_memory(contents, base.as_ref().map(Mapping::bytes), &memory_out)
+            snapshot::write_memory(contents, base.as_ref().map(View::bytes), &memory_out)
                 .map_err(io_error("snapshot memory"))?;
         let state =
             saved.encode().map_err(|error| RequestError::refused(FailureKind::Io, error))?;
@@ -492,6 +512,7 @@ impl Vm {
             tsc_offset: self.tsc_offset,
             tsc_khz: self.tsc_khz,
             paused: self.state == State::Paused,
+            memory_address: self.memory.host_pointer(0) as u64,
         }
     }
 
@@ -568,51 +589,6 @@ fn next(descriptors: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
     descriptors
         .next()
         .ok_or_else(|| RequestError::refused(FailureKind::BadRequest, "a descriptor is missing"))
-}
-
-/// A file mapped for reading.
-struct Mapping {
-    address: *mut libc::c_void,
-    bytes: usize,
-}
-
-impl Mapping {
-    fn of(file: OwnedFd, bytes: u64) -> Result<Self> {
-        let found =
-            rustix::fs::fstat(&file).map_err(|e| io_error("base memory")(e.into()))?.st_size;
-        if (found as u64) < bytes {
-            return Err(MemoryError::FileSize { found: found as u64, expected: bytes }.into());
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice; that the file does not
-        // shrink under it is what the sealed memfd of a resident snapshot is for.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes as usize,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io_error("base memory")(std::io::Error::last_os_error()));
-        }
-        Ok(Self { address, bytes: bytes as usize })
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
-        // against writing, as the protocol demands of a base.
-        unsafe { std::slice::from_raw_parts(self.address.cast(), self.bytes) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the range is this value's own mapping, and no slice of it outlives `self`.
-        unsafe { libc::munmap(self.address, self.bytes) };
-    }
 }
 
 /// Takes over `/dev/kvm` at its fixed descriptor.

@@ -14,7 +14,7 @@ use std::{
 
 use common::{Vmm, kvm, memfd};
 use firn_proto::{
-    control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, ShellConfig, ToVmm},
+    control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, MemoryPlan, ShellConfig, ToVmm},
     guest::{self, FromGuest, FunctionError, Invoke, Load, Outcome, Renew, ToGuest},
 };
 
@@ -55,6 +55,7 @@ fn shell(vcpus: u8) -> ShellConfig {
         cpu_template: CpuTemplate::Host,
         disks: vec![DiskKind::ReadOnly, DiskKind::ReadOnly, DiskKind::CopyOnWrite],
         serial: std::env::var_os("FIRN_TEST_SERIAL").is_some(),
+        spares: 0,
     }
 }
 
@@ -163,6 +164,7 @@ impl Guest {
         let message = ToVmm::Thaw {
             disks: vec![DiskSource::ReadOnly, code, DiskSource::CopyOnWriteThawed],
             resume: true,
+            plan: MemoryPlan::default(),
         };
         let mut descriptors =
             vec![memory.as_fd(), state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];

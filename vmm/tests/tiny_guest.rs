@@ -6,7 +6,7 @@ mod common;
 use std::{io::Read, os::fd::AsFd, os::unix::net::UnixStream};
 
 use common::{Vmm, config, elf, empty, kvm, memfd};
-use firn_proto::control::{ExitReason, FailureKind, FromVmm, Phase, ToVmm};
+use firn_proto::control::{ExitReason, FailureKind, FromVmm, MemoryPlan, Phase, ToVmm};
 
 /// `mov $0xfe,%al; out %al,$0x64; hlt`
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
@@ -124,7 +124,7 @@ fn thaw(
 ) -> (Vmm, FromVmm, UnixStream) {
     let vmm = Vmm::shell(kvm, &config(1, true));
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let message = ToVmm::Thaw { disks: empty(0), resume: true };
+    let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
     let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
     (vmm, answer, ours)
 }
@@ -200,7 +200,7 @@ fn snapshots_that_are_not_whole_are_refused_by_name() {
 
     let two = Vmm::shell(&kvm, &config(2, true));
     let (_ours, theirs) = UnixStream::pair().unwrap();
-    let message = ToVmm::Thaw { disks: empty(0), resume: true };
+    let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
     let whole = memfd(&bytes);
     let answer = two.request(&message, &[memory.as_fd(), whole.as_fd(), theirs.as_fd()]);
     let FromVmm::Failed(failure) = answer else { panic!("{answer:?}") };

@@ -4,6 +4,7 @@
 //!  <dir>/state      what it is, the VMM's state, which pages it holds; names the hashes of:
 //!  <dir>/memory     guest memory, linear and sparse; over a base: only what differs
 //!  <dir>/tmp.delta  what was written to /tmp, sparse
+//!  <dir>/working-set  which pages its first clones touched; advice, added later
 //! ```
 //!
 //! Neither these files nor the VMM that wrote them are trusted: nothing is thawed that was not
@@ -13,6 +14,7 @@ mod container;
 mod pages;
 mod resident;
 mod save;
+mod working_set;
 
 use std::{
     fs::File,
@@ -24,14 +26,13 @@ use std::{
 use firn_proto::control;
 use serde::{Deserialize, Serialize};
 
-use self::{
-    container::{Id, Manifest},
-    pages::PAGE,
-};
+use self::container::{Id, Manifest};
 use crate::{InstanceError, ShellClass};
 
-pub(crate) use self::pages::{hash_file, hash_sparse};
+pub(crate) use self::pages::{PAGE, hash_file, hash_sparse};
 pub use self::resident::ResidentSnapshot;
+pub use self::working_set::WorkingSetReport;
+pub(crate) use self::working_set::{Sample, Use, observe};
 
 /// What the maker of a snapshot wants to find in it again; this crate does not look at it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -33,6 +33,22 @@ impl PageSet {
         Ok(Self { bits, pages })
     }
 
+    /// No page of `pages`.
+    pub(crate) fn empty(pages: u64) -> Self {
+        Self { bits: vec![0; pages.div_ceil(8) as usize], pages }
+    }
+
+    /// Adds a page that is one of [`PageSet::pages`].
+    pub(crate) fn insert(&mut self, page: u64) {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        self.bits[(page / 8) as usize] |= 1 << (page % 8);
+    }
+
+    /// Number of pages that the set is chosen from.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// As in [`PageSet::from_bits`].
     pub(crate) fn bits(&self) -> &[u8] {
         &self.bits
@@ -53,6 +69,12 @@ impl PageSet {
         Self { bits, pages: self.pages }
     }
 
+    /// Pages of both.
+    pub(crate) fn intersection(&self, other: &Self) -> Self {
+        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a & b).collect();
+        Self { bits, pages: self.pages }
+    }
+
     /// Pages of this one that the other does not have.
     pub(crate) fn minus(&self, other: &Self) -> Self {
         let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a & !b).collect();
@@ -66,9 +88,14 @@ impl PageSet {
 
     /// Maximal runs of pages, in order.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        let mut next = 0;
+        self.runs_in(0..self.pages)
+    }
+
+    /// Maximal runs of pages within `range`, in order.
+    pub(crate) fn runs_in(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let (mut next, end) = (range.start, range.end.min(self.pages));
         std::iter::from_fn(move || {
-            while next < self.pages && !self.contains(next) {
+            while next < end && !self.contains(next) {
                 // Whole bytes of nothing are the common case.
                 next = if next % 8 == 0 && self.bits[(next / 8) as usize] == 0 {
                     next + 8
@@ -76,11 +103,11 @@ impl PageSet {
                     next + 1
                 };
             }
-            if next >= self.pages {
+            if next >= end {
                 return None;
             }
             let start = next;
-            while self.contains(next) {
+            while next < end && self.contains(next) {
                 next += 1;
             }
             Some(start..next)

@@ -8,6 +8,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -17,6 +18,7 @@ use super::{
     Snapshot, SnapshotError, SnapshotMeta, at,
     container::{Manifest, hex},
     pages::{PAGE, PageSet, copy_sparse},
+    working_set::{self, Sample, Use, WorkingSet, WorkingSetReport},
 };
 use crate::{Disk, Host, Image, ShellClass, host::Inner, memfile};
 
@@ -38,6 +40,10 @@ struct Resident {
     delta: OwnedFd,
     image: Image,
     code: Option<Disk>,
+    dir: PathBuf,
+    working_set: WorkingSet,
+    /// [`HostConfig::dense_pages`](crate::HostConfig::dense_pages).
+    dense: u32,
 }
 
 impl ResidentSnapshot {
@@ -60,6 +66,26 @@ impl ResidentSnapshot {
     /// Bytes of memory that it occupies, at most.
     pub fn resident_bytes(&self) -> u64 {
         self.0.pages.count() * PAGE
+    }
+
+    /// What is known of the pages that its clones touch.
+    pub fn working_set(&self) -> WorkingSetReport {
+        self.0.working_set.report()
+    }
+
+    /// How to thaw the next clone. After [`Use::Watch`], [`ResidentSnapshot::watched`] must follow.
+    pub(crate) fn next_use(&self) -> Use {
+        self.0.working_set.next()
+    }
+
+    /// A watched clone has been looked at, or is gone.
+    pub(crate) fn watched(&self, sample: Option<Sample>) {
+        let Resident { working_set, pages, dense, dir, id, .. } = &*self.0;
+        if let Some(sets) = working_set.watched(sample, pages, *dense)
+            && let Err(error) = working_set::keep(dir, id, &sets)
+        {
+            tracing::warn!(%error, dir = %dir.display(), "can't keep a snapshot's working set");
+        }
     }
 
     /// The image that it was made from.
@@ -131,6 +157,8 @@ fn make(
         }
     }
     let (memory, pages) = flatten(snapshot, pages, base.as_ref())?;
+    let dense = inner.config.dense_pages;
+    let working_set = WorkingSet::load(&snapshot.0.dir, &snapshot.0.id, &pages, dense);
     let state = memfile::sealed("firn-vm-state", vm_state).map_err(at("keep the VM's state"))?;
     let delta = read_delta(snapshot)?;
     Ok(ResidentSnapshot(Arc::new(Resident {
@@ -142,6 +170,9 @@ fn make(
         delta,
         image,
         code,
+        dir: snapshot.0.dir.clone(),
+        working_set,
+        dense,
     })))
 }
 

@@ -160,6 +160,7 @@ pub fn config(vcpus: u8, serial: bool) -> ShellConfig {
         cpu_template: CpuTemplate::Host,
         disks: Vec::new(),
         serial,
+        spares: 1,
     }
 }
 

@@ -1,0 +1,470 @@
+//! What clones of a snapshot touch first, and what a thaw makes of it.
+//!
+//! The first clones are thawed with all their pages mapped from the snapshot. When one of them is
+//! paused after its first invocations, the host reads from its page tables which pages it has
+//! written: those are private copies by then. Later clones get these pages copied before they run
+//! ([`MemoryPlan`]). The sets are kept beside the snapshot, in `working-set`; they are advice, and
+//! no content depends on them.
+//!
+//! ```text
+//! 0    "FIRN-WS\0"           magic
+//! 8    u32 little-endian     version
+//! 12   32 bytes              id of the snapshot
+//! 44   u32, u64              samples, pages of guest memory
+//! 56   three bitmaps         written in any sample, in every sample, touched in any
+//! …    32 bytes              BLAKE3 of all before
+//! ```
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
+
+use super::{
+    container::Id,
+    pages::{PAGE, PageSet},
+};
+
+const MAGIC: [u8; 8] = *b"FIRN-WS\0";
+const VERSION: u32 = 1;
+const HEADER: usize = 56;
+const HASH: usize = 32;
+
+/// File beside the snapshot.
+const FILE: &str = "working-set";
+
+/// Clones that are watched. A second one tells what the first wrote by chance.
+const SAMPLES: u32 = 2;
+
+const REGION_PAGES: u64 = REGION / PAGE;
+
+/// Pages that are not worth a run of their own between two that are copied.
+const GAP: u64 = 16;
+
+/// Runs of one list that a plan has at most: two full lists fit a message.
+const RUNS: usize = MAX_RUNS / 2;
+
+/// How much a snapshot's clones touch, in pages of 4 KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkingSetReport {
+    /// Clones that were watched.
+    pub samples: u32,
+    /// Pages that at least one of them wrote.
+    pub written: u64,
+    /// Pages that each of them wrote.
+    pub always_written: u64,
+    /// Pages that were in the page tables of at least one. Linux maps up to 16 pages around one
+    /// that is read, so these are more than were used.
+    pub touched: u64,
+    /// Regions of 2 MiB that a thaw copies whole.
+    pub copied_regions: u64,
+    /// Pages that a thaw copies one by one.
+    pub populated: u64,
+}
+
+/// The sets of one snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sets {
+    samples: u32,
+    written: PageSet,
+    always: PageSet,
+    touched: PageSet,
+}
+
+/// The sets of one resident snapshot, as they become known.
+#[derive(Debug)]
+pub(super) struct WorkingSet {
+    pages: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    sets: Option<Sets>,
+    /// Clones that are being watched.
+    watching: u32,
+    plan: Arc<MemoryPlan>,
+}
+
+/// One clone that is watched.
+#[derive(Debug)]
+pub(crate) struct Sample {
+    pub(crate) written: PageSet,
+    pub(crate) touched: PageSet,
+}
+
+/// What to do with a clone.
+#[derive(Debug)]
+pub(crate) enum Use {
+    /// Map all from the snapshot, and watch what it touches.
+    Watch,
+    /// Go by the plan.
+    Plan(Arc<MemoryPlan>),
+}
+
+impl WorkingSet {
+    /// What is known of the snapshot in `dir`; nothing, if there is nothing or it is damaged.
+    pub(super) fn load(dir: &Path, id: &Id, content: &PageSet, dense: u32) -> Self {
+        let sets = match read(dir, id, content.pages()) {
+            Ok(sets) => sets,
+            Err(error) => {
+                tracing::warn!(%error, dir = %dir.display(), "ignoring what is known of a snapshot's working set");
+                None
+            }
+        };
+        let plan = sets.as_ref().map(|sets| plan(sets, content, dense)).unwrap_or_default();
+        let state = State { sets, watching: 0, plan: Arc::new(plan) };
+        Self { pages: content.pages(), state: Mutex::new(state) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing is left half done under this lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How to thaw the next clone.
+    pub(super) fn next(&self) -> Use {
+        let mut state = self.state();
+        let known = state.sets.as_ref().map_or(0, |sets| sets.samples);
+        if known + state.watching < SAMPLES {
+            state.watching += 1;
+            return Use::Watch;
+        }
+        Use::Plan(state.plan.clone())
+    }
+
+    /// A watched clone is gone; with a sample if it got that far. The sets to keep on disk, if
+    /// they have changed.
+    pub(super) fn watched(
+        &self,
+        sample: Option<Sample>,
+        content: &PageSet,
+        dense: u32,
+    ) -> Option<Vec<u8>> {
+        let mut state = self.state();
+        state.watching = state.watching.saturating_sub(1);
+        let Sample { written, touched } = sample?;
+        if written.pages() != self.pages || touched.pages() != self.pages {
+            return None;
+        }
+        let sets = match state.sets.take() {
+            None => Sets { samples: 1, always: written.clone(), written, touched },
+            Some(sets) => Sets {
+                samples: sets.samples + 1,
+                always: sets.always.intersection(&written),
+                written: sets.written.union(&written),
+                touched: sets.touched.union(&touched),
+            },
+        };
+        state.plan = Arc::new(plan(&sets, content, dense));
+        let bytes = encode(&sets);
+        state.sets = Some(sets);
+        Some(bytes)
+    }
+
+    pub(super) fn report(&self) -> WorkingSetReport {
+        let state = self.state();
+        let mut regions: Vec<u64> =
+            state.plan.copied.iter().map(|run| u64::from(run.first) / REGION_PAGES).collect();
+        regions.dedup();
+        let populated = state.plan.populated.iter().map(|run| u64::from(run.pages)).sum();
+        let copied_regions = regions.len() as u64;
+        match &state.sets {
+            None => WorkingSetReport::default(),
+            Some(sets) => WorkingSetReport {
+                samples: sets.samples,
+                written: sets.written.count(),
+                always_written: sets.always.count(),
+                touched: sets.touched.count(),
+                copied_regions,
+                populated,
+            },
+        }
+    }
+}
+
+/// Writes the sets of the snapshot `id` beside it: whole or not at all.
+pub(super) fn keep(dir: &Path, id: &Id, sets: &[u8]) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(HEADER + sets.len() + HASH);
+    bytes.extend(MAGIC);
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(id);
+    bytes.extend(sets);
+    bytes.extend(blake3::hash(&bytes).as_bytes());
+    let mut file = tempfile::Builder::new().prefix(crate::open::TEMPORARY).tempfile_in(dir)?;
+    io::Write::write_all(&mut file, &bytes)?;
+    file.persist(dir.join(FILE))?;
+    Ok(())
+}
+
+/// What follows the id.
+fn encode(sets: &Sets) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(12 + 3 * sets.written.bits().len());
+    bytes.extend(sets.samples.to_le_bytes());
+    bytes.extend(sets.written.pages().to_le_bytes());
+    for set in [&sets.written, &sets.always, &sets.touched] {
+        bytes.extend(set.bits());
+    }
+    bytes
+}
+
+fn read(dir: &Path, id: &Id, pages: u64) -> Result<Option<Sets>, String> {
+    let file = match File::open(dir.join(FILE)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    let bitmap = pages.div_ceil(8) as usize;
+    let expected = HEADER + 3 * bitmap + HASH;
+    let found = file.metadata().map_err(|e| e.to_string())?.len();
+    if found != expected as u64 {
+        return Err(format!("{found} bytes instead of {expected}"));
+    }
+    let mut bytes = vec![0; expected];
+    file.read_exact_at(&mut bytes, 0).map_err(|e| e.to_string())?;
+    decode(&bytes, id, pages).map(Some)
+}
+
+/// `bytes` are as long as they must be for `pages`.
+fn decode(bytes: &[u8], id: &Id, pages: u64) -> Result<Sets, String> {
+    let (content, hash) = bytes.split_at(bytes.len() - HASH);
+    if blake3::hash(content).as_bytes() != hash {
+        return Err("it was altered".into());
+    }
+    let (header, bitmaps) = content.split_at(HEADER);
+    if header[..8] != MAGIC || header[8..12] != VERSION.to_le_bytes() {
+        return Err("it is of another version".into());
+    }
+    if header[12..44] != id[..] || header[48..56] != pages.to_le_bytes() {
+        return Err("it belongs to another snapshot".into());
+    }
+    let samples = u32::from_le_bytes([header[44], header[45], header[46], header[47]]);
+    let mut sets = bitmaps
+        .chunks_exact(pages.div_ceil(8) as usize)
+        .map(|bits| PageSet::from_bits(bits.to_vec(), pages));
+    let mut next = || sets.next().unwrap_or_else(|| Err("a bitmap is missing".into()));
+    Ok(Sets { samples, written: next()?, always: next()?, touched: next()? })
+}
+
+/// A plan for clones of a snapshot that holds `content`: a region with `dense` written pages or more
+/// is copied whole, elsewhere written pages are copied one by one.
+fn plan(sets: &Sets, content: &PageSet, dense: u32) -> MemoryPlan {
+    let mut plan = MemoryPlan::default();
+    let mut regions = 0;
+    for start in (0..content.pages()).step_by(REGION_PAGES as usize) {
+        let region = start..start + REGION_PAGES;
+        let written = sets.written.count_in(region.clone());
+        let whole = region.end <= content.pages();
+        if whole && written >= u64::from(dense.max(1)) && regions < MAX_SPARES {
+            regions += 1;
+            plan.copied.extend(merged(content.runs_in(region)));
+        } else if written > 0 {
+            let end = region.end.min(content.pages());
+            plan.populated.extend(sets.written.runs_in(start..end).map(page_run));
+        }
+    }
+    if plan.copied.len() > RUNS {
+        // Too ragged to say in one message: whole regions then, zeroes and all.
+        let mut firsts: Vec<u32> =
+            plan.copied.iter().map(|run| run.first - run.first % REGION_PAGES as u32).collect();
+        firsts.dedup();
+        let whole = |first| PageRun { first, pages: REGION_PAGES as u32 };
+        plan.copied = firsts.into_iter().map(whole).collect();
+    }
+    plan.populated.truncate(RUNS);
+    plan
+}
+
+fn page_run(run: std::ops::Range<u64>) -> PageRun {
+    PageRun { first: run.start as u32, pages: (run.end - run.start) as u32 }
+}
+
+/// Runs that lie close together, as one.
+fn merged(runs: impl Iterator<Item = std::ops::Range<u64>>) -> Vec<PageRun> {
+    let mut merged: Vec<std::ops::Range<u64>> = Vec::new();
+    for run in runs {
+        match merged.last_mut() {
+            Some(last) if run.start - last.end < GAP => last.end = run.end,
+            _ => merged.push(run),
+        }
+    }
+    merged.into_iter().map(page_run).collect()
+}
+
+/// Reads from the page tables of process `pid` which pages of its `pages` from `address` are there
+/// (touched), and which of these are private copies (written). Needs the right to trace it.
+pub(crate) fn observe(pid: u32, address: u64, pages: u64) -> io::Result<Sample> {
+    const ENTRY: u64 = 8;
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const OF_FILE: u64 = 1 << 61;
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut written = PageSet::empty(pages);
+    let mut touched = PageSet::empty(pages);
+    let mut buffer = vec![0; 1 << 16];
+    let mut page = 0;
+    while page < pages {
+        let want = buffer.len().min(((pages - page) * ENTRY) as usize);
+        pagemap.read_exact_at(&mut buffer[..want], (address / PAGE + page) * ENTRY)?;
+        for entry in buffer[..want].chunks_exact(ENTRY as usize) {
+            let mut bytes = [0; ENTRY as usize];
+            bytes.copy_from_slice(entry);
+            let entry = u64::from_ne_bytes(bytes);
+            // What was swapped out had been written; file pages are dropped instead.
+            if entry & (PRESENT | SWAPPED) != 0 {
+                touched.insert(page);
+                if entry & OF_FILE == 0 {
+                    written.insert(page);
+                }
+            }
+            page += 1;
+        }
+    }
+    Ok(Sample { written, touched })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 4 * REGION_PAGES;
+
+    fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
+        let mut set = PageSet::empty(PAGES);
+        pages.into_iter().for_each(|page| set.insert(page));
+        set
+    }
+
+    fn sample(written: &PageSet) -> Sample {
+        Sample { written: written.clone(), touched: written.clone() }
+    }
+
+    fn fresh(content: &PageSet) -> WorkingSet {
+        let dir = tempfile::tempdir().unwrap();
+        WorkingSet::load(dir.path(), &[7; 32], content, 16)
+    }
+
+    #[test]
+    fn the_first_clones_are_watched_and_later_ones_go_by_the_plan() {
+        let content = set(0..PAGES);
+        let sets = fresh(&content);
+        assert!(matches!(sets.next(), Use::Watch) && matches!(sets.next(), Use::Watch));
+        let Use::Plan(plan) = sets.next() else { panic!("a third clone is watched") };
+        assert_eq!(*plan, MemoryPlan::default());
+        // One of them dies: the next takes its place.
+        assert_eq!(sets.watched(None, &content, 16), None);
+        assert!(matches!(sets.next(), Use::Watch));
+        let first = set((0..20).chain([600]));
+        let second = set((0..18).chain([1100]));
+        assert!(sets.watched(Some(sample(&first)), &content, 16).is_some());
+        assert!(sets.watched(Some(sample(&second)), &content, 16).is_some());
+        let Use::Plan(plan) = sets.next() else { panic!("a fourth clone is watched") };
+        assert_eq!(plan.copied, [PageRun { first: 0, pages: 512 }]);
+        let alone = |first| PageRun { first, pages: 1 };
+        assert_eq!(plan.populated, [alone(600), alone(1100)]);
+        let report = sets.report();
+        assert_eq!((report.samples, report.written, report.always_written), (2, 22, 18));
+        assert_eq!((report.copied_regions, report.populated), (1, 2));
+    }
+
+    #[test]
+    fn sets_are_kept_beside_their_snapshot_and_damage_is_ignored() {
+        let (dir, content, id) = (tempfile::tempdir().unwrap(), set(0..PAGES), [7; 32]);
+        let sets = fresh(&content);
+        assert!(matches!(sets.next(), Use::Watch));
+        let bytes = sets.watched(Some(sample(&set(3..90))), &content, 16).unwrap();
+        keep(dir.path(), &id, &bytes).unwrap();
+        let load =
+            |id: &Id, content: &PageSet| WorkingSet::load(dir.path(), id, content, 16).report();
+        assert_eq!(load(&id, &content), sets.report());
+        assert_eq!(load(&[8; 32], &content).samples, 0);
+        assert_eq!(load(&id, &PageSet::empty(PAGES + 8)).samples, 0);
+        let path = dir.path().join(FILE);
+        let good = std::fs::read(&path).unwrap();
+        for at in [0, 9, 20, 45, 50, 60, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, bad).unwrap();
+            assert_eq!(load(&id, &content).samples, 0, "byte {at}");
+        }
+        std::fs::write(&path, &good[1..]).unwrap();
+        assert_eq!(load(&id, &content).samples, 0);
+    }
+
+    #[test]
+    fn holes_are_not_copied() {
+        let content = set((0..100).chain(110..120).chain(300..301));
+        let written = set(0..50);
+        let sets = Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
+        let plan = plan(&sets, &content, 16);
+        let run = |first, pages| PageRun { first, pages };
+        assert_eq!(plan.copied, [run(0, 120), run(300, 1)]);
+    }
+
+    #[test]
+    fn this_process_is_observed() {
+        let bytes = 16 * PAGE as usize;
+        // SAFETY: a new private mapping.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                bytes,
+                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+                rustix::mm::MapFlags::PRIVATE,
+            )
+            .unwrap()
+        };
+        for page in [3usize, 4, 9] {
+            // SAFETY: within the mapping.
+            unsafe { start.cast::<u8>().add(page * PAGE as usize).write_volatile(1) };
+        }
+        let seen = observe(std::process::id(), start as u64, 16).unwrap();
+        assert_eq!(seen.written.runs().collect::<Vec<_>>(), [3..5, 9..10]);
+        assert_eq!(seen.written, seen.touched);
+        // SAFETY: our own mapping, of which nothing is used any more.
+        unsafe { rustix::mm::munmap(start, bytes).unwrap() };
+    }
+
+    proptest! {
+        #[test]
+        fn plans_are_what_a_vmm_takes(
+            written in proptest::collection::vec(0..PAGES, 0..600),
+            content in proptest::collection::vec((0..PAGES, 1u64..100), 0..60),
+            dense in 0u32..64,
+        ) {
+            let mut content =
+                set(content.iter().flat_map(|&(at, n)| at..(at + n).min(PAGES)));
+            for &page in &written {
+                content.insert(page);
+            }
+            let written = set(written);
+            let sets =
+                Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
+            let plan = plan(&sets, &content, dense);
+            let mut next = 0;
+            for run in &plan.copied {
+                prop_assert!(u64::from(run.first) >= next && run.pages > 0);
+                next = u64::from(run.first) + u64::from(run.pages);
+                prop_assert!(next <= PAGES);
+            }
+            // Each written page is taken care of once, and a copied region has all its content.
+            let copied = set(plan.copied.iter().flat_map(|r| u64::from(r.first)..u64::from(r.first + r.pages)));
+            let alone = set(plan.populated.iter().flat_map(|r| u64::from(r.first)..u64::from(r.first + r.pages)));
+            prop_assert_eq!(copied.intersection(&alone).count(), 0);
+            prop_assert_eq!(sets.written.minus(&copied).minus(&alone).count(), 0);
+            for region in 0..4 {
+                let pages = region * REGION_PAGES..(region + 1) * REGION_PAGES;
+                if copied.count_in(pages.clone()) > 0 {
+                    prop_assert!(content.runs_in(pages).flatten().all(|page| copied.contains(page)));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! Carrying out a [`MemoryPlan`]: pages that the guest is known to write are copied before it runs.
+//!
+//! A page that the guest writes while it is mapped from a snapshot costs an exit, a fault in the
+//! host's page tables with a copy, and, if it had been read before, one exit more. A huge page that
+//! was zeroed while the shell waited costs the copying alone, and its 512 pages cost one exit. So
+//! a shell keeps some huge pages in reserve, and a thaw moves them (`mremap`, which moves page
+//! tables, not bytes) to the regions that are written most. KVM's memslot names addresses, not
+//! mappings, so it does not notice.
+
+use std::{
+    os::fd::{AsRawFd, BorrowedFd},
+    ptr::NonNull,
+};
+
+use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
+
+use crate::memory::{Memory, MemoryError, PAGE};
+
+const REGION_BYTES: usize = REGION as usize;
+const REGION_PAGES: u64 = REGION / PAGE;
+
+/// A plan can't be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Its runs are not what runs of pages of this memory can be.
+    #[error("plan for guest memory: {0}")]
+    Malformed(String),
+    /// The kernel refused.
+    #[error("plan for guest memory: {what}: {source}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The snapshot's memory can't be mapped.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+fn kernel(what: &'static str) -> PlanError {
+    PlanError::Kernel { what, source: std::io::Error::last_os_error() }
+}
+
+/// Huge pages in reserve: one private range, zeroed and present as far as the kernel had memory.
+#[derive(Debug)]
+pub struct Spares {
+    start: NonNull<u8>,
+    left: usize,
+}
+
+// SAFETY: the range belongs to this value alone and to no thread.
+unsafe impl Send for Spares {}
+
+impl Spares {
+    /// Makes `count` of them.
+    ///
+    /// # Errors
+    /// [`PlanError::Malformed`] if they are too many, [`PlanError::Kernel`] if there is no address
+    /// space. That memory is scarce is no error: a thaw then waits for it.
+    pub fn make(count: u16) -> Result<Self, PlanError> {
+        if count > MAX_SPARES {
+            return Err(PlanError::Malformed(format!(
+                "{count} huge pages in reserve exceed {MAX_SPARES}"
+            )));
+        }
+        let left = usize::from(count);
+        if left == 0 {
+            return Ok(Self { start: NonNull::dangling(), left });
+        }
+        let bytes = left * REGION_BYTES;
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice.
+        let pointer = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes + REGION_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if pointer == libc::MAP_FAILED {
+            return Err(kernel("cannot reserve huge pages"));
+        }
+        let start = NonNull::new(pointer.cast::<u8>()).ok_or_else(|| kernel("mmap gave null"))?;
+        // SAFETY: the padding is less than the one region that was mapped beyond `bytes`.
+        let start = unsafe { start.add(start.as_ptr().align_offset(REGION_BYTES)) };
+        // SAFETY: advice on our own mapping. Without huge pages, or without enough memory, pages
+        // come when they are first written.
+        unsafe {
+            libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
+            libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE);
+        }
+        Ok(Self { start, left })
+    }
+
+    /// Moves the last `count` of them to `target`, in place of what is mapped there; false if
+    /// there are not that many.
+    ///
+    /// # Safety
+    /// `target` is aligned to [`REGION`], and `count` regions from it belong to the caller.
+    unsafe fn move_to(&mut self, target: *mut u8, count: usize) -> Result<bool, PlanError> {
+        let Some(left) = self.left.checked_sub(count) else { return Ok(false) };
+        let bytes = count * REGION_BYTES;
+        // SAFETY: the source lies within our own range, whose last `count` regions nobody uses and
+        // which are forgotten below; the target is the caller's.
+        let moved = unsafe {
+            libc::mremap(
+                self.start.as_ptr().add(left * REGION_BYTES).cast(),
+                bytes,
+                bytes,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                target,
+            )
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(kernel("mremap"));
+        }
+        self.left = left;
+        Ok(true)
+    }
+
+    /// Gives back what is left.
+    pub fn release(&mut self) {
+        if self.left > 0 {
+            // SAFETY: the range is our own, and nothing refers to it.
+            unsafe { libc::munmap(self.start.as_ptr().cast(), self.left * REGION_BYTES) };
+            self.left = 0;
+        }
+    }
+}
+
+impl Drop for Spares {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Copies what `plan` names. `file` is the snapshot's memory, which is mapped over `memory`.
+///
+/// # Errors
+/// Any [`PlanError`]. Some pages may have been copied then.
+pub fn carry_out(
+    plan: &MemoryPlan,
+    memory: &Memory,
+    file: BorrowedFd<'_>,
+    spares: &mut Spares,
+) -> Result<(), PlanError> {
+    check(&plan.copied, memory.bytes())?;
+    check(&plan.populated, memory.bytes())?;
+    if !plan.copied.is_empty() {
+        let source = View::of(file, memory.bytes())?;
+        for group in groups(&plan.copied, memory.bytes())? {
+            let target = memory.host_pointer(group.start * REGION);
+            let count = (group.end - group.start) as usize;
+            // SAFETY: whole regions within guest memory, as `groups` has checked, which is aligned
+            // to them; no vCPU runs, and devices hold addresses, not contents.
+            unsafe {
+                if !spares.move_to(target, count)? {
+                    map_zeroes(target, count)?;
+                }
+            }
+        }
+        for run in &plan.copied {
+            let (offset, bytes) = extent(run);
+            let target = memory.host_pointer(offset);
+            // SAFETY: both ranges have been checked against the size of guest memory, which is the
+            // view's too; they are different mappings; nobody else writes either meanwhile.
+            unsafe {
+                std::ptr::copy_nonoverlapping(source.start.add(offset as usize), target, bytes);
+            }
+        }
+    }
+    for run in &plan.populated {
+        let (offset, bytes) = extent(run);
+        let target = memory.host_pointer(offset).cast();
+        // SAFETY: the range lies within guest memory, and the advice changes no contents. Where
+        // the kernel does not know it, pages are copied when they are written.
+        unsafe { libc::madvise(target, bytes, libc::MADV_POPULATE_WRITE) };
+    }
+    Ok(())
+}
+
+fn extent(run: &PageRun) -> (u64, usize) {
+    (u64::from(run.first) * PAGE, (u64::from(run.pages) * PAGE) as usize)
+}
+
+/// Runs must be few, in order, disjoint, and within memory.
+fn check(runs: &[PageRun], memory_bytes: u64) -> Result<(), PlanError> {
+    if runs.len() > MAX_RUNS {
+        return Err(PlanError::Malformed(format!("{} runs exceed {MAX_RUNS}", runs.len())));
+    }
+    let mut next = 0;
+    for run in runs {
+        let end = u64::from(run.first) + u64::from(run.pages);
+        if run.pages == 0 || u64::from(run.first) < next || end * PAGE > memory_bytes {
+            return Err(PlanError::Malformed(format!("{run:?} is out of place")));
+        }
+        next = end;
+    }
+    Ok(())
+}
+
+/// Maximal ranges of consecutive regions that checked runs lie in.
+fn groups(runs: &[PageRun], memory_bytes: u64) -> Result<Vec<std::ops::Range<u64>>, PlanError> {
+    let mut groups: Vec<std::ops::Range<u64>> = Vec::new();
+    for run in runs {
+        let start = u64::from(run.first) / REGION_PAGES;
+        let end = (u64::from(run.first) + u64::from(run.pages)).div_ceil(REGION_PAGES);
+        if end * REGION > memory_bytes {
+            return Err(PlanError::Malformed(format!("{run:?} is in a region that is not whole")));
+        }
+        match groups.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ => groups.push(start..end),
+        }
+    }
+    Ok(groups)
+}
+
+/// Maps fresh zeroes, when the reserve is used up.
+///
+/// # Safety
+/// As for [`Spares::move_to`].
+unsafe fn map_zeroes(target: *mut u8, count: usize) -> Result<(), PlanError> {
+    let bytes = count * REGION_BYTES;
+    // SAFETY: the caller's promise.
+    let mapped = unsafe {
+        libc::mmap(
+            target.cast(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(kernel("mmap of zeroes"));
+    }
+    // SAFETY: advice on the mapping that was just made.
+    unsafe { libc::madvise(target.cast(), bytes, libc::MADV_HUGEPAGE) };
+    Ok(())
+}
+
+/// A snapshot's memory, mapped for reading.
+pub struct View {
+    start: *const u8,
+    bytes: usize,
+}
+
+impl View {
+    /// Maps the first `bytes` bytes of `file`, which must be sealed against writing and shrinking.
+    ///
+    /// # Errors
+    /// [`MemoryError::FileSize`], [`MemoryError::Map`].
+    pub fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
+        let found = rustix::fs::fstat(file).map_err(|e| MemoryError::Map(e.into()))?.st_size;
+        if (found as u64) < bytes {
+            return Err(MemoryError::FileSize { found: found as u64, expected: bytes });
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice; that the file does not
+        // shrink under it is what the sealed memfd of a resident snapshot is for.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(MemoryError::Map(std::io::Error::last_os_error()));
+        }
+        Ok(Self { start: start.cast(), bytes: bytes as usize })
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
+        // against writing, as the protocol demands.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: the range is this value's own mapping, and no slice of it outlives `self`.
+        unsafe { libc::munmap(self.start.cast_mut().cast(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write, os::fd::AsFd};
+
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn run(first: u32, pages: u32) -> PageRun {
+        PageRun { first, pages }
+    }
+
+    /// 16 MiB in which every page holds its own number, but for region 3, which is a hole.
+    fn snapshot() -> File {
+        let mut bytes = vec![0; 16 << 20];
+        for (number, page) in bytes.chunks_mut(PAGE as usize).enumerate() {
+            if number as u64 / REGION_PAGES != 3 {
+                page.fill(number as u8 | 1);
+            }
+        }
+        let memfd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let mut file = File::from(memfd);
+        file.write_all(&bytes).unwrap();
+        file
+    }
+
+    fn thawed(plan: &MemoryPlan, spares: u16) -> Result<(Memory, File), PlanError> {
+        let (memory, file) = (Memory::reserve(16).unwrap(), snapshot());
+        memory.map_file(file.as_fd()).unwrap();
+        let mut spares = Spares::make(spares).unwrap();
+        carry_out(plan, &memory, file.as_fd(), &mut spares)?;
+        spares.release();
+        Ok((memory, file))
+    }
+
+    fn same(memory: &Memory, file: &File) -> bool {
+        let view = View::of(file.as_fd(), memory.bytes()).unwrap();
+        // SAFETY: there is no guest and no device.
+        unsafe { memory.contents() == view.bytes() }
+    }
+
+    #[test]
+    fn contents_are_the_snapshots_whatever_the_plan() {
+        // Regions 1 and 2 whole, 3 as the hole that it is, 5 whole; the reserve holds all, some,
+        // or none of them.
+        let copied = vec![run(512, 1024), run(2560, 512)];
+        for spares in [0, 1, 3, 8] {
+            let populated = vec![run(10, 20), run(3000, 1)];
+            let plan = MemoryPlan { copied: copied.clone(), populated };
+            let (memory, file) = thawed(&plan, spares).unwrap();
+            assert!(same(&memory, &file));
+            // Writes are private, copied page or not.
+            for page in [0u64, 512, 2561, 4095] {
+                memory.guest().write_obj(0u8, GuestAddress(page * PAGE)).unwrap();
+            }
+            assert!(!same(&memory, &file));
+            assert!(same(&thawed(&plan, spares).unwrap().0, &file));
+        }
+    }
+
+    #[test]
+    fn plans_that_do_not_fit_are_refused() {
+        for copied in [
+            vec![run(4096, 1)],
+            vec![run(4095, 2)],
+            vec![run(u32::MAX, u32::MAX)],
+            vec![run(5, 0)],
+            vec![run(5, 5), run(9, 1)],
+            vec![run(9, 1), run(5, 1)],
+            vec![run(1, 1); MAX_RUNS + 1],
+        ] {
+            let plan = MemoryPlan { copied: copied.clone(), populated: vec![] };
+            assert!(matches!(thawed(&plan, 1), Err(PlanError::Malformed(_))), "{copied:?}");
+            let plan = MemoryPlan { copied: vec![], populated: copied.clone() };
+            assert!(matches!(thawed(&plan, 1), Err(PlanError::Malformed(_))), "{copied:?}");
+        }
+        assert!(matches!(Spares::make(MAX_SPARES + 1), Err(PlanError::Malformed(_))));
+        // 17 MiB end in half a region.
+        assert!(groups(&[run(4096, 1)], 17 * MIB).is_err());
+        assert_eq!(groups(&[run(4095, 1)], 17 * MIB).unwrap(), vec![7..8]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_plan_is_carried_out_or_refused(
+            runs in proptest::collection::vec((0u32..4200, 0u32..1200), 0..6),
+            populated in any::<bool>(),
+        ) {
+            let runs: Vec<_> = runs.into_iter().map(|(first, pages)| run(first, pages)).collect();
+            let plan = match populated {
+                true => MemoryPlan { copied: vec![], populated: runs },
+                false => MemoryPlan { copied: runs, populated: vec![] },
+            };
+            if let Ok((memory, file)) = thawed(&plan, 2) {
+                // Pages of a copied region that no run names are zero, so compare what is named.
+                let view = View::of(file.as_fd(), memory.bytes()).unwrap();
+                for run in plan.copied.iter().chain(&plan.populated) {
+                    let (offset, bytes) = extent(run);
+                    let range = offset as usize..offset as usize + bytes;
+                    // SAFETY: there is no guest and no device.
+                    let same = unsafe { memory.contents()[range.clone()] == view.bytes()[range] };
+                    prop_assert!(same);
+                }
+            }
+        }
+    }
+}
