@@ -37,11 +37,12 @@ pub struct Clock {
 }
 
 /// All phases in the order in which they happen.
-const PHASES: [Phase; 9] = [
+const PHASES: [Phase; 10] = [
     Phase::ProcessStart,
     Phase::ShellReady,
     Phase::Received,
     Phase::Mapped,
+    Phase::Populated,
     Phase::DevicesSet,
     Phase::VcpuSet,
     Phase::Entered,
