@@ -183,6 +183,14 @@ pub enum ToVmm {
     Stats,
     /// End the process. Answer: [`FromVmm::Exited`].
     Stop,
+    /// Put a thawed microVM, running or paused, back to its snapshot: every page that was written,
+    /// vCPUs, interrupt controllers, clocks, devices, disks. It stays paused, and its clocks stand,
+    /// until bytes come on the invoke connection (or are there already). Descriptors: a new host
+    /// end of the invoke connection, which replaces the old one with all that is still in it; the
+    /// VMM's own `/proc/PID/pagemap`, opened without CAP_SYS_ADMIN, so that it tells no physical
+    /// addresses. Refused after [`ToVmm::Attach`]. Answer: [`FromVmm::Reset`]; a reset that fails
+    /// once it has begun ends the process.
+    Reset,
 }
 
 /// VMM to host.
@@ -205,6 +213,8 @@ pub enum FromVmm {
     Failed(Failure),
     /// The guest, or the VMM, ended; the process exits with [`ExitReason::code`].
     Exited(Exit),
+    /// The microVM is as its snapshot was.
+    Reset(ResetReport),
 }
 
 /// One moment of the VMM's work.
@@ -217,7 +227,8 @@ pub enum Phase {
     ShellReady,
     /// The request was received.
     Received,
-    /// Guest memory is mapped (thaw) or the kernel is loaded (boot).
+    /// Guest memory is mapped (thaw), the kernel is loaded (boot), or all pages that were written
+    /// are back (reset).
     Mapped,
     /// The pages of the [`MemoryPlan`] are copied (thaw).
     Populated,
@@ -231,6 +242,8 @@ pub enum Phase {
     FirstExit,
     /// The first byte from the guest reached the host's socket.
     FirstByte,
+    /// All vCPUs are stopped and drained (reset).
+    Stopped,
 }
 
 /// Moments in nanoseconds of `CLOCK_MONOTONIC`, in the order in which they were taken.
@@ -257,6 +270,17 @@ pub struct SaveReport {
     /// memory file, least significant bit first, set where the page was written.
     pub bitmap_bytes: u64,
     /// How long the vCPUs had been stopped when writing ended, in nanoseconds.
+    pub duration_ns: u64,
+}
+
+/// What [`ToVmm::Reset`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetReport {
+    /// `Received`, `Stopped`, `Mapped`, `DevicesSet`, `VcpuSet` of this reset.
+    pub stamps: Stamps,
+    /// Pages of 4 KiB that were copied back.
+    pub pages: u64,
+    /// From the request to the last vCPU's restored state, in nanoseconds.
     pub duration_ns: u64,
 }
 

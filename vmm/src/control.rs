@@ -215,6 +215,7 @@ impl Server {
             ToVmm::Pause => vm.pause().map(|()| FromVmm::Done),
             ToVmm::Resume => vm.resume().map(|()| FromVmm::Done),
             ToVmm::Save { base } => vm.save(base, descriptors).map(FromVmm::Saved),
+            ToVmm::Reset => vm.reset(descriptors, watch_stream).map(FromVmm::Reset),
             ToVmm::Stats => Ok(FromVmm::Stats(vm.stats())),
             ToVmm::Stop => Err(RequestError::Ended(Exit {
                 reason: ExitReason::Stopped,

@@ -80,6 +80,7 @@ pub struct Machine {
     rng: Mutex<VirtioMmio<Rng>>,
     disks: Vec<Mutex<VirtioMmio<Block>>>,
     serial: Option<Mutex<Serial<IrqLine, NoEvents, Stderr>>>,
+    vm: Arc<VmFd>,
 }
 
 /// Saved state of all devices.
@@ -145,7 +146,7 @@ impl Machine {
             let irq = IrqLine { vm: vm.clone(), line: SERIAL_IRQ };
             Mutex::new(Serial::new(irq, std::io::stderr()))
         });
-        Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial }
+        Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial, vm: vm.clone() }
     }
 
     /// Number of virtio devices for `disks` block devices.
@@ -329,6 +330,20 @@ impl Machine {
             lock(disk).restore(saved).map_err(refused(&disk_name(slot)))?;
         }
         Ok(())
+    }
+
+    /// Goes back to the state that [`Self::restore`] took over, from any state; media stay.
+    ///
+    /// # Errors
+    /// [`MachineRestoreError`].
+    pub fn reset(&self, state: &MachineState) -> Result<(), MachineRestoreError> {
+        if let Some(serial) = &self.serial {
+            // A snapshot has no serial port's state: a thawed guest finds it as after power-on.
+            let mut serial = lock(serial);
+            *serial =
+                Serial::new(IrqLine { vm: self.vm.clone(), line: SERIAL_IRQ }, std::io::stderr());
+        }
+        self.restore(state)
     }
 }
 

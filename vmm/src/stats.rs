@@ -37,10 +37,11 @@ pub struct Clock {
 }
 
 /// All phases in the order in which they happen.
-const PHASES: [Phase; 10] = [
+const PHASES: [Phase; 11] = [
     Phase::ProcessStart,
     Phase::ShellReady,
     Phase::Received,
+    Phase::Stopped,
     Phase::Mapped,
     Phase::Populated,
     Phase::DevicesSet,

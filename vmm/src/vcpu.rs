@@ -27,6 +27,7 @@ use crate::{
     machine::{Machine, PortEffect},
     memory::Memory,
     seccomp,
+    snapshot::SavedVm,
     stats::{Clock, ExitCounters, ExitKind},
 };
 
@@ -59,12 +60,26 @@ pub enum Reply {
     Ended(Exit),
 }
 
-/// A thaw as the vCPU threads see it. The last one to have restored its vCPU puts the first
-/// message into the receive queue (its interrupt needs every LAPIC in place) and opens the gate;
-/// so between the device thread and `KVM_RUN` lies one hand-over, however many vCPUs there are.
+/// How much of a vCPU's state a [`ThawPlan`] restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// All of it, to a vCPU that has never run.
+    Thaw,
+    /// All of it, to a vCPU that has run: also what no snapshot keeps because it is always the
+    /// same before the first run.
+    Reset,
+    /// What goes on while a vCPU does not run: TSC and timer.
+    Clocks,
+}
+
+/// A thaw as the vCPU threads see it. If it resumes, the last one to have restored its vCPU puts
+/// the first message into the receive queue (its interrupt needs every LAPIC in place) and opens
+/// the gate; so between the device thread and `KVM_RUN` lies one hand-over, however many vCPUs
+/// there are.
 pub struct ThawPlan {
-    states: Vec<VcpuState>,
+    saved: Arc<SavedVm>,
     tsc_shift: i64,
+    part: Part,
     resume: bool,
     missing: AtomicUsize,
     gate: Mutex<Gate>,
@@ -80,10 +95,10 @@ enum Gate {
 
 impl ThawPlan {
     /// A plan for all vCPUs. `tsc_shift`: see [`VcpuState::restore`].
-    pub fn new(states: Vec<VcpuState>, tsc_shift: i64, resume: bool) -> Self {
-        let missing = AtomicUsize::new(states.len());
+    pub fn new(saved: Arc<SavedVm>, tsc_shift: i64, part: Part, resume: bool) -> Self {
+        let missing = AtomicUsize::new(saved.vcpus.len());
         let gate = Mutex::new(Gate::Closed);
-        Self { states, tsc_shift, resume, missing, gate, opened: Condvar::new() }
+        Self { saved, tsc_shift, part, resume, missing, gate, opened: Condvar::new() }
     }
 
     fn open(&self, gate: Gate) {
@@ -110,6 +125,8 @@ pub struct Shared {
     pub exits: Arc<ExitCounters>,
     /// The MSRs that make up a vCPU's state.
     pub msrs: Vec<u32>,
+    /// MSRs that a guest can write and no snapshot keeps, with their power-on values.
+    pub power_on_msrs: Vec<(u32, u64)>,
     /// Rung when a vCPU ends by itself.
     pub bell: rustix::fd::OwnedFd,
 }
@@ -272,16 +289,26 @@ impl Worker {
     }
 
     fn thaw(&mut self, plan: &ThawPlan) -> Reply {
-        let Some(state) = plan.states.get(usize::from(self.id)) else {
+        let Some(state) = plan.saved.vcpus.get(usize::from(self.id)) else {
             return Reply::Stopped;
         };
-        if let Err(error) = state.restore(&self.fd, plan.tsc_shift) {
+        let result = match plan.part {
+            Part::Thaw => state.restore(&self.fd, plan.tsc_shift),
+            Part::Reset => vcpu_state::accept_pending(&self.fd)
+                .and_then(|()| vcpu_state::set_msrs(&self.fd, &self.shared.power_on_msrs))
+                .and_then(|()| state.restore(&self.fd, plan.tsc_shift)),
+            Part::Clocks => state.restore_clocks(&self.fd, plan.tsc_shift),
+        };
+        if let Err(error) = result {
             plan.open(Gate::Broken);
             return Reply::Failed(error);
         }
+        self.entered = false;
         if plan.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.shared.clock.stamp(Phase::VcpuSet);
-            let gate = match self.shared.machine.pump() {
+            // Without a resume the bytes wait in the stream, where they resume the guest later.
+            let pumped = if plan.resume { self.shared.machine.pump() } else { Ok(()) };
+            let gate = match pumped {
                 Ok(()) => Gate::Open,
                 Err(error) => {
                     plan.open(Gate::Broken);

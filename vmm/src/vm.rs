@@ -3,6 +3,8 @@
 //! A [`Vm`] is built once and never rebuilt. It is *empty* until boot or thaw, then *running* or
 //! *paused*; a request that does not fit its state is refused and changes nothing.
 
+mod reset;
+
 use std::{
     fs::File,
     io::Seek,
@@ -21,14 +23,15 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::{
-    arch::{self, boot, cpuid::Signature, vcpu_state, vm_state::VmState},
+    arch::{self, boot, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
     machine::{Machine, MachineRestoreError},
     memory::{Memory, MemoryError},
     plan::{self, PlanError, Spares, View},
     snapshot::{self, SavedVm},
     stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
-    vcpu::{self, Command, Reply, Shared, ThawPlan, Vcpu},
+    vcpu::{self, Command, Part, Reply, Shared, ThawPlan, Vcpu},
 };
+use reset::Origin;
 
 /// Largest difference of TSC frequencies that a thaw tolerates, in millionths: what NTP corrects
 /// without stepping.
@@ -109,6 +112,10 @@ pub struct Vm {
     clock: Arc<Clock>,
     tsc_offset: i64,
     state: State,
+    /// What this VM was thawed from.
+    origin: Option<Origin>,
+    /// Paused where the snapshot left it: its clocks are set when it runs.
+    fresh: bool,
 }
 
 impl Vm {
@@ -155,6 +162,8 @@ impl Vm {
         }
         let msrs = vcpu_state::msr_list(kvm, &descriptors[0])
             .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
+        let power_on_msrs = msrs::beyond(&descriptors[0], &msrs)
+            .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
         let tsc_khz = descriptors[0].get_tsc_khz().map_err(kvm_error("GET_TSC_KHZ"))?;
 
         let shared = Arc::new(Shared {
@@ -163,6 +172,7 @@ impl Vm {
             clock: clock.clone(),
             exits: Arc::new(ExitCounters::default()),
             msrs,
+            power_on_msrs,
             bell: vcpu::bell().map_err(io_error("eventfd"))?,
         });
         vcpu::install_kick_handler().map_err(io_error("sigaction"))?;
@@ -186,6 +196,8 @@ impl Vm {
             clock,
             tsc_offset: 0,
             state: State::Empty,
+            origin: None,
+            fresh: false,
         })
     }
 
@@ -251,8 +263,7 @@ impl Vm {
         }
         self.all_stopped()?;
         self.clock.stamp(Phase::VcpuSet);
-        self.run();
-        Ok(())
+        self.run()
     }
 
     /// Restores a snapshot. `watch` gets the invoke stream before the guest can close it.
@@ -272,7 +283,7 @@ impl Vm {
         let memory = next(&mut descriptors)?;
         let state = File::from(next(&mut descriptors)?);
         let stream = UnixStream::from(next(&mut descriptors)?);
-        let saved = self.read_state(&state)?;
+        let saved = Arc::new(self.read_state(&state)?);
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
         plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
@@ -281,12 +292,24 @@ impl Vm {
         self.machine.restore(&saved.machine)?;
         watch(stream.as_fd())?;
         self.machine.set_host_stream(stream);
-        saved.vm.restore(&self.vm).map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
+        self.set_processors(&saved, Part::Thaw, resume)?;
+        self.origin = Some(Origin::new(saved, memory));
+        Ok(())
+    }
+
+    /// Restores interrupt controllers, clock and vCPUs, or a part of them, in the order that KVM
+    /// demands; then runs, or stays paused and fresh.
+    fn set_processors(&mut self, saved: &Arc<SavedVm>, part: Part, resume: bool) -> Result<()> {
+        match part {
+            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm),
+            Part::Clocks => saved.vm.restore_clock(&self.vm),
+        }
+        .map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
         self.clock.stamp(Phase::DevicesSet);
         let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
         self.tsc_offset =
             saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
-        let thaw = Arc::new(ThawPlan::new(saved.vcpus, shift, resume));
+        let thaw = Arc::new(ThawPlan::new(saved.clone(), shift, part, resume));
         for vcpu in &self.vcpus {
             vcpu.tell(Command::Thaw(thaw.clone()));
         }
@@ -296,6 +319,7 @@ impl Vm {
             self.all_stopped()?;
             self.state = State::Paused;
         }
+        self.fresh = !resume;
         Ok(())
     }
 
@@ -381,8 +405,7 @@ impl Vm {
             return Ok(());
         }
         self.expect(State::Paused)?;
-        self.run();
-        Ok(())
+        self.run()
     }
 
     /// The invoke stream has become readable or writable. Bytes for a paused guest resume it.
@@ -393,6 +416,9 @@ impl Vm {
         if self.state == State::Paused && !self.machine.host_has_bytes() {
             return Ok(());
         }
+        if self.fresh {
+            return self.run();
+        }
         self.machine.pump().map_err(|error| {
             RequestError::Ended(Exit {
                 reason: ExitReason::DeviceViolation,
@@ -400,7 +426,7 @@ impl Vm {
             })
         })?;
         if self.state == State::Paused {
-            self.run();
+            self.run()?;
         }
         Ok(())
     }
@@ -423,7 +449,11 @@ impl Vm {
         self.machine
             .replace(usize::from(slot), source, &mut descriptors)
             .ok_or_else(|| bad(format!("there is no disk slot {slot}")))?
-            .map_err(|error| bad(error.to_string()))
+            .map_err(|error| bad(error.to_string()))?;
+        if let Some(origin) = &mut self.origin {
+            origin.attached = true;
+        }
+        Ok(())
     }
 
     /// Writes the paused VM down.
@@ -516,11 +546,18 @@ impl Vm {
         }
     }
 
-    fn run(&mut self) {
+    /// Lets the vCPUs run. From a fresh pause as at a thaw: by the snapshot's clocks, and with what
+    /// the host has sent in the receive queue before the first instruction.
+    fn run(&mut self) -> Result<()> {
+        if let Some(origin) = self.origin.as_ref().filter(|_| self.fresh) {
+            let saved = origin.saved.clone();
+            return self.set_processors(&saved, Part::Clocks, true);
+        }
         for vcpu in &self.vcpus {
             vcpu.tell(Command::Run);
         }
         self.state = State::Running;
+        Ok(())
     }
 
     fn expect(&self, state: State) -> Result<()> {

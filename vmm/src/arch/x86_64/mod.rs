@@ -17,6 +17,7 @@
 pub mod boot;
 pub mod cpuid;
 pub mod mptable;
+pub mod msrs;
 pub mod vcpu_state;
 pub mod vm_state;
 

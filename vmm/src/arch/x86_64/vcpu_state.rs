@@ -17,8 +17,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::stats::ioctl_error;
 
-const MSR_TSC: u32 = 0x10;
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const MSR_TSC: u32 = 0x10;
+pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// MSRs that one ioctl may read or write at most.
+const MSRS_AT_ONCE: usize = 255;
 
 // Device attributes of a vCPU: kvm-ioctls has them for aarch64 only. `_IOW(KVMIO, nr, 24 bytes)`.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
@@ -89,31 +92,43 @@ pub fn msr_list(kvm_fd: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, VcpuStateError>
         .filter(|&index| index != MSR_TSC && index != MSR_TSC_DEADLINE)
         .collect();
     retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
-    let mut values = read_msrs(vcpu, &indices)?;
-    // Writing what was read: the first refusal names an MSR to leave out; go on behind it.
-    let mut writable = Vec::with_capacity(values.len());
-    while !values.is_empty() {
-        let done = vcpu.set_msrs(&msrs_of(&values)?).map_err(kvm("SET_MSRS"))?;
-        writable.extend(values.iter().take(done).map(|&(index, _)| index));
-        values.drain(..(done + 1).min(values.len()));
-    }
+    let values = retain_writable(vcpu, read_msrs(vcpu, &indices)?)?;
+    let mut writable: Vec<u32> = values.into_iter().map(|(index, _)| index).collect();
     if kvm_fd.check_extension(Cap::TscDeadlineTimer) {
         writable.push(MSR_TSC_DEADLINE);
     }
     Ok(writable)
 }
 
+/// Drops from `values` those that KVM does not let us write back.
+pub(super) fn retain_writable(
+    vcpu: &VcpuFd,
+    mut values: Vec<(u32, u64)>,
+) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    // The first refusal names an MSR to leave out; go on behind it.
+    let mut writable = Vec::with_capacity(values.len());
+    while !values.is_empty() {
+        let batch = &values[..values.len().min(MSRS_AT_ONCE)];
+        let done = vcpu.set_msrs(&msrs_of(batch)?).map_err(kvm("SET_MSRS"))?;
+        writable.extend(&values[..done]);
+        let refused = usize::from(done < batch.len());
+        values.drain(..done + refused);
+    }
+    Ok(writable)
+}
+
 /// Drops from `indices` those that KVM can't read.
-fn retain_prefix_failures(
+pub(super) fn retain_prefix_failures(
     indices: &mut Vec<u32>,
     get: impl Fn(&mut Msrs) -> Result<usize, kvm_ioctls::Error>,
 ) -> Result<(), VcpuStateError> {
     let mut from = 0;
     while from < indices.len() {
-        let entries: Vec<_> = indices[from..].iter().map(|&index| (index, 0)).collect();
+        let batch = indices[from..].iter().take(MSRS_AT_ONCE);
+        let entries: Vec<_> = batch.map(|&index| (index, 0)).collect();
         let done = get(&mut msrs_of(&entries)?).map_err(kvm("GET_MSRS"))?;
         from += done;
-        if from < indices.len() {
+        if done < entries.len() {
             indices.remove(from);
         }
     }
@@ -128,14 +143,18 @@ fn msrs_of(values: &[(u32, u64)]) -> Result<Msrs, VcpuStateError> {
     Msrs::from_entries(&entries).map_err(|_| kvm("MSRS")(kvm_ioctls::Error::new(libc::E2BIG)))
 }
 
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
-    let values: Vec<_> = indices.iter().map(|&index| (index, 0)).collect();
-    let mut msrs = msrs_of(&values)?;
-    let done = vcpu.get_msrs(&mut msrs).map_err(kvm("GET_MSRS"))?;
-    if let Some(&index) = indices.get(done) {
-        return Err(VcpuStateError::Msr { verb: "read", index });
+pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let mut values = Vec::with_capacity(indices.len());
+    for batch in indices.chunks(MSRS_AT_ONCE) {
+        let entries: Vec<_> = batch.iter().map(|&index| (index, 0)).collect();
+        let mut msrs = msrs_of(&entries)?;
+        let done = vcpu.get_msrs(&mut msrs).map_err(kvm("GET_MSRS"))?;
+        if let Some(&index) = batch.get(done) {
+            return Err(VcpuStateError::Msr { verb: "read", index });
+        }
+        values.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
     }
-    Ok(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)).collect())
+    Ok(values)
 }
 
 impl VcpuState {
@@ -191,14 +210,51 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
         // Before the deadline MSR, which counts in guest TSC.
         set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(tsc_shift))?;
-        let done = vcpu.set_msrs(&msrs_of(&self.msrs)?).map_err(kvm("SET_MSRS"))?;
-        if let Some(&(index, _)) = self.msrs.get(done) {
-            return Err(VcpuStateError::Msr { verb: "set", index });
-        }
+        set_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("SET_VCPU_EVENTS"))?;
         mark_paused(vcpu);
         Ok(())
     }
+
+    /// Writes again what has gone on since [`Self::restore`] although the vCPU did not run: TSC and
+    /// timer.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn restore_clocks(&self, vcpu: &VcpuFd, tsc_shift: i64) -> Result<(), VcpuStateError> {
+        // A timer that is not armed by its MSR counts in the LAPIC.
+        vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
+        set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(tsc_shift))?;
+        let deadline = self.msrs.iter().find(|(index, _)| *index == MSR_TSC_DEADLINE);
+        set_msrs(vcpu, deadline.map_or(&[], std::slice::from_ref))?;
+        mark_paused(vcpu);
+        Ok(())
+    }
+}
+
+/// Makes KVM accept what other vCPUs have sent to this stopped one, INIT, SIPI and NMI, which it
+/// would otherwise keep beside the state that is about to be restored, and act on afterwards.
+///
+/// # Errors
+/// KVM's.
+pub fn accept_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+    vcpu.get_mp_state().map_err(kvm("GET_MP_STATE"))?;
+    vcpu.get_vcpu_events().map_err(kvm("GET_VCPU_EVENTS"))?;
+    Ok(())
+}
+
+/// Writes MSRs, all or an error.
+///
+/// # Errors
+/// KVM's; a short count is one.
+pub fn set_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuStateError> {
+    for batch in values.chunks(MSRS_AT_ONCE) {
+        let done = vcpu.set_msrs(&msrs_of(batch)?).map_err(kvm("SET_MSRS"))?;
+        if let Some(&(index, _)) = batch.get(done) {
+            return Err(VcpuStateError::Msr { verb: "set", index });
+        }
+    }
+    Ok(())
 }
 
 /// Enables in XCR0 all that the guest's CPUID offers, before it runs.

@@ -42,6 +42,14 @@ impl VmState {
             chip.chip_id = id;
             vm.set_irqchip(&chip)?;
         }
+        self.restore_clock(vm)
+    }
+
+    /// Sets kvmclock alone.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
         // No KVM_CLOCK_REALTIME: the guest's clock goes on from where it stopped; wall-clock time
         // is the guest init's to step.
         vm.set_clock(&kvm_clock_data { clock: self.clock_ns, ..Default::default() })

@@ -1,0 +1,47 @@
+//! MSRs that a guest can write and that no snapshot keeps.
+//!
+//! `KVM_GET_MSR_INDEX_LIST` names what a migration needs, which is not all that KVM stores: memory
+//! types, machine-check banks and a few more keep whatever a guest has written. A thawed vCPU has
+//! their power-on values, since it has never run; a reset one must get them back, or they would
+//! carry messages from one request to the next. A test (`tests/msrs.rs`) goes through the MSR
+//! space of the KVM that it runs on and fails for every MSR that keeps a value and is neither in
+//! KVM's list nor here.
+
+use std::ops::RangeInclusive;
+
+use kvm_ioctls::VcpuFd;
+
+use super::vcpu_state::{VcpuStateError, read_msrs, retain_prefix_failures, retain_writable};
+
+/// Where MSRs that KVM stores and does not list may be.
+const CANDIDATES: [RangeInclusive<u32>; 10] = [
+    // Performance counters (AMD's: below) and their event selectors.
+    0xc1..=0xc8,
+    0x186..=0x18d,
+    // Machine check: MCG_CAP, MCG_STATUS, MCG_CTL.
+    0x179..=0x17b,
+    // Debug control, last branch.
+    0x1d9..=0x1de,
+    // Memory types: variable and fixed ranges, PAT, default.
+    0x200..=0x20f,
+    0x250..=0x2ff,
+    // Machine check: CTL, STATUS, ADDR and MISC of 32 banks. (CTL2 is among 0x250 to 0x2ff.)
+    0x400..=0x47f,
+    // KERNEL_GS_BASE, TSC_AUX and TSC_RATIO, which KVM lists only where the host's CPU has them.
+    0xc000_0102..=0xc000_0104,
+    // AMD: event selectors and counters, SYSCFG, HWCR, and errata that guests may know of.
+    0xc001_0000..=0xc001_001f,
+    0xc001_1020..=0xc001_102f,
+];
+
+/// The MSRs beyond `listed` that this KVM stores, with the values of a vCPU that has never run.
+///
+/// # Errors
+/// KVM's.
+pub fn beyond(vcpu: &VcpuFd, listed: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let mut indices: Vec<u32> =
+        CANDIDATES.into_iter().flatten().filter(|index| !listed.contains(index)).collect();
+    retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
+    let values = read_msrs(vcpu, &indices)?;
+    retain_writable(vcpu, values)
+}

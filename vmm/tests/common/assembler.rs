@@ -1,0 +1,127 @@
+//! Machine code of tiny guests that print what they can observe of their machine, and change it.
+
+/// Absolute addresses are 32 bits: tiny guests live in low memory.
+#[derive(Debug, Clone, Default)]
+pub struct Code(pub Vec<u8>);
+
+/// General registers in the order of their numbers, without RSP.
+pub const REGISTERS: [u8; 15] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+
+impl Code {
+    fn put(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    fn word(&mut self, word: u32) -> &mut Self {
+        self.put(&word.to_le_bytes())
+    }
+
+    fn quad(&mut self, quad: u64) -> &mut Self {
+        self.put(&quad.to_le_bytes())
+    }
+
+    /// `idle: cmpb $0,flag; je idle`
+    pub fn wait_for(&mut self, flag: u32) -> &mut Self {
+        self.put(&[0x80, 0x3c, 0x25]).word(flag).put(&[0, 0x74, 0xf6])
+    }
+
+    /// `mov $n,%ecx; l: loop l`
+    pub fn delay(&mut self, n: u32) -> &mut Self {
+        self.put(&[0xb9]).word(n).put(&[0xe2, 0xfe])
+    }
+
+    /// `l: jmp l`
+    pub fn halt(&mut self) -> &mut Self {
+        self.put(&[0xeb, 0xfe])
+    }
+
+    /// `mov %reg,address`
+    pub fn store(&mut self, register: u8, address: u32) -> &mut Self {
+        self.put(&[0x48 | register >> 3 << 2, 0x89, 4 | (register & 7) << 3, 0x25]).word(address)
+    }
+
+    /// `movabs $value,%reg`
+    pub fn load_immediate(&mut self, register: u8, value: u64) -> &mut Self {
+        self.put(&[0x48 | register >> 3, 0xb8 | register & 7]).quad(value)
+    }
+
+    /// `mov address,%rax`
+    pub fn load(&mut self, address: u32) -> &mut Self {
+        self.put(&[0x48, 0x8b, 0x04, 0x25]).word(address)
+    }
+
+    /// Lets SSE instructions run: `mov %cr4,%rax; or $OSFXSR|OSXMMEXCPT,%eax; mov %rax,%cr4`
+    pub fn enable_sse(&mut self) -> &mut Self {
+        self.put(&[0x0f, 0x20, 0xe0, 0x0d, 0, 6, 0, 0, 0x0f, 0x22, 0xe0])
+    }
+
+    /// `movups %xmmN,address`
+    pub fn store_xmm(&mut self, register: u8, address: u32) -> &mut Self {
+        self.put(&[0x0f, 0x11, 4 | register << 3, 0x25]).word(address)
+    }
+
+    /// `movups address,%xmmN`
+    pub fn load_xmm(&mut self, register: u8, address: u32) -> &mut Self {
+        self.put(&[0x0f, 0x10, 4 | register << 3, 0x25]).word(address)
+    }
+
+    /// `mov %drN,%rax`
+    pub fn load_debug(&mut self, register: u8) -> &mut Self {
+        self.put(&[0x0f, 0x21, 0xc0 | register << 3])
+    }
+
+    /// `movabs $value,%rax; mov %rax,%drN`
+    pub fn set_debug(&mut self, register: u8, value: u64) -> &mut Self {
+        self.load_immediate(0, value).put(&[0x0f, 0x23, 0xc0 | register << 3])
+    }
+
+    /// `mov %cr2,%rax`
+    pub fn load_cr2(&mut self) -> &mut Self {
+        self.put(&[0x0f, 0x20, 0xd0])
+    }
+
+    /// `movabs $value,%rax; mov %rax,%cr2`
+    pub fn set_cr2(&mut self, value: u64) -> &mut Self {
+        self.load_immediate(0, value).put(&[0x0f, 0x22, 0xd0])
+    }
+
+    /// Reads an MSR to RAX: `mov $index,%ecx; rdmsr; shl $32,%rdx; or %rdx,%rax`
+    pub fn load_msr(&mut self, index: u32) -> &mut Self {
+        self.put(&[0xb9]).word(index);
+        self.put(&[0x0f, 0x32, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0])
+    }
+
+    /// `mov $low,%eax; mov $high,%edx; mov $index,%ecx; wrmsr`
+    pub fn set_msr(&mut self, index: u32, value: u64) -> &mut Self {
+        self.put(&[0xb8]).word(value as u32).put(&[0xba]).word((value >> 32) as u32);
+        self.put(&[0xb9]).word(index).put(&[0x0f, 0x30])
+    }
+
+    /// Reads a device's register: `xor %eax,%eax; movabs address,%eax`
+    pub fn load_device(&mut self, address: u64) -> &mut Self {
+        self.put(&[0x31, 0xc0, 0xa1]).quad(address)
+    }
+
+    /// `mov $value,%eax; movabs %eax,address`
+    pub fn set_device(&mut self, address: u64, value: u32) -> &mut Self {
+        self.put(&[0xb8]).word(value).put(&[0xa3]).quad(address)
+    }
+
+    /// `xor %eax,%eax; mov $port,%edx; in (%dx),%al`
+    pub fn load_port(&mut self, port: u16) -> &mut Self {
+        self.put(&[0x31, 0xc0, 0xba]).word(port.into()).put(&[0xec])
+    }
+
+    /// `mov $value,%al; mov $port,%edx; out %al,(%dx)`
+    pub fn set_port(&mut self, port: u16, value: u8) -> &mut Self {
+        self.put(&[0xb0, value, 0xba]).word(port.into()).put(&[0xee])
+    }
+
+    /// Prints RAX, little end first: `mov $8,%ecx; mov $0x3f8,%edx; l: out %al,(%dx);
+    /// shr $8,%rax; loop l`
+    pub fn print(&mut self) -> &mut Self {
+        self.put(&[0xb9]).word(8).put(&[0xba]).word(0x3f8);
+        self.put(&[0xee, 0x48, 0xc1, 0xe8, 0x08, 0xe2, 0xf9])
+    }
+}
