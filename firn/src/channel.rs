@@ -151,6 +151,7 @@ pub(crate) fn name(message: &FromVmm) -> &'static str {
         FromVmm::Thawed(_) => "Thawed",
         FromVmm::Done => "Done",
         FromVmm::Saved(_) => "Saved",
+        FromVmm::Reset(_) => "Reset",
         FromVmm::Stats(_) => "Stats",
         FromVmm::Failed(_) => "Failed",
         FromVmm::Exited(_) => "Exited",

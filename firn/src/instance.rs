@@ -91,7 +91,7 @@ pub struct InvokeReport {
     pub max_memory_bytes: u64,
     /// The guest's TSC when it had read the event, and when it made its answer.
     pub tsc: (u64, u64),
-    /// For the first invocation after a thaw: what the guest said about its renewal.
+    /// For the first invocation after a thaw or reset: what the guest said about its renewal.
     pub renewed: Option<guest::Renewed>,
     /// After a thaw: `shell`, `sent`, `received`, `mapped`, `devices set`, `vcpu set`, `entered`,
     /// `first byte`, `renewed`, `done`; otherwise `sent`, `first byte`, `done`.
@@ -161,6 +161,14 @@ pub enum InstanceError {
         /// What was wrong.
         message: String,
     },
+    /// A guest that was reset did not repeat its new identity; it was killed.
+    #[error("the reset guest calls itself {found:?}, not {expected:?}")]
+    NotRenewed {
+        /// The identity that it was given.
+        expected: String,
+        /// What it said.
+        found: String,
+    },
     /// What was asked can't be sent: it is too long, for one.
     #[error("{0}")]
     Request(String),
@@ -219,6 +227,10 @@ pub struct Instance {
     pub(crate) function_memory_mb: u32,
     renewed: Option<guest::Renewed>,
     phases: Phases,
+    /// Something was loaded since the start.
+    pub(crate) loaded: bool,
+    /// Back at its snapshot: it needs a new identity before the next event.
+    pub(crate) fresh: bool,
     /// What it touches is to be noted when it is paused.
     pub(crate) watched: Option<Watched>,
 }
@@ -274,6 +286,8 @@ impl Instance {
             function_memory_mb,
             renewed: None,
             phases,
+            loaded: false,
+            fresh: false,
             watched: None,
         }
     }
@@ -282,7 +296,11 @@ impl Instance {
         self.renewed = Some(renewed);
     }
 
-    /// Unique for ever.
+    pub(crate) fn set_identity(&mut self, id: String) {
+        self.id = id;
+    }
+
+    /// Unique for ever; another one after a reset, from the next event on.
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -335,6 +353,7 @@ impl Instance {
     ) -> Result<LoadReport, InstanceError> {
         let trouble = InstanceError::from_trouble("load");
         let mut watch = Stopwatch::start();
+        self.loaded = true;
         self.set_log(spec.log.clone());
         if let Some(code) = &spec.code {
             let attach = ToVmm::Attach { slot: CODE_SLOT, source: DiskSource::ReadOnly };
@@ -377,6 +396,9 @@ impl Instance {
         {
             let limited = group.set_cpu(self.function_memory_mb);
             limited.map_err(|source| InstanceError::Io { operation: "limit CPU time", source })?;
+        }
+        if self.fresh {
+            return self.invoke_fresh(invocation).await;
         }
         let message = invoke_message(invocation).map_err(InstanceError::Request)?;
         if let Some(stream) = &mut self.vm.stream {

@@ -34,6 +34,7 @@ mod memfile;
 mod open;
 mod phases;
 mod process;
+mod reset;
 mod shell;
 mod snapshot;
 mod start;
@@ -52,6 +53,7 @@ pub use instance::{
 pub use log::{LogLine, LogSink};
 pub use open::OpenError;
 pub use phases::Phases;
+pub use reset::ResetReport;
 pub use shell::{Shell, ShellError};
 pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta, WorkingSetReport};
 pub use start::StartError;

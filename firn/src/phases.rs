@@ -44,6 +44,7 @@ impl Stopwatch {
         for &(phase, ns) in &stamps.0 {
             let name = match phase {
                 control::Phase::Received => "received",
+                control::Phase::Stopped => "stopped",
                 control::Phase::Mapped => "mapped",
                 control::Phase::Populated => "populated",
                 control::Phase::DevicesSet => "devices set",

@@ -256,6 +256,7 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
         control,
         group,
         delta: Some(delta),
+        pagemap: None,
         stream: None,
         patience: inner.config.patience,
     };

@@ -18,7 +18,7 @@ use std::{
 
 use firn_proto::{
     control::{DiskSource, Failure, FailureKind, FromVmm, MemoryPlan, ToVmm},
-    guest::{self, FromGuest, Renew, ToGuest},
+    guest::{self, FromGuest},
 };
 
 use crate::{
@@ -29,6 +29,7 @@ use crate::{
     instance::{self, Origin, Watched},
     memfile,
     phases::Stopwatch,
+    reset::{self, RENEW, new_identity},
     snapshot::Use,
     stream::Stream,
     vm::{Trouble, Vm, unexpected},
@@ -36,12 +37,6 @@ use crate::{
 
 /// Time from the boot request until the guest's init is ready.
 const BOOT: Duration = Duration::from_secs(20);
-
-/// Time from the thaw request until the guest has renewed itself, without its hooks.
-const RENEW: Duration = Duration::from_secs(5);
-
-/// Time that restore hooks may take.
-const HOOKS: Duration = Duration::from_secs(10);
 
 /// Kernel command line without devices. No serial ports are probed and a panic resets at once,
 /// which ends the VMM.
@@ -215,15 +210,9 @@ impl Host {
         let stream = vm.stream.insert(stream);
         stream.set_log(log);
 
-        let id = new_identity().map_err(io_at("make an identity"))?;
         let invoke = first.map(instance::invoke_message).transpose();
         let invoke = invoke.map_err(StartError::Request)?;
-        let mut entropy = vec![0; guest::ENTROPY_BYTES];
-        fill_random(&mut entropy).map_err(io_at("read entropy"))?;
-        let hook_timeout_ms = HOOKS.as_millis() as u64;
-        let wall_clock_ns = instance::wall_clock().as_nanos() as u64;
-        let instance_id = id.clone();
-        let renew = ToGuest::Renew(Renew { wall_clock_ns, entropy, instance_id, hook_timeout_ms });
+        let (id, renew) = reset::renewal().map_err(io_at("make an identity"))?;
         let queueing = |e: crate::stream::StreamError| awaiting("Thawed")(e.into());
         stream.queue(&renew).map_err(queueing)?;
         if let Some(invoke) = &invoke {
@@ -265,11 +254,7 @@ impl Host {
         }
         drop(theirs);
 
-        let within = (RENEW + HOOKS) * patience;
-        let renewed = match vm.frame(within).await.map_err(awaiting("Renewed"))? {
-            FromGuest::Renewed(renewed) => renewed,
-            other => return Err(awaiting("Renewed")(vm.violated("Renewed", &other))),
-        };
+        let renewed = reset::await_renewed(&mut vm).await.map_err(awaiting("Renewed"))?;
         first_byte(&vm, &mut watch);
         watch.mark("renewed");
         if renewed.instance_id != id {
@@ -313,35 +298,4 @@ fn cmdline(inner: &Arc<Inner>, class: ShellClass) -> String {
         cmdline.push_str(" noreplace-smp");
     }
     cmdline
-}
-
-/// 128 random bits: unique for ever.
-fn new_identity() -> io::Result<String> {
-    let mut bytes = [0; 16];
-    fill_random(&mut bytes)?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
-fn fill_random(mut bytes: &mut [u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let flags = rustix::rand::GetRandomFlags::empty();
-        let count = match rustix::rand::getrandom(&mut *bytes, flags) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other?,
-        };
-        bytes = &mut bytes[count..];
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn identities_differ() {
-        let (a, b) = (new_identity().unwrap(), new_identity().unwrap());
-        assert_eq!(a.len(), 32);
-        assert_ne!(a, b);
-    }
 }

@@ -63,6 +63,11 @@ impl Stream {
         self.log = log;
     }
 
+    /// Ends this end; its output would have gone there.
+    pub(crate) fn into_log(self) -> Option<LogSink> {
+        self.log
+    }
+
     /// Queues a message, and sends at once as much as the socket takes. The rest goes out while
     /// [`Stream::next`] waits.
     pub(crate) fn queue(&mut self, message: &ToGuest) -> Result<(), StreamError> {

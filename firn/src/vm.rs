@@ -59,6 +59,8 @@ pub(crate) struct Vm {
     pub(crate) group: Option<Arc<Group>>,
     /// The empty private delta of `/tmp`, until the guest is given it.
     pub(crate) delta: Option<OwnedFd>,
+    /// Its page tables as the kernel tells them, once it has been reset.
+    pub(crate) pagemap: Option<OwnedFd>,
     /// The invoke connection, once there is a guest.
     pub(crate) stream: Option<Stream>,
     pub(crate) patience: u32,

@@ -11,6 +11,7 @@
 mod install;
 mod jail;
 mod life;
+mod resets;
 mod snapshots;
 mod stand_in;
 
@@ -47,6 +48,10 @@ const TESTS: &[Test] = tests![
     life::the_pool_is_refilled_and_skips_the_dead,
     life::a_dropped_host_takes_its_pool_along,
     life::bad_configurations_are_named,
+    resets::a_reset_forgets_and_renews,
+    resets::only_what_a_snapshot_holds_is_reset,
+    resets::a_reset_guest_that_keeps_its_identity_never_serves,
+    resets::a_vmm_that_dies_between_reset_and_invocation_says_how,
     snapshots::base_and_function_snapshots_thaw,
     snapshots::a_guest_that_keeps_its_old_identity_never_serves,
     snapshots::every_alteration_is_named,

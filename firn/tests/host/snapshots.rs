@@ -18,7 +18,7 @@ fn meta(label: &str) -> SnapshotMeta {
 }
 
 /// A base snapshot of a guest whose page 3 holds `base`.
-async fn base(host: &Host, dir: &Path) -> Snapshot {
+pub async fn base(host: &Host, dir: &Path) -> Snapshot {
     let mut instance = boot(host).await;
     let (spec, _lines) = spec(3, "base", None);
     instance.load(&spec, true).await.unwrap();

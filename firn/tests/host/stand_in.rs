@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `log N` | prints N lines, then answers |
 //! | `page` | answers with the first bytes of the page that `load` wrote, as they are in memory now |
+//! | `write TEXT` | writes that page, then answers |
+//! | `keep identity` | answers, and never takes another identity, not even after a reset |
 //! | `die` | ends with `GuestPanic` |
 //! | `hang` | never answers |
 //! | `wrong id`, `garbage` | breaks the protocol |
@@ -34,7 +36,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 const PAGE: usize = 4096;
 
 /// Memory of the guest: the pages that are not zeros. Its first is what `page` answers with.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Memory {
     pages: BTreeMap<u64, Vec<u8>>,
     keeps_identity: bool,
@@ -44,6 +46,8 @@ struct Vmm {
     control: Arc<OwnedFd>,
     config: Option<ShellConfig>,
     memory: Arc<Mutex<Memory>>,
+    /// Memory as it was thawed.
+    origin: Option<Memory>,
 }
 
 /// Serves until the host closes the control socket.
@@ -52,7 +56,8 @@ pub fn run() -> ! {
     // in this process uses it.
     let control = Arc::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     eprintln!("the stand-in lives");
-    let mut vmm = Vmm { control: control.clone(), config: None, memory: Arc::default() };
+    let mut vmm =
+        Vmm { control: control.clone(), config: None, memory: Arc::default(), origin: None };
     while let Some((message, descriptors)) = receive(&control) {
         let answer = vmm.handle(message, descriptors).unwrap_or_else(|error| {
             FromVmm::Failed(Failure { kind: FailureKind::Io, message: error.to_string() })
@@ -133,6 +138,22 @@ impl Vmm {
                 next()?.read_exact_at(&mut first, 0)?;
                 FromVmm::Done
             }
+            ToVmm::Reset => {
+                let (stream, pagemap) = (next()?, next()?);
+                // Of this very process, and without physical addresses.
+                let witness = 1u8;
+                let mut entry = [0; 8];
+                let page = (&raw const witness) as u64 / PAGE as u64;
+                pagemap.read_exact_at(&mut entry, page * 8)?;
+                let entry = u64::from_ne_bytes(entry);
+                assert_eq!((entry >> 63, entry & ((1 << 55) - 1)), (1, 0));
+                // A guest of its own: what the last one still does, it does to another memory.
+                let mut memory = self.origin.clone().unwrap();
+                memory.keeps_identity |= self.memory.lock().unwrap().keeps_identity;
+                self.memory = Arc::new(Mutex::new(memory));
+                self.start(stream, false);
+                FromVmm::Reset(control::ResetReport { stamps: stamps(), pages: 1, duration_ns: 2 })
+            }
             ToVmm::Stats => FromVmm::Stats(control::Stats::default()),
             _ => FromVmm::Done,
         })
@@ -142,7 +163,7 @@ impl Vmm {
         u64::from(self.config.as_ref().unwrap().memory_mib) << 20
     }
 
-    fn thaw(&self, memory: &File, state: &File) -> io::Result<()> {
+    fn thaw(&mut self, memory: &File, state: &File) -> io::Result<()> {
         let mut pages = BTreeMap::new();
         let mut offset = 0;
         while let Ok(data) = rustix::fs::seek(memory, rustix::fs::SeekFrom::Data(offset)) {
@@ -153,7 +174,9 @@ impl Vmm {
         }
         let mut keeps = [0; 1];
         state.read_exact_at(&mut keeps, 0)?;
-        *self.memory.lock().unwrap() = Memory { pages, keeps_identity: keeps[0] == b'k' };
+        let memory = Memory { pages, keeps_identity: keeps[0] == b'k' };
+        *self.memory.lock().unwrap() = memory.clone();
+        self.origin = Some(memory);
         Ok(())
     }
 
@@ -270,7 +293,14 @@ impl Guest {
                 let (_, page) = memory.pages.first_key_value().unwrap();
                 payload = page.iter().copied().take_while(|b| *b != 0).collect();
             }
+            b"keep identity" => self.memory.lock().unwrap().keeps_identity = true,
             other => {
+                if let Some(text) = other.strip_prefix(b"write ") {
+                    let mut memory = self.memory.lock().unwrap();
+                    let mut page = text.to_vec();
+                    page.resize(PAGE, 0);
+                    *memory.pages.first_entry().unwrap().get_mut() = page;
+                }
                 if let Some(count) = other.strip_prefix(b"log ") {
                     let count = std::str::from_utf8(count).unwrap().parse().unwrap();
                     for line in 0..count {

@@ -1,0 +1,242 @@
+//! Taking a thawed instance back to its snapshot, and what makes a thawed guest someone else: what
+//! `isolation = per-invocation` is made of.
+//!
+//! ```text
+//!  invoke ─▶ answer ─▶ reset:  new socketpair ─▶ Reset + descriptors ─▶ paused, clean
+//!                                                                         │
+//!  next invoke:  Renew, Invoke into the socketpair: these bytes resume it ◀┘
+//!                ◀─ Renewed (identity repeated?)   ◀─ Done
+//! ```
+//!
+//! The reset happens after the answer, off any request's path; while it waits, an instance holds
+//! nothing of the request that it served.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use firn_proto::{
+    control::{FailureKind, FromVmm, ToVmm},
+    guest::{self, FromGuest, Renew, Renewed, ToGuest},
+};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::{
+    Instance, InstanceError, Invocation, InvokeReport, Phases,
+    channel::name as message_name,
+    instance::{self, Origin, invoke_message},
+    phases::Stopwatch,
+    stream::Stream,
+    vm::{Trouble, Vm, unexpected},
+};
+
+/// Time from a renewal until the guest has renewed itself, without its hooks.
+pub(crate) const RENEW: Duration = Duration::from_secs(5);
+
+/// Time that restore hooks may take.
+pub(crate) const HOOKS: Duration = Duration::from_secs(10);
+
+/// Time that a reset takes whatever was written.
+const RESET: Duration = Duration::from_secs(5);
+
+/// Memory that can be put back within a second, on a slow machine.
+const MIB_PER_SECOND: u64 = 256;
+
+/// How a reset went.
+#[derive(Debug, Clone)]
+pub struct ResetReport {
+    /// Pages of 4 KiB that were put back.
+    pub pages: u64,
+    /// From the VMM's receipt of the request to the last vCPU's restored state.
+    pub duration: Duration,
+    /// `sent`, `received`, `stopped`, `mapped` (pages are back), `devices set`, `vcpu set`, `done`.
+    pub phases: Phases,
+}
+
+/// A new identity, and the message that gives it to a guest.
+pub(crate) fn renewal() -> io::Result<(String, ToGuest)> {
+    let id = new_identity()?;
+    let mut entropy = vec![0; guest::ENTROPY_BYTES];
+    fill_random(&mut entropy)?;
+    let renew = ToGuest::Renew(Renew {
+        wall_clock_ns: instance::wall_clock().as_nanos() as u64,
+        entropy,
+        instance_id: id.clone(),
+        hook_timeout_ms: HOOKS.as_millis() as u64,
+    });
+    Ok((id, renew))
+}
+
+/// The answer to a renewal. Whether it repeats the identity is the caller's to check.
+pub(crate) async fn await_renewed(vm: &mut Vm) -> Result<Renewed, Trouble> {
+    let within = (RENEW + HOOKS) * vm.patience;
+    match vm.frame(within).await? {
+        FromGuest::Renewed(renewed) => Ok(renewed),
+        other => Err(vm.violated("Renewed", &other)),
+    }
+}
+
+/// 128 random bits: unique for ever.
+pub(crate) fn new_identity() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    fill_random(&mut bytes)?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn fill_random(mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        let count = match rustix::rand::getrandom(&mut *bytes, flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
+        };
+        bytes = &mut bytes[count..];
+    }
+    Ok(())
+}
+
+impl Instance {
+    /// Takes a thawed instance back to its snapshot: nothing of what it did is left in it. It is
+    /// paused then, holds no output back (what was not read from its stream yet is lost), and its
+    /// next [`Instance::invoke`] gives it a new identity first, as after a thaw.
+    ///
+    /// # Errors
+    /// Any [`InstanceError`]; [`InstanceError::Refused`] for an instance that was booted, or loaded
+    /// since its thaw: its snapshot is not what it runs.
+    pub async fn reset(&mut self) -> Result<ResetReport, InstanceError> {
+        let trouble = InstanceError::from_trouble("reset");
+        let io = |operation| move |source| InstanceError::Io { operation, source };
+        if !matches!(self.origin, Origin::Thawed { .. }) || self.loaded {
+            return Err(InstanceError::Refused {
+                operation: "reset",
+                kind: FailureKind::BadRequest,
+                message: "the instance does not run what a snapshot holds".into(),
+            });
+        }
+        if self.watched.is_some() {
+            // The last moment to see what it has touched.
+            self.pause().await?;
+        }
+        let mut watch = Stopwatch::start();
+        if self.vm.pagemap.is_none() {
+            self.vm.pagemap = Some(open_pagemap(self.pid()).map_err(io("open a pagemap"))?);
+        }
+        let pagemap = self
+            .vm
+            .pagemap
+            .as_ref()
+            .ok_or_else(|| InstanceError::Request("there is no pagemap".into()))?;
+        let (mut stream, theirs) = Stream::pair().map_err(io("make the invoke connection"))?;
+        let within =
+            RESET + Duration::from_secs(self.vm.class.memory_bytes() >> 20) / MIB_PER_SECOND as u32;
+        watch.mark("sent");
+        let descriptors = [theirs.as_fd(), pagemap.as_fd()];
+        let answer =
+            self.vm.control.request(&ToVmm::Reset, &descriptors, within * self.vm.patience);
+        let report = match answer.await {
+            Ok(FromVmm::Reset(report)) => report,
+            Ok(other) => return Err(trouble(unexpected("Reset", message_name(&other)))),
+            Err(error) => return Err(trouble(self.vm.trouble(error).await)),
+        };
+        watch.stamps(&report.stamps);
+        stream.set_log(self.vm.stream.take().and_then(Stream::into_log));
+        self.vm.stream = Some(stream);
+        self.fresh = true;
+        watch.mark("done");
+        Ok(ResetReport {
+            pages: report.pages,
+            duration: Duration::from_nanos(report.duration_ns),
+            phases: watch.finish(),
+        })
+    }
+
+    /// The first event after a reset, with the renewal before it.
+    pub(crate) async fn invoke_fresh(
+        &mut self,
+        invocation: &Invocation,
+    ) -> Result<InvokeReport, InstanceError> {
+        let trouble = InstanceError::from_trouble("invoke");
+        let mut watch = Stopwatch::start();
+        let invoke = invoke_message(invocation).map_err(InstanceError::Request)?;
+        let (id, renew) = renewal()
+            .map_err(|source| InstanceError::Io { operation: "make an identity", source })?;
+        // Whatever happens from here on, this is no longer the snapshot's guest.
+        self.fresh = false;
+        self.queue(&renew, "invoke")?;
+        self.queue(&invoke, "invoke")?;
+        watch.mark("sent");
+        let renewed = await_renewed(&mut self.vm).await.map_err(&trouble)?;
+        if let Some(ns) = self.vm.stream.as_ref().and_then(Stream::first_byte_ns) {
+            watch.at("first byte", ns);
+        }
+        watch.mark("renewed");
+        if renewed.instance_id != id {
+            self.vm.process.kill();
+            return Err(InstanceError::NotRenewed { expected: id, found: renewed.instance_id });
+        }
+        self.set_identity(id);
+        let done = instance::await_done(&mut self.vm, invocation).await.map_err(&trouble)?;
+        watch.mark("done");
+        self.set_renewed(renewed.clone());
+        Ok(instance::report(done, Some(renewed), watch.finish()))
+    }
+}
+
+/// Opens a VMM's pagemap for it to read. The kernel tells whoever reads it physical addresses if
+/// the opener could know them; a VMM must not.
+fn open_pagemap(pid: u32) -> io::Result<OwnedFd> {
+    let path = format!("/proc/{pid}/pagemap");
+    let _without = WithoutAdmin::new()?;
+    Ok(File::open(path)?.into())
+}
+
+/// This thread lacks CAP_SYS_ADMIN until it is dropped.
+struct WithoutAdmin(CapabilitySets);
+
+impl WithoutAdmin {
+    fn new() -> io::Result<Self> {
+        let before = rustix::thread::capabilities(None)?;
+        let effective = before.effective - CapabilitySet::SYS_ADMIN;
+        rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for WithoutAdmin {
+    fn drop(&mut self) {
+        // Taking back what is still permitted is always allowed.
+        let _ = rustix::thread::set_capabilities(None, self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn identities_differ() {
+        let (a, b) = (new_identity().unwrap(), new_identity().unwrap());
+        assert_eq!(a.len(), 32);
+        assert_ne!(a, b);
+    }
+
+    #[test]
+    fn a_pagemap_tells_no_physical_addresses_and_capabilities_come_back() {
+        let before = rustix::thread::capabilities(None).unwrap();
+        let pagemap = File::from(open_pagemap(std::process::id()).unwrap());
+        let after = rustix::thread::capabilities(None).unwrap();
+        assert_eq!(before.effective, after.effective);
+        let witness = 1u8;
+        let address = (&raw const witness) as u64;
+        let mut entry = [0; 8];
+        pagemap.read_exact_at(&mut entry, address / 4096 * 8).unwrap();
+        let entry = u64::from_ne_bytes(entry);
+        assert_eq!(entry >> 63, 1, "the page is in memory");
+        assert_eq!(entry & ((1 << 55) - 1), 0, "its frame is not told");
+    }
+}
