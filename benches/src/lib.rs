@@ -10,15 +10,19 @@
 //! how to read the results.
 
 pub mod clock;
+pub mod compare;
 pub mod error;
 pub mod functions;
 mod host;
 pub mod observe;
 pub mod record;
+pub mod report;
 pub mod run;
 pub mod scenario;
+pub mod stats;
 pub mod subject;
 pub mod subjects;
+pub mod summary;
 pub mod trace;
 
 pub use run::hash;
@@ -30,6 +34,10 @@ use crate::error::{Result, io_at};
 pub enum Command {
     /// Measure, and print JSON lines: a manifest, then one line a raw sample
     Run(Box<run::Options>),
+    /// Make tables, CSV and one HTML page of results
+    Report(report::Options),
+    /// Say what changed between two results files, and whether it may be chance
+    Compare(compare::Options),
 }
 
 /// Runs a command.
@@ -38,9 +46,14 @@ pub enum Command {
 /// Whatever keeps it from being done.
 pub fn main(command: Command) -> Result<()> {
     match command {
-        Command::Run(options) => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.map_err(io_at("start the runtime"))?.block_on(run::run(*options))
-        }
+        Command::Run(options) => wait(run::run(*options)),
+        Command::Report(options) => report::run(&options),
+        Command::Compare(options) => compare::run(&options),
     }
+}
+
+/// One thread: what is measured has the other CPUs, if there are any.
+fn wait(work: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(io_at("start the runtime"))?.block_on(work)
 }

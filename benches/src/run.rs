@@ -23,17 +23,9 @@ use crate::{
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Installation directory.
-    #[arg(long)]
-    pub artifacts: PathBuf,
-
-    /// Directory for what the run keeps meanwhile; made, and removed afterwards.
-    #[arg(long, default_value = "/tmp/firn-bench")]
-    pub state: PathBuf,
-
-    /// Runtime whose image is measured.
-    #[arg(long, default_value = "python3.11")]
-    pub runtime: String,
+    /// Where, and on what.
+    #[command(flatten)]
+    pub place: Place,
 
     /// Scenarios, in the order in which they take turns; all unless given.
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -82,6 +74,22 @@ pub struct Options {
     /// Count in-kernel exits by reason too. Costs time within the samples.
     #[arg(long)]
     pub trace: bool,
+}
+
+/// Where, and on what.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Place {
+    /// Installation directory.
+    #[arg(long)]
+    pub artifacts: PathBuf,
+
+    /// Directory for what the run keeps meanwhile; made, and removed afterwards.
+    #[arg(long, default_value = "/tmp/firn-bench")]
+    pub state: PathBuf,
+
+    /// Runtime whose image is measured.
+    #[arg(long, default_value = "python3.11")]
+    pub runtime: String,
 
     /// Multiplies all time limits: 1 on real hardware, 20 or more under an emulator.
     #[arg(long, default_value_t = 1)]
@@ -101,6 +109,43 @@ pub struct Options {
     pub virtual_time: bool,
 }
 
+impl Place {
+    /// Firn's settings, with a pool that keeps `shells` by itself.
+    pub fn settings(&self, shells: usize) -> Settings {
+        Settings {
+            artifacts: self.artifacts.clone(),
+            state: self.state.clone(),
+            runtime: self.runtime.clone(),
+            patience: self.patience,
+            shells,
+        }
+    }
+
+    /// The manifest of a run that is warm and not traced.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something of it can't be read.
+    pub fn manifest(&self, subjects: &[&dyn Subject], functions: &[Function]) -> Result<Manifest> {
+        let mut described = BTreeMap::new();
+        for subject in subjects {
+            described.insert(subject.name().to_owned(), subject.describe()?);
+        }
+        let arguments = std::env::args_os().skip(1);
+        Ok(Manifest {
+            version: VERSION,
+            rig: self.rig.clone(),
+            virtual_time: self.virtual_time,
+            seed: self.seed,
+            page_cache: "warm".into(),
+            traced: false,
+            arguments: arguments.map(|word| word.to_string_lossy().into_owned()).collect(),
+            host: host::describe(),
+            subjects: described,
+            functions: functions.iter().map(|f| (f.name.to_owned(), f.hash.clone())).collect(),
+        })
+    }
+}
+
 /// State of the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PageCache {
@@ -111,7 +156,7 @@ pub enum PageCache {
 }
 
 /// Where results go: one line each, at once.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Output(());
 
 impl Output {
@@ -123,7 +168,11 @@ impl Output {
         self.record(&Record::Sample(sample.clone()))
     }
 
-    fn record(&self, record: &Record) -> Result<()> {
+    /// Prints a record.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if nobody reads.
+    pub fn record(&self, record: &Record) -> Result<()> {
         let write = || {
             let mut line = serde_json::to_vec(record)?;
             line.push(b'\n');
@@ -141,18 +190,18 @@ pub async fn run(options: Options) -> Result<()> {
     if options.page_cache == PageCache::Cold {
         check_cold(&options)?;
     }
-    std::fs::create_dir_all(&options.state).map_err(io_with(&options.state))?;
+    std::fs::create_dir_all(&options.place.state).map_err(io_with(&options.place.state))?;
     let result = measure_all(&options).await;
-    let removed = std::fs::remove_dir_all(&options.state);
+    let removed = std::fs::remove_dir_all(&options.place.state);
     result?;
-    removed.map_err(io_with(&options.state))
+    removed.map_err(io_with(&options.place.state))
 }
 
 async fn measure_all(options: &Options) -> Result<()> {
     let mut functions = Vec::new();
     for name in &options.function {
         let source = functions::find(name)?;
-        functions.push(source.build(options.functions.as_deref(), &options.state)?);
+        functions.push(source.build(options.functions.as_deref(), &options.place.state)?);
     }
     let tracer = options.trace.then(Tracer::open).transpose()?;
     let subjects = subjects(options).await?;
@@ -165,14 +214,7 @@ async fn measure_all(options: &Options) -> Result<()> {
 
 /// Everything that is measured, in the order of its turns.
 async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
-    let settings = Settings {
-        artifacts: options.artifacts.clone(),
-        state: options.state.clone(),
-        runtime: options.runtime.clone(),
-        patience: options.patience,
-        shells: 0,
-    };
-    Ok(vec![Box::new(Firn::open(settings).await?)])
+    Ok(vec![Box::new(Firn::open(options.place.settings(0)).await?)])
 }
 
 async fn measure(
@@ -182,7 +224,13 @@ async fn measure(
     tracer: Option<&Tracer>,
 ) -> Result<()> {
     let output = Output::default();
-    output.record(&Record::Manifest(manifest(options, subjects, functions)?.into()))?;
+    let named: Vec<&dyn Subject> = subjects.iter().map(AsRef::as_ref).collect();
+    let mut manifest = options.place.manifest(&named, functions)?;
+    if options.page_cache == PageCache::Cold {
+        manifest.page_cache = "cold".into();
+    }
+    manifest.traced = options.trace;
+    output.record(&Record::Manifest(manifest.into()))?;
     let scenarios = match &options.scenario[..] {
         [] => Scenario::value_variants(),
         some => some,
@@ -220,37 +268,10 @@ async fn measure(
     Ok(())
 }
 
-fn manifest(
-    options: &Options,
-    subjects: &[Box<dyn Subject>],
-    functions: &[Function],
-) -> Result<Manifest> {
-    let mut described = BTreeMap::new();
-    for subject in subjects {
-        described.insert(subject.name().to_owned(), subject.describe()?);
-    }
-    let arguments = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
-    Ok(Manifest {
-        version: VERSION,
-        rig: options.rig.clone(),
-        virtual_time: options.virtual_time,
-        seed: options.seed,
-        page_cache: match options.page_cache {
-            PageCache::Warm => "warm".into(),
-            PageCache::Cold => "cold".into(),
-        },
-        traced: options.trace,
-        arguments: arguments.collect(),
-        host: host::describe(),
-        subjects: described,
-        functions: functions.iter().map(|f| (f.name.to_owned(), f.hash.clone())).collect(),
-    })
-}
-
 /// Files of a RAM file system are page cache that can't be dropped.
 fn check_cold(options: &Options) -> Result<()> {
     const RAMFS_MAGIC: i64 = 0x8584_58f6;
-    let path = &options.artifacts;
+    let path = &options.place.artifacts;
     let kind = rustix::fs::statfs(path).map_err(|e| io_with(path)(e.into()))?.f_type;
     if matches!(kind, libc::TMPFS_MAGIC | RAMFS_MAGIC) {
         return Err(Error::Usage(format!(

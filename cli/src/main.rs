@@ -1,6 +1,5 @@
 //! The `firn` command.
 
-mod bench;
 mod doctor;
 
 use std::process::ExitCode;
@@ -21,25 +20,11 @@ enum Command {
     /// The research harness: measure, report, compare
     #[command(subcommand)]
     Bench(firn_bench::Command),
-    /// What `bench` was before it became the harness; goes as soon as nothing uses it
-    #[command(hide = true)]
-    BenchStarts(bench::Options),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Doctor(arguments) => doctor::run(&arguments),
-        Command::BenchStarts(options) => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let result = runtime.map_err(Into::into).and_then(|r| r.block_on(bench::run(options)));
-            match result {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("firn bench-starts: {error:#}");
-                    ExitCode::FAILURE
-                }
-            }
-        }
         Command::Bench(command) => match firn_bench::main(command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::host_vm::{self, Options};
 use crate::lane::{Choice, Lane};
-use crate::{artifacts, cargo, packages, scratch, step};
+use crate::{artifacts, cargo, functions, packages, scratch, step};
 
 /// Memory of the measured host VM in MiB.
 pub const MEMORY_MIB: u32 = 2048;
@@ -21,7 +21,9 @@ pub const MEMORY_MIB: u32 = 2048;
 /// Longest time that the measured host VM may take.
 const LIMIT: Duration = Duration::from_secs(7200);
 
-/// Measure starts: results as JSON lines.
+/// Measure with the research harness, and report: summary, CSV and an HTML page.
+///
+/// `firn bench run --help` explains the arguments after `--`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Seeds of the measured host VM; figures move by some percent between them.
@@ -55,20 +57,30 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     };
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let mut results = String::new();
+    let archives = functions::archives()?;
     for &seed in seeds(lane, &arguments.seed) {
         let run = Run {
             lane,
             artifacts: &artifacts,
             memory_mib: arguments.memory,
             seed,
+            archives: &archives,
             arguments: &arguments.run,
         };
         results.push_str(&run.measure()?);
     }
-    write(&out.join("results.jsonl"), &results)?;
+    let file = out.join("results.jsonl");
+    write(&file, &results)?;
+    print!("{}", report(&artifacts, &file, &out)?);
     write(&out.join("tiny_thaw.json"), &format!("{}\n", tiny_thaw()?))?;
-    println!("{}", out.join("results.jsonl").display());
+    println!("{}", out.join("report.html").display());
     Ok(0)
+}
+
+/// `firn bench report`: files in `out`; returns the short table.
+pub fn report(artifacts: &Path, results: &Path, out: &Path) -> Result<String> {
+    let mut command = Command::new(artifacts.join("bin/firn"));
+    step::output(command.args(["bench", "report", "--out"]).arg(out).arg(results))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
@@ -93,6 +105,8 @@ pub struct Run<'a> {
     pub memory_mib: u32,
     /// Its seed.
     pub seed: u32,
+    /// Functions that need packages.
+    pub archives: &'a [(String, PathBuf)],
     /// Further arguments.
     pub arguments: &'a [String],
 }
@@ -110,9 +124,13 @@ impl Run<'_> {
                 argv.extend(more.map(String::from));
                 argv.extend([rig, "--seed".into(), seed.to_string()]);
                 argv.extend_from_slice(self.arguments);
+                let files = self.archives.iter();
+                let files = files.map(|(name, zip)| (zip.clone(), archive_in_vm(name)));
+                argv.extend(["--functions".into(), VM_FUNCTIONS.into()]);
                 let options = Options {
                     memory_mib: self.memory_mib,
                     artifacts: Some(self.artifacts.to_owned()),
+                    files: files.collect(),
                     ..Options::default()
                 };
                 let exec = Exec { argv, cwd: "/root".into(), ..Exec::default() };
@@ -126,11 +144,24 @@ impl Run<'_> {
                 let mut command = Command::new(self.artifacts.join("bin/firn"));
                 command.args(&argv[1..]).arg("--artifacts").arg(self.artifacts);
                 command.arg("--state").arg(scratch::directory()?.join("bench"));
+                let functions = scratch::directory()?.join("functions");
+                fs::create_dir_all(&functions)?;
+                for (name, zip) in self.archives {
+                    fs::copy(zip, functions.join(format!("{name}.zip")))?;
+                }
+                command.arg("--functions").arg(functions);
                 command.args(["--rig", "this machine's own KVM"]).args(self.arguments);
                 step::output(&mut command)
             }
         }
     }
+}
+
+/// Where archives of functions lie in the host VM.
+const VM_FUNCTIONS: &str = "/root/functions";
+
+fn archive_in_vm(name: &str) -> String {
+    format!("{VM_FUNCTIONS}/{name}.zip")
 }
 
 /// `cargo bench … tiny_thaw` on this machine's `/dev/kvm`.

@@ -7,6 +7,7 @@ mod cargo;
 mod cpio;
 mod daemon;
 mod demo;
+mod functions;
 mod fuzz;
 mod host_vm;
 mod images;

@@ -4,6 +4,7 @@
 //! a promise. Its last column says where the figure comes from; see the file's own head.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::daemon::{self, Daemon, Settings};
 use crate::lane::{Choice, Lane, Site};
-use crate::{artifacts, bench, cargo, demo, packages, python, step, test};
+use crate::{artifacts, bench, cargo, demo, packages, python, scratch, step, test};
 
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm";
@@ -203,9 +204,16 @@ impl Rig {
             artifacts: &self.artifacts,
             memory_mib: bench::MEMORY_MIB,
             seed: 1,
+            archives: &[],
             arguments: &arguments,
         };
-        Starts::parse(&run.measure()?)
+        let results = run.measure()?;
+        let out = scratch::directory()?.join("spec");
+        fs::create_dir_all(&out)?;
+        let file = out.join("results.jsonl");
+        fs::write(&file, &results)?;
+        bench::report(&self.artifacts, &file, &out)?;
+        Starts::parse(&results, &fs::read_to_string(out.join("summary.json"))?)
     }
 
     fn place(&self) -> &'static str {
@@ -265,30 +273,37 @@ impl Rig {
     }
 }
 
-/// What `firn bench run` found.
+/// Medians that `firn bench report` found.
 #[derive(Debug, Default)]
 struct Starts {
     rig: String,
-    /// Samples by `<scenario>.<figure>`.
-    samples: BTreeMap<String, Vec<f64>>,
+    /// By `<scenario>.<figure>`; with the subject and a colon before it where that is not Firn,
+    /// with `@` and the function behind the scenario where that does something.
+    medians: BTreeMap<String, f64>,
 }
 
 impl Starts {
-    fn parse(lines: &str) -> Result<Self> {
-        let mut starts = Self::default();
-        for line in lines.lines() {
-            let record: Value = serde_json::from_str(line).context("a result is no JSON")?;
-            if let Some(rig) = record["rig"].as_str() {
-                starts.rig = rig.to_owned();
-            }
-            let Some(figures) = record["figures"].as_object() else { continue };
-            let scenario = record["scenario"].as_str().unwrap_or_default();
-            for (name, value) in figures {
-                let samples = starts.samples.entry(format!("{scenario}.{name}")).or_default();
-                samples.push(value.as_f64().with_context(|| format!("{name} is no number"))?);
-            }
+    /// From the first line of the results, and the rows of `summary.json`.
+    fn parse(results: &str, summary: &str) -> Result<Self> {
+        let manifest: Value = serde_json::from_str(results.lines().next().unwrap_or_default())
+            .context("the results have no manifest")?;
+        let rig = manifest["rig"].as_str().unwrap_or_default().to_owned();
+        let rows: Vec<Value> = serde_json::from_str(summary).context("no summary")?;
+        let mut medians = BTreeMap::new();
+        for row in &rows {
+            let text = |name: &str| row[name].as_str().unwrap_or_default();
+            let subject = match text("subject") {
+                "firn" => String::new(),
+                other => format!("{other}:"),
+            };
+            let function = match text("function") {
+                "" | "nothing" => String::new(),
+                other => format!("@{other}"),
+            };
+            let key = format!("{subject}{}{function}.{}", text("scenario"), text("figure"));
+            medians.insert(key, row["p50"].as_f64().context("a row without a median")?);
         }
-        Ok(starts)
+        Ok(Self { rig, medians })
     }
 
     /// The median of a figure, or of one over another's: `thaw.total_us`, `boot.total_us/thaw.total_us`.
@@ -296,12 +311,7 @@ impl Starts {
         if let Some((over, under)) = key.split_once('/') {
             return Ok(self.figure(over)? / self.figure(under)?);
         }
-        let mut samples =
-            self.samples.get(key).with_context(|| format!("firn bench has no {key}"))?.clone();
-        samples.sort_by(f64::total_cmp);
-        let middle = samples.len() / 2;
-        let below = samples[middle - usize::from(samples.len() % 2 == 0)];
-        Ok((below + samples[middle]) / 2.0)
+        self.medians.get(key).copied().with_context(|| format!("firn bench has no {key}"))
     }
 }
 
@@ -411,17 +421,26 @@ mod tests {
 
     #[test]
     fn figures_are_medians_and_ratios_of_them() {
-        let sample = |scenario: &str, us: f64| json!({"record": "sample", "scenario": scenario, "figures": {"total_us": us}});
-        let records = [
-            json!({"record": "manifest", "rig": "a rig"}),
-            sample("boot", 60.0),
-            sample("thaw", 9.0),
-            sample("thaw", 11.0),
-        ];
-        let starts = Starts::parse(&records.map(|r| r.to_string()).join("\n")).unwrap();
+        let row = |subject: &str, scenario: &str, function: &str, p50: f64| {
+            json!({"subject": subject, "scenario": scenario, "function": function,
+                   "figure": "total_us", "p50": p50})
+        };
+        let rows = json!([
+            row("firn", "boot", "nothing", 60.0),
+            row("firn", "thaw", "nothing", 10.0),
+            row("firn", "thaw", "cpu", 20.0),
+            row("firn", "vmm-start", "", 3.0),
+            row("peer", "thaw-fresh", "nothing", 70.0),
+        ]);
+        let results = json!({"record": "manifest", "rig": "a rig"}).to_string();
+        let starts = Starts::parse(&results, &rows.to_string()).unwrap();
         assert_eq!(starts.rig, "a rig");
-        assert_eq!(starts.figure("thaw.total_us").unwrap(), 10.0);
-        assert_eq!(starts.figure("boot.total_us/thaw.total_us").unwrap(), 6.0);
+        let figure = |key: &str| starts.figure(key).unwrap();
+        assert_eq!(figure("thaw.total_us"), 10.0);
+        assert_eq!(figure("thaw@cpu.total_us"), 20.0);
+        assert_eq!(figure("vmm-start.total_us"), 3.0);
+        assert_eq!(figure("boot.total_us/thaw.total_us"), 6.0);
+        assert_eq!(figure("peer:thaw-fresh.total_us/thaw.total_us"), 7.0);
         assert!(starts.figure("warm.total_us").is_err());
     }
 
@@ -431,6 +450,7 @@ mod tests {
             let Source::Starts(key) = promise.source else { continue };
             for figure in key.split('/') {
                 let (scenario, _) = figure.split_once('.').unwrap();
+                let scenario = scenario.rsplit(':').next().unwrap();
                 assert!(SCENARIOS.split(',').any(|name| name == scenario), "{}", promise.name);
             }
         }

@@ -173,6 +173,12 @@ impl Firn {
             clone.pause().await?;
             Box::new(clone).end().await?;
         }
+        let learnt = deployed.resident.working_set();
+        create.figures.insert("written_pages", learnt.written as f64);
+        create.figures.insert("always_written_pages", learnt.always_written as f64);
+        create.figures.insert("touched_pages", learnt.touched as f64);
+        create.figures.insert("copied_regions", learnt.copied_regions as f64);
+        create.figures.insert("populated_pages", learnt.populated as f64);
         Ok((deployed, vec![("create-base", base), ("create", create), ("snapshot", save)]))
     }
 
@@ -248,11 +254,6 @@ pub struct FirnFunction {
 }
 
 impl FirnFunction {
-    /// Its size class in MiB.
-    pub fn class_mib(&self) -> u32 {
-        self.class.memory_mib
-    }
-
     fn invocation(&self, event: &[u8]) -> Invocation {
         Invocation {
             request_id: uuid(now_ns()),
@@ -332,6 +333,14 @@ impl FirnFunction {
         trip.figures.insert("runtime_init_us", loaded.init_us as f64);
         trip.figures.insert("handler_us", report.duration_us as f64);
         Ok((trip, self.instance(instance, &stats)))
+    }
+
+    /// Fills the pool with as many shells as it keeps by itself.
+    ///
+    /// # Errors
+    /// [`Error::Subject`] with what failed.
+    pub async fn fill(&self) -> Result<()> {
+        self.host.prepare(self.class).await.map_err(of(NAME, "make shells"))
     }
 
     /// Starts an instance, and keeps the type.
