@@ -36,7 +36,7 @@ impl HostConfig {
             state: state.into(),
             shells: 0,
             spare_pages: 24,
-            dense_pages: 16,
+            dense_pages: 8,
             serial: false,
             patience: 1,
             cpu_limits: true,

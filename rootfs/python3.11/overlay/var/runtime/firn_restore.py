@@ -21,16 +21,26 @@ def register():
 def prime():
     """Does once, before the snapshot, what a thawed process would have to do for the first time.
 
-    awslambdaric loads `http.client`, and with it `ssl`, on its way into the snapshot. The first use
-    of OpenSSL's generators sets them up, which takes longer than all the rest of a thaw; from then
-    on `reseed` has only to reseed them.
+    The first use of OpenSSL's generators sets them up, which takes longer than all the rest of a
+    thaw; from then on `reseed` has only to reseed them. awslambdaric asks for the restore through
+    `http.client`, which imports, compiles and specializes as it goes; asking the Runtime API for
+    what it does not have takes the same way there and back.
     """
-    import http.client  # noqa: F401
+    import http.client
 
     reseed()
     ssl = sys.modules.get("_ssl")
     if ssl is not None:
         ssl.RAND_bytes(1)
+    try:
+        for _ in range(3):
+            connection = http.client.HTTPConnection(os.environ["AWS_LAMBDA_RUNTIME_API"])
+            connection.request("GET", "/")
+            connection.getresponse().read()
+            connection.close()
+    except OSError:
+        # It was worth a try; the real request will say what is wrong.
+        pass
 
 
 def reseed():
