@@ -40,7 +40,8 @@ pub enum Scenario {
     Clones,
     /// The same without ready processes (`clones-fresh-N`, `clones-fresh-N-all`)
     ClonesFresh,
-    /// Memory of clones that have answered once and are paused
+    /// Memory of clones that have answered once and are paused, and when they have given back what
+    /// they can (`density-reclaimed`)
     Density,
     /// First request → last response of several instances that each answer in a loop
     Throughput,
@@ -270,26 +271,45 @@ impl Context<'_> {
             clone.pause().await?;
             clones.push(clone);
         }
+        self.weigh("density", start_ns, before, &clones).await?;
+        let mut given = false;
+        for clone in &mut clones {
+            given |= clone.reclaim().await?;
+        }
+        if given {
+            self.weigh("density-reclaimed", start_ns, before, &clones).await?;
+        }
+        end_all(clones.into_iter()).await
+    }
+
+    /// What each of `clones` weighs; the machine had `before` KiB available without them.
+    async fn weigh(
+        &self,
+        name: &str,
+        start_ns: u64,
+        before: u64,
+        clones: &[Instance],
+    ) -> Result<()> {
+        let count = clones.len() as f64;
         let after = settled_available().await?;
         let trip = Trip { start_ns, end_ns: now_ns(), ..Trip::default() };
-        let mut sample = self.sample("density", &trip);
+        let mut sample = self.sample(name, &trip);
         // How long it took says nothing.
         sample.figures.clear();
-        for clone in &clones {
+        for clone in clones {
             let mut figures = BTreeMap::new();
             observe::process(clone.pid(), clone.memory_bytes(), &mut figures)?;
             for (name, value) in figures {
-                *sample.figures.entry(name).or_default() += value / count as f64;
+                *sample.figures.entry(name).or_default() += value / count;
             }
         }
-        let each = (before as f64 - after as f64) / count as f64;
-        sample.figures.insert("clones".into(), count as f64);
+        let each = (before as f64 - after as f64) / count;
+        sample.figures.insert("clones".into(), count);
         sample.figures.insert("machine_kib".into(), each);
         if each > 0.0 {
             sample.figures.insert("clones_per_gib".into(), f64::from(1 << 20) / each);
         }
-        self.output.sample(&sample)?;
-        end_all(clones.into_iter()).await
+        self.output.sample(&sample)
     }
 
     async fn throughput(&self) -> Result<()> {

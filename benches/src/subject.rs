@@ -179,6 +179,12 @@ pub trait Running {
     /// Stops the vCPUs; the next event resumes them.
     async fn pause(&mut self) -> Result<()>;
 
+    /// Has a paused one give back memory that it holds only to be fast; false if it has no such
+    /// thing.
+    async fn reclaim(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// What has been counted so far.
     async fn counters(&mut self) -> Result<Counters>;
 

@@ -75,6 +75,8 @@ pub trait Machine: Debug + Send + Sync + 'static {
     ) -> impl Future<Output = Result<InvokeReport, InstanceError>> + Send;
     /// Stops the vCPUs until the next event.
     fn pause(&mut self) -> impl Future<Output = Result<(), InstanceError>> + Send;
+    /// Has a paused microVM give back memory that it holds without need; bytes.
+    fn reclaim(&mut self) -> impl Future<Output = Result<u64, InstanceError>> + Send;
     /// Writes the microVM to `dir` and retires it.
     fn snapshot(
         self,
@@ -160,6 +162,10 @@ impl Machine for Instance {
 
     async fn pause(&mut self) -> Result<(), InstanceError> {
         Instance::pause(self).await
+    }
+
+    async fn reclaim(&mut self) -> Result<u64, InstanceError> {
+        Instance::reclaim(self).await
     }
 
     async fn snapshot(self, dir: &Path, meta: SnapshotMeta) -> Result<(), SnapshotError> {

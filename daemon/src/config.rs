@@ -48,6 +48,9 @@ pub struct Options {
     /// Seconds after which an idle instance is retired.
     #[arg(long, default_value_t = 300.0, value_name = "SECONDS")]
     pub idle_timeout: f64,
+    /// Seconds after which an idle instance gives back memory that it holds only to be fast.
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    pub reclaim_after: f64,
     /// Host memory that instances leave alone, in MiB.
     #[arg(long, default_value_t = 128, value_name = "MIB")]
     pub memory_reserve: u64,
@@ -107,6 +110,11 @@ impl Options {
             self.idle_timeout
         );
         ensure!(
+            (0.0..=86_400.0).contains(&self.reclaim_after),
+            "--reclaim-after {} must be between 0 and 86400 seconds",
+            self.reclaim_after
+        );
+        ensure!(
             (0.0..=900.0).contains(&self.stop_timeout),
             "--stop-timeout {} must be between 0 and 900 seconds",
             self.stop_timeout
@@ -129,6 +137,7 @@ impl Options {
         Limits {
             concurrency: self.concurrency as usize,
             idle: Duration::from_secs_f64(self.idle_timeout),
+            reclaim: Duration::from_secs_f64(self.reclaim_after),
             reserve_mib: self.memory_reserve,
         }
     }
@@ -218,6 +227,7 @@ mod tests {
             ("--concurrency", "0"),
             ("--idle-timeout", "-1"),
             ("--idle-timeout", "NaN"),
+            ("--reclaim-after", "-1"),
             ("--stop-timeout", "1e9"),
             ("--patience", "0"),
             ("--listen", "nowhere"),

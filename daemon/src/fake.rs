@@ -29,6 +29,7 @@ pub struct Counters {
     pub thaws: AtomicUsize,
     pub alive: AtomicUsize,
     pub paused: AtomicUsize,
+    pub reclaimed: AtomicUsize,
     /// No snapshot can be written.
     pub disk_full: AtomicBool,
     /// No instance can be started.
@@ -247,6 +248,11 @@ impl Machine for FakeMachine {
     async fn pause(&mut self) -> Result<(), InstanceError> {
         self.counters.paused.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    async fn reclaim(&mut self) -> Result<u64, InstanceError> {
+        self.counters.reclaimed.fetch_add(1, Ordering::SeqCst);
+        Ok(4096)
     }
 
     async fn snapshot(self, dir: &Path, meta: SnapshotMeta) -> Result<(), SnapshotError> {

@@ -150,6 +150,7 @@ pub(crate) fn name(message: &FromVmm) -> &'static str {
         FromVmm::Booted(_) => "Booted",
         FromVmm::Thawed(_) => "Thawed",
         FromVmm::Done => "Done",
+        FromVmm::Reclaimed(_) => "Reclaimed",
         FromVmm::Saved(_) => "Saved",
         FromVmm::Reset(_) => "Reset",
         FromVmm::Stats(_) => "Stats",

@@ -169,6 +169,10 @@ pub enum ToVmm {
     },
     /// Stop all vCPUs. Bytes on the invoke connection resume them. Answer: [`FromVmm::Done`].
     Pause,
+    /// Give back memory that the paused microVM holds without need: huge pages in reserve, and
+    /// pages that a [`MemoryPlan`] had copied and the guest has not changed. Answer:
+    /// [`FromVmm::Reclaimed`].
+    Reclaim,
     /// Let the vCPUs run again. Answer: [`FromVmm::Done`].
     Resume,
     /// Write the paused microVM down; it stays paused. Descriptors: an empty file for guest
@@ -205,6 +209,8 @@ pub enum FromVmm {
     Thawed(Stamps),
     /// The request is done.
     Done,
+    /// Memory was given back: so many 4 KiB pages of the guest's.
+    Reclaimed(u64),
     /// The microVM is written down.
     Saved(SaveReport),
     /// Counters since the process started.

@@ -213,6 +213,7 @@ impl Server {
                 vm.attach(slot, source, descriptors).map(|()| FromVmm::Done)
             }
             ToVmm::Pause => vm.pause().map(|()| FromVmm::Done),
+            ToVmm::Reclaim => vm.reclaim().map(FromVmm::Reclaimed),
             ToVmm::Resume => vm.resume().map(|()| FromVmm::Done),
             ToVmm::Save { base } => vm.save(base, descriptors).map(FromVmm::Saved),
             ToVmm::Reset => vm.reset(descriptors, watch_stream).map(FromVmm::Reset),

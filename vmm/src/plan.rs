@@ -8,13 +8,14 @@
 //! mappings, so it does not notice.
 
 use std::{
+    ops::Range,
     os::fd::{AsRawFd, BorrowedFd},
     ptr::NonNull,
 };
 
 use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
 
-use crate::memory::{Memory, MemoryError, PAGE};
+use crate::memory::{Memory, MemoryError, PAGE, written::Source};
 
 const REGION_BYTES: usize = REGION as usize;
 const REGION_PAGES: u64 = REGION / PAGE;
@@ -137,7 +138,8 @@ impl Drop for Spares {
     }
 }
 
-/// Copies what `plan` names. `file` is the snapshot's memory, which is mapped over `memory`.
+/// Copies what `plan` names. `file` is the snapshot's memory, which is mapped over `memory`. Returns
+/// the ranges of regions that were copied whole.
 ///
 /// # Errors
 /// Any [`PlanError`]. Some pages may have been copied then.
@@ -146,12 +148,13 @@ pub fn carry_out(
     memory: &Memory,
     file: BorrowedFd<'_>,
     spares: &mut Spares,
-) -> Result<(), PlanError> {
+) -> Result<Vec<Range<u64>>, PlanError> {
     check(&plan.copied, memory.bytes())?;
     check(&plan.populated, memory.bytes())?;
-    if !plan.copied.is_empty() {
+    let copied = groups(&plan.copied, memory.bytes())?;
+    if !copied.is_empty() {
         let source = View::of(file, memory.bytes())?;
-        for group in groups(&plan.copied, memory.bytes())? {
+        for group in &copied {
             let target = memory.host_pointer(group.start * REGION);
             let count = (group.end - group.start) as usize;
             // SAFETY: whole regions within guest memory, as `groups` has checked, which is aligned
@@ -179,7 +182,59 @@ pub fn carry_out(
         // the kernel does not know it, pages are copied when they are written.
         unsafe { libc::madvise(target, bytes, libc::MADV_POPULATE_WRITE) };
     }
-    Ok(())
+    Ok(copied)
+}
+
+/// Maps a range of regions that was copied from `file` anew, and copies only those pages that are
+/// no longer what `source`, which is the same file, has. Returns how many pages are shared now.
+///
+/// # Errors
+/// [`PlanError::Kernel`]; memory is then of no further use.
+///
+/// # Safety
+/// No vCPU runs and no device is handling a request; [`carry_out`] has returned `group` for this
+/// memory and file.
+pub unsafe fn share_again(
+    group: Range<u64>,
+    memory: &Memory,
+    file: BorrowedFd<'_>,
+    source: &Source,
+) -> Result<u64, PlanError> {
+    const BYTES: usize = PAGE as usize;
+    let mut shared = 0;
+    // Region by region: what is kept meanwhile is then never more than one.
+    for region in group {
+        let start = memory.host_pointer(region * REGION);
+        let mut kept: Vec<(usize, [u8; BYTES])> = Vec::new();
+        for page in 0..REGION_PAGES as usize {
+            // SAFETY: the page lies within guest memory, which nobody writes: the caller's promise.
+            let now = unsafe { &*start.add(page * BYTES).cast::<[u8; BYTES]>() };
+            let before = source.page(region * REGION_PAGES + page as u64);
+            if !before.map_or_else(|| now.iter().all(|byte| *byte == 0), |before| before == now) {
+                kept.push((page, *now));
+            }
+        }
+        // SAFETY: the range is one whole region of guest memory, whose contents have been kept.
+        let mapped = unsafe {
+            libc::mmap(
+                start.cast(),
+                REGION_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                (region * REGION) as libc::off_t,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(kernel("mmap of the snapshot"));
+        }
+        shared += REGION_PAGES - kept.len() as u64;
+        for (page, bytes) in kept {
+            // SAFETY: as above; the mapping is writable and private.
+            unsafe { start.add(page * BYTES).cast::<[u8; BYTES]>().write(bytes) };
+        }
+    }
+    Ok(shared)
 }
 
 fn extent(run: &PageRun) -> (u64, usize) {
@@ -203,8 +258,8 @@ fn check(runs: &[PageRun], memory_bytes: u64) -> Result<(), PlanError> {
 }
 
 /// Maximal ranges of consecutive regions that checked runs lie in.
-fn groups(runs: &[PageRun], memory_bytes: u64) -> Result<Vec<std::ops::Range<u64>>, PlanError> {
-    let mut groups: Vec<std::ops::Range<u64>> = Vec::new();
+fn groups(runs: &[PageRun], memory_bytes: u64) -> Result<Vec<Range<u64>>, PlanError> {
+    let mut groups: Vec<Range<u64>> = Vec::new();
     for run in runs {
         let start = u64::from(run.first) / REGION_PAGES;
         let end = (u64::from(run.first) + u64::from(run.pages)).div_ceil(REGION_PAGES);
@@ -354,6 +409,30 @@ mod tests {
             assert!(!same(&memory, &file));
             assert!(same(&thawed(&plan, spares).unwrap().0, &file));
         }
+    }
+
+    #[test]
+    fn what_was_not_written_is_shared_again_and_what_was_is_kept() {
+        let (memory, file) = (Memory::reserve(16).unwrap(), snapshot());
+        memory.map_file(file.as_fd()).unwrap();
+        let plan = MemoryPlan { copied: vec![run(512, 1024), run(1600, 1)], populated: vec![] };
+        let copied = carry_out(&plan, &memory, file.as_fd(), &mut Spares::make(1).unwrap());
+        let copied = copied.unwrap();
+        assert_eq!(copied, vec![1..4]);
+        for page in [513u64, 1024, 1535, 1700] {
+            memory.guest().write_obj(0xeeu8, GuestAddress(page * PAGE + 7)).unwrap();
+        }
+        // SAFETY: there is no guest and no device.
+        let before = unsafe { memory.contents().to_vec() };
+        let source = Source::of(file.as_fd(), memory.bytes()).unwrap();
+        // SAFETY: as above; this is what the plan came to.
+        let shared =
+            copied.into_iter().map(|g| unsafe { share_again(g, &memory, file.as_fd(), &source) });
+        assert_eq!(shared.map(Result::unwrap).sum::<u64>(), 3 * 512 - 4);
+        // SAFETY: as above.
+        assert!(unsafe { memory.contents() } == before);
+        memory.guest().write_obj(1u8, GuestAddress(600 * PAGE)).unwrap();
+        assert_eq!(View::of(file.as_fd(), memory.bytes()).unwrap().bytes()[600 * 4096], 0x59);
     }
 
     #[test]

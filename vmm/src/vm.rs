@@ -3,6 +3,7 @@
 //! A [`Vm`] is built once and never rebuilt. It is *empty* until boot or thaw, then *running* or
 //! *paused*; a request that does not fit its state is refused and changes nothing.
 
+mod reclaim;
 mod reset;
 
 use std::{
@@ -103,6 +104,8 @@ pub struct Vm {
     vm: Arc<VmFd>,
     memory: Arc<Memory>,
     spares: Spares,
+    /// Ranges of regions that the thaw copied whole.
+    copied: Vec<std::ops::Range<u64>>,
     machine: Arc<Machine>,
     signature: Signature,
     tsc_khz: u32,
@@ -187,6 +190,7 @@ impl Vm {
             vm,
             memory,
             spares,
+            copied: Vec::new(),
             machine,
             signature,
             tsc_khz,
@@ -286,7 +290,7 @@ impl Vm {
         let saved = Arc::new(self.read_state(&state)?);
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
-        plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
+        self.copied = plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
         self.clock.stamp(Phase::Populated);
         self.machine.install(disks, &mut descriptors)?;
         self.machine.restore(&saved.machine)?;

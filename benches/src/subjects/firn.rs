@@ -406,6 +406,11 @@ impl Running for FirnInstance {
         self.instance.pause().await.map_err(of(NAME, "pause"))
     }
 
+    async fn reclaim(&mut self) -> Result<bool> {
+        self.instance.reclaim().await.map_err(of(NAME, "reclaim"))?;
+        Ok(true)
+    }
+
     async fn counters(&mut self) -> Result<Counters> {
         let stats = self.instance.stats().await.map_err(of(NAME, "stats"))?;
         let named = |counters: Vec<(String, u64)>| {

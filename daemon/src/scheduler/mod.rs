@@ -18,7 +18,7 @@ use std::{
     collections::BTreeMap,
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use firn::{Invocation, ShellClass};
@@ -45,6 +45,8 @@ pub struct Limits {
     pub concurrency: usize,
     /// How long an instance waits for work.
     pub idle: Duration,
+    /// How long it keeps memory only to be fast.
+    pub reclaim: Duration,
     /// Host memory in MiB that instances leave alone.
     pub reserve_mib: u64,
 }
@@ -145,6 +147,8 @@ struct Worker<M> {
     output: Output,
     function: String,
     fingerprint: String,
+    /// It has given back what it can.
+    lean: bool,
 }
 
 /// Schedules all requests of a host.
@@ -183,6 +187,7 @@ impl<B: Backend> Scheduler<B> {
                 for worker in scheduler.pools.expire(scheduler.limits.idle, unfit) {
                     scheduler.retire(worker);
                 }
+                scheduler.reclaim();
             }
         });
         scheduler
@@ -283,11 +288,38 @@ impl<B: Backend> Scheduler<B> {
                     (None, Some(worker))
                 }
             };
+            let fit = fit.map(|worker| (Instant::now(), worker));
             let stale = scheduler.pools.returned(&function, &fingerprint, fit);
             for worker in stale.into_iter().chain(unfit) {
                 scheduler.retire(worker);
             }
         });
+    }
+
+    /// Has instances that have been idle for a while give memory back, each once.
+    fn reclaim(self: &Arc<Self>) {
+        let fat = |worker: &Worker<B::Machine>| !worker.lean;
+        for (since, mut worker) in self.pools.borrow(self.limits.reclaim, fat) {
+            let scheduler = self.clone();
+            tokio::spawn(async move {
+                let (function, fingerprint) = (worker.function.clone(), worker.fingerprint.clone());
+                worker.lean = true;
+                let (fit, unfit) = match worker.machine.reclaim().await {
+                    Ok(bytes) => {
+                        tracing::debug!(function, bytes, "an idle instance gave memory back");
+                        (Some((since, worker)), None)
+                    }
+                    Err(error) => {
+                        tracing::warn!(function, %error, "an idle instance is lost");
+                        (None, Some(worker))
+                    }
+                };
+                let stale = scheduler.pools.returned(&function, &fingerprint, fit);
+                for worker in stale.into_iter().chain(unfit) {
+                    scheduler.retire(worker);
+                }
+            });
+        }
     }
 
     fn register(
@@ -309,7 +341,7 @@ impl<B: Backend> Scheduler<B> {
         };
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         instances.insert(machine.id().to_owned(), listed);
-        Worker { machine, output, function, fingerprint: fingerprint.to_owned() }
+        Worker { machine, output, function, fingerprint: fingerprint.to_owned(), lean: false }
     }
 
     fn note(&self, id: &str, change: impl FnOnce(&mut Listed)) {

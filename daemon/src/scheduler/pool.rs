@@ -88,23 +88,34 @@ impl<W> Pools<W> {
         }
     }
 
-    /// The instance that was announced is back, or (`None`) is not fit for use. Gives back one
-    /// that must be retired because the function has changed meanwhile.
-    pub fn returned(&self, function: &str, fingerprint: &str, worker: Option<W>) -> Option<W> {
+    /// The instance that was announced is back, with the moment since when it has been idle, or
+    /// (`None`) is not fit for use. Gives back one that must be retired because the function has
+    /// changed meanwhile.
+    pub fn returned(
+        &self,
+        function: &str,
+        fingerprint: &str,
+        worker: Option<(Instant, W)>,
+    ) -> Option<W> {
         let mut functions = self.lock();
         let Some(pool) = functions.get_mut(function).filter(|p| p.fingerprint == fingerprint)
         else {
-            return worker;
+            return worker.map(|(_, worker)| worker);
         };
         pool.returning = pool.returning.saturating_sub(1);
-        let mut worker = worker;
-        while let Some(free) = worker.take() {
-            let Some(waiter) = pool.waiting.pop_front() else {
-                pool.idle.push((Instant::now(), free));
-                break;
-            };
-            // A waiter that has gone gives the instance back.
-            worker = waiter.send(free).err();
+        if let Some((since, mut free)) = worker {
+            loop {
+                let Some(waiter) = pool.waiting.pop_front() else {
+                    let at = pool.idle.partition_point(|(other, _)| *other <= since);
+                    pool.idle.insert(at, (since, free));
+                    break;
+                };
+                // A waiter that has gone gives the instance back.
+                match waiter.send(free) {
+                    Ok(()) => break,
+                    Err(back) => free = back,
+                }
+            }
         }
         // Waiters for an instance that will not come look elsewhere.
         while pool.waiting.len() > pool.returning {
@@ -147,6 +158,20 @@ impl<W> Pools<W> {
         gone
     }
 
+    /// Takes out, for a moment, all that have been idle for `limit` and that `wanted` picks. Each
+    /// must be [`Pools::returned`], with the moment since when it has been idle.
+    pub fn borrow(&self, limit: Duration, wanted: impl Fn(&W) -> bool) -> Vec<(Instant, W)> {
+        let mut borrowed = Vec::new();
+        for pool in self.lock().values_mut() {
+            let due =
+                |(since, worker): &mut (Instant, W)| since.elapsed() >= limit && wanted(worker);
+            let before = borrowed.len();
+            borrowed.extend(pool.idle.extract_if(.., due));
+            pool.returning += borrowed.len() - before;
+        }
+        borrowed
+    }
+
     /// Takes out the one that has been idle for longest.
     pub fn evict(&self) -> Option<W> {
         let mut functions = self.lock();
@@ -176,7 +201,11 @@ mod tests {
         if !pools.returning("f", fingerprint) {
             return Some(worker);
         }
-        pools.returned("f", fingerprint, Some(worker))
+        pools.returned("f", fingerprint, now(worker))
+    }
+
+    fn now(worker: u32) -> Option<(Instant, u32)> {
+        Some((Instant::now(), worker))
     }
 
     fn take(pools: &Pools<u32>, fingerprint: &str) -> Option<u32> {
@@ -205,7 +234,7 @@ mod tests {
         put(&pools, "a", 1);
         assert!(pools.returning("f", "a"));
         assert_eq!(pools.switch("f", "b"), [1]);
-        assert_eq!(pools.returned("f", "a", Some(2)), Some(2), "it was on its way");
+        assert_eq!(pools.returned("f", "a", now(2)), Some(2), "it was on its way");
         assert_eq!(put(&pools, "a", 3), Some(3));
         assert_eq!(put(&pools, "b", 4), None);
         assert_eq!(take(&pools, "a"), None);
@@ -220,7 +249,7 @@ mod tests {
         assert!(pools.returning("f", "a"));
         let Take::Soon(mut soon) = pools.take("f", "a") else { panic!("nothing on its way") };
         assert!(matches!(pools.take("f", "a"), Take::Nothing), "one instance, one waiter");
-        assert_eq!(pools.returned("f", "a", Some(7)), None);
+        assert_eq!(pools.returned("f", "a", now(7)), None);
         assert_eq!(soon.try_recv(), Ok(7));
         assert_eq!(take(&pools, "a"), None);
     }
@@ -236,8 +265,26 @@ mod tests {
         assert!(pools.returning("f", "a"));
         let Take::Soon(gone) = pools.take("f", "a") else { panic!("nothing on its way") };
         drop(gone);
-        assert_eq!(pools.returned("f", "a", Some(8)), None);
+        assert_eq!(pools.returned("f", "a", now(8)), None);
         assert_eq!(take(&pools, "a"), Some(8));
+    }
+
+    #[test]
+    fn what_is_borrowed_comes_back_to_its_place() {
+        let pools = Pools::default();
+        let _ = pools.take("f", "a");
+        for worker in [1, 2, 3] {
+            put(&pools, "a", worker);
+        }
+        assert!(pools.borrow(Duration::from_secs(60), |_| true).is_empty());
+        let mut borrowed = pools.borrow(Duration::ZERO, |&worker| worker < 3);
+        assert_eq!(take(&pools, "a"), Some(3));
+        let Take::Soon(mut soon) = pools.take("f", "a") else { panic!("two are on their way") };
+        assert_eq!(pools.returned("f", "a", borrowed.pop()), None);
+        assert_eq!(soon.try_recv(), Ok(2));
+        put(&pools, "a", 4);
+        assert_eq!(pools.returned("f", "a", borrowed.pop()), None);
+        assert_eq!(pools.evict(), Some(1), "it has been idle for longest, whatever was done to it");
     }
 
     #[test]

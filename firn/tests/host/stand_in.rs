@@ -125,6 +125,7 @@ impl Vmm {
                 self.start(stream, false);
                 FromVmm::Thawed(stamps())
             }
+            ToVmm::Reclaim => FromVmm::Reclaimed(7),
             ToVmm::Save { base } => {
                 let (memory, state) = (next()?, next()?);
                 let base = if base { Some(next()?) } else { None };

@@ -240,6 +240,15 @@ impl Source {
         Ok(Self { view, data })
     }
 
+    /// A page by its number, which must be of this memory; none if it is zeroes.
+    pub fn page(&self, number: u64) -> Option<&[u8]> {
+        let start = number * PAGE;
+        let next = self.data.partition_point(|data| data.end <= start);
+        let data = self.data.get(next).filter(|data| data.start <= start)?;
+        debug_assert!(start + PAGE <= data.end, "extents are of whole pages");
+        self.view.bytes().get(start as usize..(start + PAGE) as usize)
+    }
+
     /// Calls `piece` with each part of `range`, in order: a range of offsets, and its bytes, or
     /// none where they are zeroes.
     fn pieces(&self, range: Range<u64>, mut piece: impl FnMut(Range<usize>, Option<&[u8]>)) {

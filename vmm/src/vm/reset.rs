@@ -47,7 +47,11 @@ impl Origin {
         Self { saved, memory, source: OnceCell::new(), attached: false }
     }
 
-    fn source(&self, bytes: u64) -> Result<&Source> {
+    pub(super) fn memory(&self) -> &OwnedFd {
+        &self.memory
+    }
+
+    pub(super) fn source(&self, bytes: u64) -> Result<&Source> {
         if let Some(source) = self.source.get() {
             return Ok(source);
         }

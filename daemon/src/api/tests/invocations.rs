@@ -1,6 +1,9 @@
 //! Invoking functions: answers, kinds of start, concurrency, failures.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::json;
@@ -133,6 +136,25 @@ async fn concurrent_invocations_run_in_instances_of_their_own_up_to_the_limit() 
     }
     assert_eq!(d.count(|c| &c.thaws), 9, "one base thaw, eight for requests");
     assert!(d.count(|c| &c.paused) >= 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_instances_give_memory_back_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { reclaim: Duration::from_millis(100), ..limits() };
+    let d = start(dir.path(), limits, 0).await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    d.invoke("f", &[], &json!(1)).await;
+    let end = Instant::now() + Duration::from_secs(10);
+    while d.count(|c| &c.reclaimed) == 0 {
+        assert!(Instant::now() < end, "an idle instance keeps its memory");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(d.count(|c| &c.reclaimed), 1);
+    let again = d.invoke("f", &[], &json!(1)).await;
+    assert_eq!(again.header("x-firn-start-kind"), Some("warm"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

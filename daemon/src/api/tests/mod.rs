@@ -68,7 +68,12 @@ impl Answer {
 }
 
 fn limits() -> Limits {
-    Limits { concurrency: 8, idle: Duration::from_secs(300), reserve_mib: 0 }
+    Limits {
+        concurrency: 8,
+        idle: Duration::from_secs(300),
+        reclaim: Duration::from_secs(300),
+        reserve_mib: 0,
+    }
 }
 
 /// Starts a daemon on the state in `dir`.
