@@ -31,6 +31,10 @@ pub enum HostError {
     Codec(#[from] CodecError),
 }
 
+/// Last word of `firn-init`'s arguments, or of the kernel's command line behind `--`: asks for a new
+/// connection when the old one is lost while the guest is frozen.
+pub const RECONNECT: &str = "--reconnect";
+
 /// Makes a new invoke connection, connected and non-blocking.
 pub type Connect = Box<dyn FnMut() -> io::Result<OwnedFd>>;
 

@@ -24,7 +24,7 @@ use std::{
 use firn_init::{
     agent::{Agent, AgentError},
     boot,
-    host::Host,
+    host::{Host, RECONNECT},
     place::Place,
     tsc,
 };
@@ -33,9 +33,6 @@ use rustix::{
     process::getpid,
     system::{RebootCommand, reboot},
 };
-
-/// Asks for a new connection when the old one is lost while the guest is frozen.
-const RECONNECT: &str = "--reconnect";
 
 /// The C runtime's entry.
 #[cfg_attr(not(test), unsafe(no_mangle))]
