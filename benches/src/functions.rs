@@ -11,6 +11,22 @@ use std::{
 
 use crate::error::{Error, Result, io_with, of};
 
+/// What answers in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// `firn-init` and the function's runtime.
+    Runtime,
+    /// `echo-init`, by itself: no runtime, no disk mounted.
+    Echo,
+}
+
+impl Guest {
+    /// The error where `echo-init` is needed and was not named.
+    pub fn no_echo_init() -> Error {
+        Error::Usage("function echo needs --echo-init; `cargo xtask bench` builds one".into())
+    }
+}
+
 /// A function in the list.
 #[derive(Debug, Clone, Copy)]
 pub struct Source {
@@ -22,6 +38,8 @@ pub struct Source {
     pub memory_mb: u32,
     /// The event of every call: JSON.
     pub event: &'static str,
+    /// What answers.
+    pub guest: Guest,
     /// `lambda_function.py`, where that is all of it.
     code: Option<&'static str>,
 }
@@ -35,12 +53,21 @@ macro_rules! code {
 }
 
 /// All functions.
-pub const ALL: [Source; 7] = [
+pub const ALL: [Source; 8] = [
+    Source {
+        name: "echo",
+        about: "the smallest guest: its init answers by itself",
+        memory_mb: 128,
+        event: EVENT,
+        guest: Guest::Echo,
+        code: code!("nothing"),
+    },
     Source {
         name: "nothing",
         about: "does nothing",
         memory_mb: 128,
         event: EVENT,
+        guest: Guest::Runtime,
         code: code!("nothing"),
     },
     Source {
@@ -48,6 +75,7 @@ pub const ALL: [Source; 7] = [
         about: "pure Python CPU work",
         memory_mb: 128,
         event: EVENT,
+        guest: Guest::Runtime,
         code: code!("cpu"),
     },
     Source {
@@ -55,6 +83,7 @@ pub const ALL: [Source; 7] = [
         about: "imports boto3 and signs a URL",
         memory_mb: 256,
         event: EVENT,
+        guest: Guest::Runtime,
         code: None,
     },
     Source {
@@ -62,6 +91,7 @@ pub const ALL: [Source; 7] = [
         about: "JSON in, HTML out by Jinja",
         memory_mb: 128,
         event: EVENT,
+        guest: Guest::Runtime,
         code: None,
     },
     Source {
@@ -69,6 +99,7 @@ pub const ALL: [Source; 7] = [
         about: "zlib, a quarter of a megabyte there and back",
         memory_mb: 128,
         event: EVENT,
+        guest: Guest::Runtime,
         code: code!("compression"),
     },
     Source {
@@ -76,6 +107,7 @@ pub const ALL: [Source; 7] = [
         about: "200 MB resident, some of them touched",
         memory_mb: 512,
         event: EVENT,
+        guest: Guest::Runtime,
         code: code!("resident"),
     },
     Source {
@@ -83,6 +115,7 @@ pub const ALL: [Source; 7] = [
         about: "takes as long as the event says",
         memory_mb: 128,
         event: r#"{"sleep_s":0}"#,
+        guest: Guest::Runtime,
         code: code!("sleep"),
     },
 ];
@@ -96,6 +129,8 @@ pub struct Function {
     pub memory_mb: u32,
     /// The event of every call: JSON.
     pub event: &'static str,
+    /// What answers.
+    pub guest: Guest,
     /// Its code: a read-only EROFS disk that belongs on `/var/task`.
     pub disk: PathBuf,
     /// blake3 of the disk.
@@ -141,6 +176,7 @@ impl Source {
             name: self.name,
             memory_mb: self.memory_mb,
             event: self.event,
+            guest: self.guest,
             disk,
             hash: blake3::hash(&bytes).to_hex().to_string(),
             environment: environment(self.memory_mb),
@@ -182,7 +218,8 @@ mod tests {
     #[test]
     fn every_function_has_its_source_and_a_json_event() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("functions");
-        for function in ALL {
+        let functions = || ALL.into_iter().filter(|function| function.guest == Guest::Runtime);
+        for function in functions() {
             let source = root.join(function.name).join("lambda_function.py");
             assert!(source.exists(), "{}", source.display());
             let packages = root.join(function.name).join("requirements.txt").exists();
@@ -190,7 +227,7 @@ mod tests {
             serde_json::from_str::<serde_json::Value>(function.event).unwrap();
         }
         let listed = std::fs::read_dir(&root).unwrap().count();
-        assert_eq!(listed, ALL.len(), "a directory without an entry");
+        assert_eq!(listed, functions().count(), "a directory without an entry");
         assert!(find("nothing").is_ok());
         assert!(find("noting").unwrap_err().to_string().contains("nothing"));
     }

@@ -12,6 +12,7 @@
 pub mod clock;
 pub mod compare;
 pub mod error;
+pub mod frames;
 pub mod functions;
 mod host;
 pub mod observe;

@@ -16,7 +16,10 @@ use crate::{
     record::{Manifest, Record, Sample, VERSION},
     scenario::{Context, Scenario},
     subject::{Deployed, Subject},
-    subjects::firn::{Firn, Settings},
+    subjects::{
+        firecracker::{self, Firecracker},
+        firn::{Firn, Settings},
+    },
     trace::Tracer,
 };
 
@@ -26,6 +29,14 @@ pub struct Options {
     /// Where, and on what.
     #[command(flatten)]
     pub place: Place,
+
+    /// Measure this Firecracker too, side by side
+    #[arg(long, value_name = "PROGRAM")]
+    pub firecracker: Option<PathBuf>,
+
+    /// Init of the smallest guest, for function `echo`
+    #[arg(long, value_name = "PROGRAM")]
+    pub echo_init: Option<PathBuf>,
 
     /// Scenarios, in the order in which they take turns; all unless given.
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -118,6 +129,7 @@ impl Place {
             runtime: self.runtime.clone(),
             patience: self.patience,
             shells,
+            echo_init: None,
         }
     }
 
@@ -214,7 +226,22 @@ async fn measure_all(options: &Options) -> Result<()> {
 
 /// Everything that is measured, in the order of its turns.
 async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
-    Ok(vec![Box::new(Firn::open(options.place.settings(0)).await?)])
+    let place = &options.place;
+    let mut settings = place.settings(0);
+    settings.echo_init.clone_from(&options.echo_init);
+    let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Firn::open(settings).await?)];
+    if let Some(binary) = &options.firecracker {
+        let absolute = |path: &Path| std::path::absolute(path).map_err(io_with(path));
+        subjects.push(Box::new(Firecracker::open(firecracker::Settings {
+            binary: absolute(binary)?,
+            artifacts: absolute(&place.artifacts)?,
+            state: absolute(&place.state)?,
+            echo_init: options.echo_init.clone(),
+            runtime: place.runtime.clone(),
+            patience: place.patience,
+        })?));
+    }
+    Ok(subjects)
 }
 
 async fn measure(

@@ -12,7 +12,10 @@ const CHARACTER_DEVICE: u32 = 0o020_600;
 const EXECUTABLE: u32 = 0o100_755;
 
 /// Makes the archive. `init` is the content of `firn-init`.
-pub(crate) fn build(init: &[u8]) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] for an init of 4 GiB or more.
+pub fn build(init: &[u8]) -> io::Result<Vec<u8>> {
     let size = u32::try_from(init.len())
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "firn-init is over 4 GiB"))?;
     let mut archive = Vec::with_capacity(init.len() + 1024);

@@ -26,7 +26,7 @@ mod disk;
 pub mod fuzzing;
 mod host;
 mod image;
-mod initramfs;
+pub mod initramfs;
 mod instance;
 mod launch;
 mod log;

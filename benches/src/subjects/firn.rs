@@ -3,6 +3,8 @@
 use std::{
     cell::Cell,
     collections::BTreeMap,
+    ops::Range,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,12 +16,12 @@ use firn::{
     guest::Outcome,
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 
 use crate::{
     clock::{self, Anchor, now_ns},
     error::{Error, Result, io_at, of},
-    functions::Function,
+    functions::{Function, Guest},
     hash,
     subject::{
         Counters, Deployed, Origin, Process, Running, Start, Subject as SubjectTrait, Trip, stamp,
@@ -51,7 +53,12 @@ pub struct Settings {
     pub patience: u32,
     /// Shells that the pool keeps by itself; 0 where each sample states what stands ready.
     pub shells: usize,
+    /// The init of [`Guest::Echo`].
+    pub echo_init: Option<PathBuf>,
 }
+
+/// Users of the second host's VMMs; the first has the default range, below these.
+const ECHO_UIDS: Range<u32> = 1_769_060_000..1_769_061_000;
 
 /// Firn.
 #[derive(Debug)]
@@ -61,6 +68,8 @@ pub struct Firn {
     settings: Settings,
     log: LogSink,
     deployments: Cell<u32>,
+    /// A host whose guests run another init, once one is needed.
+    echo: OnceCell<(Host, Image)>,
 }
 
 impl Firn {
@@ -69,17 +78,40 @@ impl Firn {
     /// # Errors
     /// [`Error::Subject`] with what the installation or the machine lacks.
     pub async fn open(settings: Settings) -> Result<Self> {
-        let mut config = HostConfig::new(&settings.artifacts, settings.state.join(NAME));
-        std::fs::create_dir_all(&config.state).map_err(io_at("make the state directory"))?;
-        config.patience = settings.patience;
-        config.shells = settings.shells;
-        // What is measured is work, not how long a quota makes it wait.
-        config.cpu_limits = false;
-        let host = Host::open(config).await.map_err(of(NAME, "open"))?;
-        let image = host.image(&settings.runtime).map_err(of(NAME, "open the image"))?;
+        let config = HostConfig::new(&settings.artifacts, settings.state.join(NAME));
+        let (host, image) = open_host(config, &settings).await?;
         let (log, mut lines) = mpsc::channel(64);
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
-        Ok(Self { host, image, settings, log, deployments: Cell::new(0) })
+        let (deployments, echo) = (Cell::new(0), OnceCell::new());
+        Ok(Self { host, image, settings, log, deployments, echo })
+    }
+
+    /// The host whose guests run what `guest` says.
+    async fn home(&self, guest: Guest) -> Result<(Host, Image)> {
+        match guest {
+            Guest::Runtime => Ok((self.host.clone(), self.image.clone())),
+            Guest::Echo => Ok(self.echo.get_or_try_init(|| self.open_echo()).await?.clone()),
+        }
+    }
+
+    /// A second host: the same installation but for its init.
+    async fn open_echo(&self) -> Result<(Host, Image)> {
+        let settings = &self.settings;
+        let init = settings.echo_init.as_deref().ok_or_else(Guest::no_echo_init)?;
+        let artifacts = settings.state.join("echo-artifacts");
+        let from = std::path::absolute(&settings.artifacts);
+        let link = |from: &Path, name: &str| symlink(from, artifacts.join(name));
+        from.and_then(|from| {
+            std::fs::create_dir_all(artifacts.join("bin"))?;
+            for name in ["bin/firn-vmm", "bin/firn-jailer", "kernel", "images"] {
+                link(&from.join(name), name)?;
+            }
+            link(&std::path::absolute(init)?, "bin/firn-init")
+        })
+        .map_err(io_at("link artifacts"))?;
+        let mut config = HostConfig::new(artifacts, settings.state.join("firn-echo"));
+        config.uids = ECHO_UIDS;
+        open_host(config, settings).await
     }
 
     fn invocation(&self, event: &[u8]) -> Invocation {
@@ -114,19 +146,20 @@ impl Firn {
         function: &Function,
         dir: &Path,
     ) -> Result<(FirnFunction, Vec<(&'static str, Trip)>)> {
+        let (host, image) = self.home(function.guest).await?;
         let class = ShellClass::for_memory(function.memory_mb);
         let code = Disk::open_read_only(&function.disk).map_err(of(NAME, "open the code disk"))?;
-        self.host.stock(class, 2).await.map_err(of(NAME, "make shells"))?;
+        host.stock(class, 2).await.map_err(of(NAME, "make shells"))?;
 
         let mut base = Trip { start_ns: now_ns(), ..Trip::default() };
-        let booted = self.host.boot(&self.image, class).await.map_err(of(NAME, "boot"))?;
+        let booted = host.boot(&image, class).await.map_err(of(NAME, "boot"))?;
         let ready = now_ns();
         let snapshot = booted
             .snapshot(&dir.join("base"), SnapshotMeta::default())
             .await
             .map_err(of(NAME, "snapshot the base"))?;
         let saved = now_ns();
-        let resident = snapshot.make_resident(&self.host, None, None).await;
+        let resident = snapshot.make_resident(&host, None, None).await;
         let resident = resident.map_err(of(NAME, "make the base resident"))?;
         base.end_ns = now_ns();
         base.stamp(stamp::READY, Some(ready));
@@ -135,7 +168,7 @@ impl Firn {
 
         let mut create = Trip { start_ns: now_ns(), ..Trip::default() };
         let log = Some(self.log.clone());
-        let thawed = self.host.thaw(&resident, None, log).await;
+        let thawed = host.thaw(&resident, None, log).await;
         let (mut instance, _) = thawed.map_err(of(NAME, "thaw the base"))?;
         let renewed = now_ns();
         let spec = self.spec(function, &code, true);
@@ -149,7 +182,7 @@ impl Firn {
             .await
             .map_err(of(NAME, "snapshot the function"))?;
         let saved = now_ns();
-        let resident = snapshot.make_resident(&self.host, Some(&resident), Some(&code)).await;
+        let resident = snapshot.make_resident(&host, Some(&resident), Some(&code)).await;
         let resident = resident.map_err(of(NAME, "make the function resident"))?;
         create.end_ns = now_ns();
         create.stamp(stamp::RENEWED, Some(renewed));
@@ -161,8 +194,8 @@ impl Firn {
 
         let save = Trip { start_ns: loaded, end_ns: saved, ..Trip::default() };
         let deployed = FirnFunction {
-            host: self.host.clone(),
-            image: self.image.clone(),
+            host,
+            image,
             class,
             resident,
             boot: self.spec(function, &code, false),
@@ -237,8 +270,22 @@ impl SubjectTrait for Firn {
     }
 
     async fn shutdown(&self) {
+        if let Some((echo, _)) = self.echo.get() {
+            echo.shutdown().await;
+        }
         self.host.shutdown().await;
     }
+}
+
+async fn open_host(mut config: HostConfig, settings: &Settings) -> Result<(Host, Image)> {
+    std::fs::create_dir_all(&config.state).map_err(io_at("make the state directory"))?;
+    config.patience = settings.patience;
+    config.shells = settings.shells;
+    // What is measured is work, not how long a quota makes it wait.
+    config.cpu_limits = false;
+    let host = Host::open(config).await.map_err(of(NAME, "open"))?;
+    let image = host.image(&settings.runtime).map_err(of(NAME, "open the image"))?;
+    Ok((host, image))
 }
 
 /// A function of Firn's.

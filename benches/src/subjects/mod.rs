@@ -1,3 +1,4 @@
 //! Everything that is measured: one file a subject.
 
+pub mod firecracker;
 pub mod firn;
