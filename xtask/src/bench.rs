@@ -39,11 +39,26 @@ pub struct Arguments {
     memory: u32,
 
     #[command(flatten)]
+    peers: Peers,
+
+    #[command(flatten)]
     lane: Choice,
 
     /// Further arguments for `firn bench run`.
     #[arg(last = true)]
     run: Vec<String>,
+}
+
+/// What else is measured, and under which conditions.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Peers {
+    /// Measure this Firecracker too, side by side. It is no part of Firn: build it yourself, static.
+    #[arg(long, value_name = "PROGRAM")]
+    pub firecracker: Option<PathBuf>,
+
+    /// Mount the host VM's cgroup v2 without `favordynmods`, as most distributions do.
+    #[arg(long)]
+    pub plain_cgroups: bool,
 }
 
 /// Runs the task.
@@ -65,6 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
             memory_mib: arguments.memory,
             seed,
             archives: &archives,
+            peers: &arguments.peers,
             arguments: &arguments.run,
         };
         results.push_str(&run.measure()?);
@@ -107,6 +123,8 @@ pub struct Run<'a> {
     pub seed: u32,
     /// Functions that need packages.
     pub archives: &'a [(String, PathBuf)],
+    /// What else is measured.
+    pub peers: &'a Peers,
     /// Further arguments.
     pub arguments: &'a [String],
 }
@@ -115,22 +133,34 @@ impl Run<'_> {
     /// Runs it and returns its JSON lines.
     pub fn measure(&self) -> Result<String> {
         let mut argv = ["firn", "bench", "run"].map(String::from).to_vec();
+        let echo_init = cargo::build_release(&["firn-echo-init"])?.binary("echo-init")?;
+        let mut programs = vec![("--echo-init", echo_init)];
+        programs.extend(self.peers.firecracker.clone().map(|path| ("--firecracker", path)));
         match self.lane {
             Lane::HostVm => {
                 let seed = self.seed;
                 step::say(&format!("measuring in virtual time, seed {seed}; this takes minutes …"));
-                let rig = format!("dev host VM, virtual time, favordynmods, seed {seed}");
+                let cgroups =
+                    if self.peers.plain_cgroups { "plain cgroups" } else { "favordynmods" };
+                let rig = format!("dev host VM, virtual time, {cgroups}, seed {seed}");
                 let more = ["--artifacts", "/firn", "--patience", "50", "--virtual-time", "--rig"];
                 argv.extend(more.map(String::from));
                 argv.extend([rig, "--seed".into(), seed.to_string()]);
                 argv.extend_from_slice(self.arguments);
                 let files = self.archives.iter();
                 let files = files.map(|(name, zip)| (zip.clone(), archive_in_vm(name)));
+                let mut files: Vec<_> = files.collect();
                 argv.extend(["--functions".into(), VM_FUNCTIONS.into()]);
+                for (option, program) in programs {
+                    let there = format!("/root/{}", option.trim_start_matches('-'));
+                    argv.extend([option.into(), there.clone()]);
+                    files.push((program, there));
+                }
                 let options = Options {
                     memory_mib: self.memory_mib,
                     artifacts: Some(self.artifacts.to_owned()),
-                    files: files.collect(),
+                    files,
+                    plain_cgroups: self.peers.plain_cgroups,
                     ..Options::default()
                 };
                 let exec = Exec { argv, cwd: "/root".into(), ..Exec::default() };
@@ -150,6 +180,9 @@ impl Run<'_> {
                     fs::copy(zip, functions.join(format!("{name}.zip")))?;
                 }
                 command.arg("--functions").arg(functions);
+                for (option, program) in programs {
+                    command.arg(option).arg(program);
+                }
                 command.args(["--rig", "this machine's own KVM"]).args(self.arguments);
                 step::output(&mut command)
             }

@@ -17,6 +17,14 @@ use crate::{artifacts, bench, cargo, demo, packages, python, scratch, step, test
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm";
 
+/// Those of rows with Firecracker, and their functions: Python that does nothing, and the smallest
+/// guest.
+const PEER_SCENARIOS: &str = "thaw,thaw-fresh,boot-fresh,churn,clones-fresh";
+const PEER_FUNCTIONS: &str = "nothing,echo";
+
+/// Memory of their host VM: a hundred clones need room.
+const PEER_MEMORY_MIB: u32 = 4096;
+
 /// Measure every promise of SPECIFICATION.md; fails if one is broken.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -31,6 +39,9 @@ pub struct Arguments {
     /// Rounds of the benches.
     #[arg(long, default_value_t = 5)]
     iterations: u32,
+
+    #[command(flatten)]
+    peers: bench::Peers,
 
     #[command(flatten)]
     lane: Choice,
@@ -56,6 +67,8 @@ struct Bound {
 enum Source {
     /// A figure of `firn bench run`, or one over another.
     Starts(String),
+    /// As that, in a run side by side with Firecracker.
+    Peer(String),
     /// A figure of `tiny_thaw`.
     Native(String),
     /// Length of an artifact.
@@ -97,20 +110,27 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         lane,
         artifacts: artifacts::build()?,
         iterations: arguments.iterations,
+        peers: arguments.peers.clone(),
         starts: None,
+        beside_peer: None,
         tiny: None,
         in_lane: BTreeMap::new(),
     };
     rig.run_in_lane(&promises)?;
-    let mut broken = 0;
+    let (mut broken, mut unmeasured) = (0, 0);
     let mut rows = Vec::new();
     for promise in &promises {
         let (figure, rig_name) = match rig.measure(&promise.source) {
             Ok((figure, rig)) => (Some(figure), rig),
             Err(error) => (None, format!("could not be measured: {error:#}")),
         };
-        let holds = figure.is_some_and(|figure| promise.bound.holds(figure));
-        broken += i32::from(!holds);
+        let lacking = matches!(promise.source, Source::Peer(_)) && rig.peers.firecracker.is_none();
+        // Neither kept nor broken: there was nothing to measure it with.
+        let holds = (!lacking).then(|| figure.is_some_and(|figure| promise.bound.holds(figure)));
+        match holds {
+            Some(holds) => broken += i32::from(!holds),
+            None => unmeasured += 1,
+        }
         if !arguments.json {
             print_row(promise, figure, &rig_name, holds);
         }
@@ -123,15 +143,23 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     if arguments.json {
         println!("{:#}", Value::Array(rows));
     } else {
-        println!("{} of {} promises hold", promises.len() as i32 - broken, promises.len());
+        let measured = promises.len() as i32 - unmeasured;
+        println!("{} of {measured} promises hold", measured - broken);
+        if unmeasured > 0 {
+            println!("{unmeasured} more were not measured: they need --firecracker PROGRAM");
+        }
     }
     Ok(i32::from(broken > 0))
 }
 
-fn print_row(promise: &Promise, figure: Option<f64>, rig: &str, holds: bool) {
+fn print_row(promise: &Promise, figure: Option<f64>, rig: &str, holds: Option<bool>) {
     let Bound { relation, value, unit } = &promise.bound;
     let shown = figure.map_or("-".to_owned(), number);
-    let verdict = if holds { "pass" } else { "FAIL" };
+    let verdict = match holds {
+        Some(true) => "pass",
+        Some(false) => "FAIL",
+        None => "none",
+    };
     println!(
         "{verdict}  {:<20} {shown:>10} {relation} {} {unit}   [{rig}]",
         promise.name,
@@ -153,7 +181,9 @@ struct Rig {
     lane: Lane,
     artifacts: PathBuf,
     iterations: u32,
+    peers: bench::Peers,
     starts: Option<Starts>,
+    beside_peer: Option<Starts>,
     tiny: Option<Value>,
     /// Tests that ran in the lane, and whether they passed.
     in_lane: BTreeMap<String, bool>,
@@ -164,9 +194,24 @@ impl Rig {
         match source {
             Source::Starts(key) => {
                 if self.starts.is_none() {
-                    self.starts = Some(self.measure_starts()?);
+                    let none = bench::Peers { firecracker: None, ..self.peers.clone() };
+                    let memory_mib = bench::MEMORY_MIB;
+                    let starts = self.measure_starts(&none, memory_mib, &["--scenario", SCENARIOS]);
+                    self.starts = Some(starts?);
                 }
                 let starts = self.starts.as_ref().context("no figures")?;
+                Ok((starts.figure(key)?, starts.rig.clone()))
+            }
+            Source::Peer(key) => {
+                ensure!(self.peers.firecracker.is_some(), "it needs --firecracker PROGRAM");
+                if self.beside_peer.is_none() {
+                    let scenarios = ["--scenario", PEER_SCENARIOS, "--function", PEER_FUNCTIONS];
+                    let clones = ["--clones", "100"];
+                    let arguments = [&scenarios[..], &clones].concat();
+                    let starts = self.measure_starts(&self.peers, PEER_MEMORY_MIB, &arguments);
+                    self.beside_peer = Some(starts?);
+                }
+                let starts = self.beside_peer.as_ref().context("no figures")?;
                 Ok((starts.figure(key)?, starts.rig.clone()))
             }
             Source::Native(key) => {
@@ -196,15 +241,22 @@ impl Rig {
         }
     }
 
-    fn measure_starts(&self) -> Result<Starts> {
+    fn measure_starts(
+        &self,
+        peers: &bench::Peers,
+        memory_mib: u32,
+        arguments: &[&str],
+    ) -> Result<Starts> {
         let iterations = self.iterations.to_string();
-        let arguments = ["--scenario", SCENARIOS, "--iterations", &iterations].map(String::from);
+        let arguments = [arguments, &["--iterations", &iterations]].concat();
+        let arguments: Vec<String> = arguments.into_iter().map(String::from).collect();
         let run = bench::Run {
             lane: self.lane,
             artifacts: &self.artifacts,
-            memory_mib: bench::MEMORY_MIB,
+            memory_mib,
             seed: 1,
             archives: &[],
+            peers,
             arguments: &arguments,
         };
         let results = run.measure()?;
@@ -373,6 +425,7 @@ fn parse_source(text: &str) -> Result<Source> {
     let words: Vec<&str> = text.split_whitespace().collect();
     Ok(match words[..] {
         ["icount", key] => Source::Starts(key.into()),
+        ["beside-firecracker", key] => Source::Peer(key.into()),
         ["native", key] => Source::Native(key.into()),
         ["files", name] => Source::File(name.into()),
         ["e2e", ref names @ ..] if !names.is_empty() => {

@@ -25,6 +25,9 @@ pub const FAILED_MARK: &str = "firn-host-vm: failed: ";
 /// Where an [`Exec`] lies in the initramfs when the host VM runs one command and ends.
 pub const JOB_PATH: &str = "/etc/host-vm/job";
 
+/// If this file is there, cgroup v2 is mounted without `favordynmods`, as most distributions do.
+pub const PLAIN_CGROUPS_PATH: &str = "/etc/host-vm/plain-cgroups";
+
 /// Kernel modules to load, one path a line, in order.
 pub const MODULES_PATH: &str = "/etc/host-vm/modules";
 

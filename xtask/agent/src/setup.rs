@@ -1,14 +1,14 @@
 //! Makes the host VM look like a small server: mounts, modules, network, sparse files.
 //!
-//! Follows RIG.md where it says how: cgroup v2 with `favordynmods` (or creating a VM costs 12 ms
-//! of RCU waits), shared-memory huge pages on advice.
+//! cgroup v2 is mounted with `favordynmods` unless told otherwise (creating a VM costs 12 ms of RCU
+//! waits without), shared-memory huge pages are given on advice.
 
 use std::fs;
 use std::io::{self, BufReader};
 use std::path::Path;
 use std::process::Command;
 
-use firn_host_vm_agent::{EXTENTS_SUFFIX, MODULES_PATH, SPARSE_PATH, expand};
+use firn_host_vm_agent::{EXTENTS_SUFFIX, MODULES_PATH, PLAIN_CGROUPS_PATH, SPARSE_PATH, expand};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 /// Address of the host VM in QEMU's user network.
@@ -42,6 +42,7 @@ fn leave_rootfs() -> io::Result<()> {
 fn mount_all() -> io::Result<()> {
     let none = MountFlags::empty();
     let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let cgroups = (!Path::new(PLAIN_CGROUPS_PATH).exists()).then_some(c"favordynmods");
     let table = [
         ("proc", "/proc", safe | MountFlags::NOEXEC, None),
         ("sysfs", "/sys", safe | MountFlags::NOEXEC, None),
@@ -50,7 +51,7 @@ fn mount_all() -> io::Result<()> {
         ("tmpfs", "/dev/shm", safe, Some(c"mode=1777")),
         ("tmpfs", "/run", safe, Some(c"mode=0755")),
         ("tmpfs", "/tmp", safe, Some(c"mode=1777,size=75%")),
-        ("cgroup2", "/sys/fs/cgroup", safe | MountFlags::NOEXEC, Some(c"favordynmods")),
+        ("cgroup2", "/sys/fs/cgroup", safe | MountFlags::NOEXEC, cgroups),
     ];
     for (kind, path, flags, data) in table {
         // Those inside sysfs exist already, and nothing can be created there.

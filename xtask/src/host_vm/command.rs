@@ -36,6 +36,11 @@ pub struct Arguments {
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "icount")]
     at: Option<SocketAddr>,
 
+    /// Mount cgroup v2 without `favordynmods`, as most distributions do: creating a VM then waits
+    /// for RCU.
+    #[arg(long, conflicts_with = "at")]
+    plain_cgroups: bool,
+
     /// Memory of the host VM.
     #[arg(long, value_name = "MiB", default_value_t = 2048)]
     memory: u32,
@@ -79,6 +84,7 @@ pub fn run(arguments: Arguments) -> Result<i32> {
     let mut options = Options {
         memory_mib: arguments.memory,
         modules: arguments.module,
+        plain_cgroups: arguments.plain_cgroups,
         artifacts: match arguments.artifacts {
             Some(path) if path.as_os_str() == "none" => None,
             Some(path) => Some(path),

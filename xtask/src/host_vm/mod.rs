@@ -44,6 +44,8 @@ pub struct Options {
     pub modules: Vec<String>,
     /// TCP ports of the host VM that are to be reachable from this machine.
     pub forward: Vec<u16>,
+    /// Mount cgroup v2 without `favordynmods`.
+    pub plain_cgroups: bool,
 }
 
 impl Default for Options {
@@ -54,6 +56,7 @@ impl Default for Options {
             files: Vec::new(),
             modules: Vec::new(),
             forward: Vec::new(),
+            plain_cgroups: false,
         }
     }
 }

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use firn_host_vm_agent::{EXTENTS_SUFFIX, Exec, JOB_PATH, MODULES_PATH, SPARSE_PATH, pack, send};
+use firn_host_vm_agent::{
+    EXTENTS_SUFFIX, Exec, JOB_PATH, MODULES_PATH, PLAIN_CGROUPS_PATH, SPARSE_PATH, pack, send,
+};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -72,6 +74,9 @@ pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
         add_file(&mut archive, from, to, &mut sparse)?;
     }
     archive.file(SPARSE_PATH, 0o644, sparse.join("\n").as_bytes())?;
+    if options.plain_cgroups {
+        archive.file(PLAIN_CGROUPS_PATH, 0o644, b"")?;
+    }
     if let Some(job) = job {
         let mut bytes = Vec::new();
         send(&mut bytes, job)?;
