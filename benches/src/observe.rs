@@ -30,7 +30,7 @@ const OF_FILE: u64 = 1 << 61;
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Mapping {
     range: Range<u64>,
-    accessible: bool,
+    writable: bool,
 }
 
 /// Adds what is known of process `pid`, whose guest has `memory_bytes`, to `figures`.
@@ -92,7 +92,7 @@ fn mappings(maps: &str) -> Vec<Mapping> {
     let parse = |line: &str| {
         let mut words = line.split_whitespace();
         let range = hex_range(words.next()?)?;
-        Some(Mapping { range, accessible: words.next()?.starts_with('r') })
+        Some(Mapping { range, writable: words.next()?.starts_with("rw") })
     };
     maps.lines().filter_map(parse).collect()
 }
@@ -103,13 +103,13 @@ fn hex_range(word: &str) -> Option<Range<u64>> {
     Some(hex(start)?..hex(end)?)
 }
 
-/// The adjacent, accessible mappings that are `bytes` long together.
+/// The adjacent, writable mappings that are `bytes` long together.
 fn guest_range(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
     for (first, mapping) in mappings.iter().enumerate() {
         let start = mapping.range.start;
         let mut end = start;
         for next in &mappings[first..] {
-            if next.range.start != end || !next.accessible || end - start >= bytes {
+            if next.range.start != end || !next.writable || end - start >= bytes {
                 break;
             }
             end = next.range.end;
@@ -246,13 +246,15 @@ mod tests {
         let maps = "1000-3000 r--p 0 00:00 0 /bin/vmm\n\
                     3000-4000 rw-p 0 00:00 0\n\
                     10000-14000 rw-p 0 00:01 7 /memfd:memory\n\
-                    14000-18000 r--p 4000 00:01 7 /memfd:memory\n\
+                    14000-18000 rw-p 4000 00:01 7 /memfd:memory\n\
                     18000-19000 ---p 0 00:00 0\n";
+        let view = "8000-10000 r--s 0 00:01 7 /memfd:memory\n";
+        assert_eq!(guest_range(&mappings(view), 0x8000), None, "a guest writes its memory");
         let maps = mappings(maps);
         assert_eq!(guest_range(&maps, 0x8000), Some(0x10000..0x18000));
         assert_eq!(guest_range(&maps, 0x4000), Some(0x10000..0x14000));
         assert_eq!(guest_range(&maps, 0x9000), None, "the guard page is no memory");
-        assert_eq!(guest_range(&maps, 0x3000), Some(0x1000..0x4000));
+        assert_eq!(guest_range(&maps, 0x1000), Some(0x3000..0x4000));
     }
 
     #[test]
