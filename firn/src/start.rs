@@ -40,7 +40,7 @@ const BOOT: Duration = Duration::from_secs(20);
 
 /// Kernel command line without devices. No serial ports are probed and a panic resets at once,
 /// which ends the VMM.
-const CMDLINE: &str = "quiet panic=-1";
+const CMDLINE: &str = "quiet panic=-1 rcupdate.rcu_expedited=1";
 
 /// Why an instance did not start.
 #[derive(Debug, thiserror::Error)]
