@@ -35,7 +35,8 @@ pub(crate) struct Artifacts {
     pub(crate) jailer: CString,
     /// `firn-vmm` in sealed memory.
     pub(crate) vmm: OwnedFd,
-    pub(crate) kernel: File,
+    /// `vmlinux` in sealed memory.
+    pub(crate) kernel: OwnedFd,
     pub(crate) kernel_hash: blake3::Hash,
     pub(crate) initramfs: OwnedFd,
     /// Backing of every `/tmp`.
@@ -58,7 +59,7 @@ impl Artifacts {
         let mut vmm = executable(&dir, "firn-vmm")?;
         executable(&dir, "firn-jailer")?;
         let mut init = executable(&dir, "firn-init")?;
-        let kernel = part(&dir, "kernel", "kernel/vmlinux")?;
+        let mut kernel = part(&dir, "kernel", "kernel/vmlinux")?;
         let tmp_path = dir.join("images/tmp.ext4");
         part(&dir, "/tmp disk", "images/tmp.ext4")?;
         let images = images(&dir.join("images"))?;
@@ -74,10 +75,17 @@ impl Artifacts {
         let initramfs = init
             .read_to_end(&mut content)
             .and_then(|_| initramfs::build(&content))
-            .and_then(|archive| memfile::sealed("firn-initramfs", &archive))
+            .and_then(|archive| {
+                memfile::sealed_huge("firn-initramfs", &mut &archive[..], archive.len() as u64)
+            })
             .map_err(artifact("firn-init", init_path))?;
-        let kernel_hash =
-            hash_file(&kernel).map_err(artifact("kernel", dir.join("kernel/vmlinux")))?;
+        // The hash is of what boots, whatever becomes of the file.
+        let (kernel, kernel_hash) = kernel
+            .metadata()
+            .and_then(|m| memfile::sealed_huge("firn-kernel", &mut kernel, m.len()))
+            .map(File::from)
+            .and_then(|sealed| hash_file(&sealed).map(|hash| (OwnedFd::from(sealed), hash)))
+            .map_err(artifact("kernel", dir.join("kernel/vmlinux")))?;
         let tmp = Disk::open_read_only(&tmp_path).map_err(|e| OpenError::Artifact {
             what: "/tmp disk",
             path: tmp_path.clone(),

@@ -10,6 +10,7 @@ use std::{
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags, SealFlags},
     io::Errno,
+    mm::{Advice, MapFlags, ProtFlags},
 };
 
 /// All seals: nobody who has a descriptor can change the content, or the seals.
@@ -38,6 +39,36 @@ pub(crate) fn seal(file: File) -> io::Result<OwnedFd> {
 pub(crate) fn sealed(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
     let mut file = create(name)?;
     io::Write::write_all(&mut file, content)?;
+    seal(file)
+}
+
+/// A sealed memory file with the next `length` bytes of `source`, in huge pages where the system
+/// gives them on advice: what every VMM reads whole is then mapped by a handful of page-table
+/// entries.
+pub(crate) fn sealed_huge(
+    name: &str,
+    source: &mut impl io::Read,
+    length: u64,
+) -> io::Result<OwnedFd> {
+    let file = create(name)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    if length > 0 {
+        file.set_len(length as u64)?;
+        let (any, flags) = (std::ptr::null_mut(), MapFlags::SHARED);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory. The
+        // file is private to this function, so nothing else changes or shrinks it while the slice
+        // lives, and the mapping, which would keep the file from being sealed, ends with it.
+        unsafe {
+            let mapping = rustix::mm::mmap(any, length, protection, flags, &file, 0)?;
+            // Only advice: without huge pages this costs time, nothing else.
+            let _ = rustix::mm::madvise(mapping, length, Advice::LinuxHugepage);
+            let content = std::slice::from_raw_parts_mut(mapping.cast::<u8>(), length);
+            let read = source.read_exact(content);
+            rustix::mm::munmap(mapping, length)?;
+            read?;
+        }
+    }
     seal(file)
 }
 
@@ -98,6 +129,21 @@ mod tests {
         if let Ok(mut writable) = File::options().write(true).open(path) {
             assert!(writable.write_all(b"x").is_err());
         }
+    }
+
+    #[test]
+    fn a_huge_sealed_file_has_the_content_of_its_source() {
+        let content: Vec<u8> = (0..5u32 << 20).map(|i| (i / 4096) as u8).collect();
+        let length = content.len() as u64;
+        let mut copy = File::from(sealed_huge("copy", &mut &content[..], length).unwrap());
+        let mut found = Vec::new();
+        copy.read_to_end(&mut found).unwrap();
+        assert!(found == content);
+        assert!(copy.write_all(b"x").is_err());
+        assert!(rustix::fs::fcntl_get_seals(&copy).unwrap().contains(SEALS));
+        let empty = sealed_huge("empty", &mut io::empty(), 0).unwrap();
+        assert_eq!(File::from(empty).metadata().unwrap().len(), 0);
+        assert!(sealed_huge("short", &mut &content[..], length + 1).is_err());
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
 //! | [`seccomp`] | what each thread may ask of the kernel |
+//! | [`sealed`] | sealed files as plain memory |
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
 pub mod arch;
@@ -24,6 +25,7 @@ pub mod devices;
 pub mod machine;
 pub mod memory;
 pub mod plan;
+pub mod sealed;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;

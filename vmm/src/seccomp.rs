@@ -137,7 +137,7 @@ fn bisect(turns: &[u32], answer: bool, program: &mut BpfProgram) {
     bisect(&turns[..middle], answer, program);
     // At most two instructions a turn: 200 with all tables above, and the test of this module.
     program[here].jt = (program.len() - here - 1) as u8;
-    bisect(&turns[middle + 1..], answer ^ (middle % 2 == 0), program);
+    bisect(&turns[middle + 1..], answer ^ middle.is_multiple_of(2), program);
 }
 
 fn statement(code: u32, k: u32) -> sock_filter {

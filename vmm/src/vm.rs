@@ -255,8 +255,9 @@ impl Vm {
         };
         let devices = Machine::devices(&self.config.disks);
         let cmdline = boot::cmdline(cmdline, devices).map_err(bad_kernel)?;
+        let vcpus = self.config.vcpus;
         let entry =
-            boot::load(&self.memory, &mut kernel, initramfs.as_mut(), &cmdline, self.config.vcpus)
+            boot::load(&self.memory, &mut kernel, initramfs.as_mut(), &cmdline, vcpus, devices)
                 .map_err(bad_kernel)?;
         self.clock.stamp(Phase::Mapped);
         // The guest's TSC starts at 0 now, on all vCPUs.

@@ -4,7 +4,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::{Cursor, Read, Seek, SeekFrom},
 };
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -12,10 +12,13 @@ use linux_loader::loader::{
     BzImage, Elf, KernelLoader, KernelLoaderResult,
     bootparam::{boot_e820_entry, boot_params},
 };
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress, ReadVolatile};
 
 use super::mptable;
-use crate::memory::{HIGH_RAM_START, Memory, PAGE};
+use crate::{
+    memory::{HIGH_RAM_START, Memory, PAGE},
+    sealed::Sealed,
+};
 
 /// Where `boot_params` go.
 pub const ZERO_PAGE: u64 = 0x7000;
@@ -102,7 +105,8 @@ pub fn panicked(memory: &Memory) -> bool {
     memory.guest().read_obj::<u16>(GuestAddress(RESET_FLAG)).is_ok_and(|flag| flag == RESET_WARM)
 }
 
-/// Loads kernel, initramfs, command line, MP table and boot parameters; returns the entry point.
+/// Loads kernel, initramfs, command line, MP table and boot parameters for a machine of `devices`
+/// virtio devices; returns the entry point.
 ///
 /// # Errors
 /// Any [`BootError`].
@@ -112,6 +116,7 @@ pub fn load(
     initramfs: Option<&mut File>,
     cmdline: &str,
     vcpus: u8,
+    devices: usize,
 ) -> Result<u64, BootError> {
     let guest = memory.guest().as_ref();
     let (loaded, entry) = load_kernel(memory, kernel)?;
@@ -147,13 +152,24 @@ pub fn load(
     guest.write_slice(&line, GuestAddress(CMDLINE))?;
     guest.write_slice(params.as_slice(), GuestAddress(ZERO_PAGE))?;
     guest.write_obj(0u16, GuestAddress(RESET_FLAG))?;
-    mptable::write(guest, vcpus)?;
+    mptable::write(guest, vcpus, devices)?;
     write_page_tables(memory)?;
     write_gdt(memory)?;
     Ok(entry)
 }
 
+/// A sealed file is copied straight from its pages, any other one is read.
 fn load_kernel(memory: &Memory, kernel: &mut File) -> Result<(KernelLoaderResult, u64), BootError> {
+    match Sealed::map(&*kernel) {
+        Some(content) => load_image(memory, &mut Cursor::new(&*content)),
+        None => load_image(memory, kernel),
+    }
+}
+
+fn load_image<F>(memory: &Memory, kernel: &mut F) -> Result<(KernelLoaderResult, u64), BootError>
+where
+    F: Read + ReadVolatile + Seek,
+{
     let read_error = |source| BootError::Read { what: "kernel", source };
     let mut head = Vec::new();
     kernel.rewind().map_err(read_error)?;
@@ -201,10 +217,15 @@ fn load_initramfs(
     if address < kernel_end {
         return Err(too_large);
     }
-    memory
-        .guest()
-        .read_exact_volatile_from(GuestAddress(address), file, bytes as usize)
-        .map_err(|e| read_error(std::io::Error::other(e)))?;
+    match Sealed::map(&*file) {
+        Some(content) if content.len() as u64 == bytes => {
+            memory.guest().write_slice(&content, GuestAddress(address))?;
+        }
+        _ => memory
+            .guest()
+            .read_exact_volatile_from(GuestAddress(address), file, bytes as usize)
+            .map_err(|e| read_error(std::io::Error::other(e)))?,
+    }
     Ok((address, bytes))
 }
 
@@ -224,13 +245,16 @@ fn write_page_tables(memory: &Memory) -> Result<(), BootError> {
     const LARGE: u64 = 1 << 7;
     let guest = memory.guest().as_ref();
     guest.write_obj(PDPT | PRESENT_WRITABLE, GuestAddress(PML4))?;
+    // Each access to guest memory looks its region up: one for all of a table's entries.
+    let mut table = [0u8; PAGE as usize];
     for gib in 0..4u64 {
         let directory = PAGE_DIRECTORIES + gib * PAGE;
         guest.write_obj(directory | PRESENT_WRITABLE, GuestAddress(PDPT + gib * 8))?;
-        for entry in 0..512u64 {
+        for (entry, bytes) in (0u64..).zip(table.chunks_exact_mut(8)) {
             let page = (gib << 30) | (entry << 21) | PRESENT_WRITABLE | LARGE;
-            guest.write_obj(page, GuestAddress(directory + entry * 8))?;
+            bytes.copy_from_slice(&page.to_le_bytes());
         }
+        guest.write_slice(&table, GuestAddress(directory))?;
     }
     Ok(())
 }
@@ -323,10 +347,11 @@ mod tests {
     fn what_is_no_kernel_is_refused_with_its_first_bytes() {
         let memory = Memory::reserve(16).unwrap();
         for contents in [&b""[..], b"#!/bin/sh\n", &[0u8; 4096]] {
-            let error = load(&memory, &mut file(contents), None, "", 1).unwrap_err();
+            let error = load(&memory, &mut file(contents), None, "", 1, 0).unwrap_err();
             assert!(matches!(error, BootError::NotAKernel { .. }), "{error}");
         }
-        let error = load(&memory, &mut file(b"\x7fELF but then nothing"), None, "", 1).unwrap_err();
+        let error =
+            load(&memory, &mut file(b"\x7fELF but then nothing"), None, "", 1, 0).unwrap_err();
         assert!(matches!(error, BootError::Load { format: "ELF", .. }), "{error}");
     }
 
@@ -336,6 +361,19 @@ mod tests {
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5"));
         assert!(line.contains("virtio_mmio.device=4K@0xd0001000:6"));
         assert!(matches!(cmdline(&"x".repeat(2048), 0), Err(BootError::Cmdline(_))));
+    }
+
+    #[test]
+    fn four_gib_are_identity_mapped() {
+        let memory = Memory::reserve(16).unwrap();
+        write_page_tables(&memory).unwrap();
+        let read = |at| memory.guest().read_obj::<u64>(GuestAddress(at)).unwrap();
+        assert_eq!(read(PML4) & !0xfff, PDPT);
+        for address in [0, 0x100_0000, 0xfee0_0000u64] {
+            let directory = read(PDPT + (address >> 30) * 8) & !0xfff;
+            let entry = read(directory + (address >> 21) % 512 * 8);
+            assert_eq!((entry & !0xfff, entry & 0xfff), (address & !0x1f_ffff, 0x83));
+        }
     }
 
     #[test]

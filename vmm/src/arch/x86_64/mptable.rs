@@ -3,7 +3,7 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::IOAPIC_PINS;
+use super::{FIRST_IRQ, IOAPIC_PINS};
 use crate::memory::GuestMemory;
 
 /// Where the table goes: the last KiB of base memory, one of the places where an OS must look.
@@ -20,16 +20,29 @@ const ENTRY_IOAPIC: u8 = 2;
 const ENTRY_INTERRUPT: u8 = 3;
 const ENTRY_LOCAL_INTERRUPT: u8 = 4;
 
-/// Writes the table for `vcpus` vCPUs.
+/// Lines that are listed whatever devices there are: the timer's, without which Linux looks for it
+/// elsewhere, and the serial port's.
+const FIXED_LINES: [u8; 2] = [0, 4];
+
+/// Writes the table for `vcpus` vCPUs and `devices` virtio devices.
 ///
 /// # Errors
 /// If guest memory ends below the table.
-pub fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), vm_memory::GuestMemoryError> {
-    memory.write_slice(&table(vcpus), GuestAddress(ADDRESS))
+pub fn write(
+    memory: &GuestMemory,
+    vcpus: u8,
+    devices: usize,
+) -> Result<(), vm_memory::GuestMemoryError> {
+    memory.write_slice(&table(vcpus, devices), GuestAddress(ADDRESS))
+}
+
+/// Interrupt lines that something is connected to.
+fn lines(devices: usize) -> impl Iterator<Item = u8> {
+    FIXED_LINES.into_iter().chain((FIRST_IRQ as u8..IOAPIC_PINS as u8).take(devices))
 }
 
 /// Floating pointer structure followed by the configuration table.
-fn table(vcpus: u8) -> Vec<u8> {
+fn table(vcpus: u8, devices: usize) -> Vec<u8> {
     let ioapic_id = vcpus;
     let mut entries = Vec::new();
     let mut count = 0u16;
@@ -51,7 +64,9 @@ fn table(vcpus: u8) -> Vec<u8> {
     let mut ioapic = vec![ENTRY_IOAPIC, ioapic_id, APIC_VERSION, 1];
     ioapic.extend_from_slice(&IOAPIC_ADDRESS.to_le_bytes());
     entry(&ioapic);
-    for line in 0..IOAPIC_PINS as u8 {
+    // The guest sets up each line that is listed: a dozen accesses to the IOAPIC, a descriptor, and
+    // files in sysfs.
+    for line in lines(devices) {
         // Vectored interrupt, polarity and trigger as the bus has them (ISA: rising edge).
         entry(&[ENTRY_INTERRUPT, 0, 0, 0, 0, line, ioapic_id, line]);
     }
@@ -92,8 +107,8 @@ mod tests {
 
     #[test]
     fn both_structures_sum_to_zero_and_fit() {
-        for vcpus in 1..=8 {
-            let table = table(vcpus);
+        for (vcpus, devices) in (1..=8).flat_map(|vcpus| [(vcpus, 0), (vcpus, 5), (vcpus, 19)]) {
+            let table = table(vcpus, devices);
             assert!(table.len() <= SPACE, "{vcpus} vCPUs need {} bytes", table.len());
             let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |s, b| s.wrapping_add(*b));
             assert_eq!(sum(&table[..16]), 0);
@@ -101,7 +116,13 @@ mod tests {
             let length = u16::from_le_bytes([table[20], table[21]]) as usize;
             assert_eq!(length, table.len() - 16);
             let entries = u16::from_le_bytes([table[16 + 34], table[16 + 35]]);
-            assert_eq!(entries, u16::from(vcpus) + 1 + 1 + IOAPIC_PINS as u16 + 2);
+            assert_eq!(entries, u16::from(vcpus) + 1 + 1 + 2 + devices as u16 + 2);
         }
+    }
+
+    #[test]
+    fn lines_that_lead_somewhere_are_listed() {
+        assert_eq!(lines(3).collect::<Vec<_>>(), [0, 4, 5, 6, 7]);
+        assert_eq!(lines(1000).last(), Some(IOAPIC_PINS as u8 - 1));
     }
 }
