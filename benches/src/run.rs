@@ -106,6 +106,10 @@ pub struct Place {
     #[arg(long, default_value_t = 1)]
     pub patience: u32,
 
+    /// Thaw as for instances that are reset after each event: no regions are copied whole.
+    #[arg(long)]
+    pub for_resets: bool,
+
     /// Name of the rig, for the manifest.
     #[arg(long, default_value = "this machine")]
     pub rig: String,
@@ -130,6 +134,7 @@ impl Place {
             patience: self.patience,
             shells,
             echo_init: None,
+            for_resets: self.for_resets,
         }
     }
 

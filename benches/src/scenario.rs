@@ -13,7 +13,7 @@ use crate::{
     observe::{self, CpuTime},
     record::Sample,
     run::{Options, Output},
-    subject::{Counters, Deployed, Origin, Process, Running, Start, Subject, Trip},
+    subject::{Counters, Deployed, Origin, Process, Running, Start, Subject, Trip, stamp},
     trace::Tracer,
 };
 
@@ -36,6 +36,8 @@ pub enum Scenario {
     Warm,
     /// The same, with its vCPUs stopped in between
     Paused,
+    /// Asked to go back to the snapshot → next response; parts: `reset-alone`, `reset-response`
+    Reset,
     /// N requests at once → each response (`clones-N`), and the last (`clones-N-all`)
     Clones,
     /// The same without ready processes (`clones-fresh-N`, `clones-fresh-N-all`)
@@ -119,6 +121,7 @@ impl Scenario {
     /// Whether the subject can do it at all.
     pub fn is_for(self, subject: &dyn Subject) -> bool {
         self.needs().is_none_or(|start| subject.supports(start))
+            && (self != Self::Reset || subject.resets())
     }
 
     /// Takes one round's samples.
@@ -130,6 +133,7 @@ impl Scenario {
             (Self::VmmStart, _) => context.vmm_start().await,
             (Self::Create, _) => context.create().await,
             (Self::Warm | Self::Paused, _) => context.again(self).await,
+            (Self::Reset, _) => context.reset().await,
             (Self::Clones, _) => context.all_clones("clones", THAW).await,
             (Self::ClonesFresh, _) => context.all_clones("clones-fresh", THAW_FRESH).await,
             (Self::Density, _) => context.density().await,
@@ -228,6 +232,28 @@ impl Context<'_> {
             sample.figures.insert("minor_faults".into(), faults(after.1.0, before.1.0));
             sample.figures.insert("major_faults".into(), faults(after.1.1, before.1.1));
             self.output.sample(&sample)?;
+        }
+        instance.end().await?;
+        Ok(())
+    }
+
+    /// Each reset follows a call, as after a response.
+    async fn reset(&self) -> Result<()> {
+        let mut instance = self.instance().await?;
+        let event = self.function.event.as_bytes();
+        for _ in 0..SETTLING_CALLS {
+            instance.reset().await?;
+            instance.invoke(event).await?;
+        }
+        for _ in 0..self.options.warm {
+            let back = instance.reset().await?;
+            let next = instance.invoke(event).await?;
+            let mut both = Trip { start_ns: back.start_ns, end_ns: next.end_ns, ..Trip::default() };
+            both.stamp(stamp::RESET, Some(back.end_ns));
+            both.figures.extend(back.figures.iter().chain(&next.figures));
+            self.output.sample(&self.sample("reset-alone", &back))?;
+            self.output.sample(&self.sample("reset-response", &next))?;
+            self.output.sample(&self.sample("reset", &both))?;
         }
         instance.end().await?;
         Ok(())

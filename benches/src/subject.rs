@@ -20,7 +20,10 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use serde_json::Value;
 
-use crate::{error::Result, functions::Function};
+use crate::{
+    error::{Error, Result},
+    functions::Function,
+};
 
 /// Names of the moments that lie within a [`Trip`]; each is the end of what it names.
 pub mod stamp {
@@ -56,6 +59,10 @@ pub mod stamp {
     pub const ANSWERED: &str = "answered";
     /// The first byte from the guest is at the host.
     pub const FIRST_BYTE: &str = "first byte";
+    /// The vCPUs stand still (reset).
+    pub const STOPPED: &str = "stopped";
+    /// The instance is its snapshot again.
+    pub const RESET: &str = "reset";
     /// The vCPUs stand still and everything is written down.
     pub const SAVED: &str = "saved";
     /// The process has ended and is reaped.
@@ -142,6 +149,11 @@ pub trait Subject {
     /// Whether it can start in that way.
     fn supports(&self, start: Start) -> bool;
 
+    /// Whether its instances can go back to their snapshot in place.
+    fn resets(&self) -> bool {
+        false
+    }
+
     /// Makes one process as ready as it gets without a function, for a guest of `memory_mb` MB,
     /// and ends it after the trip's end.
     async fn spawn(&self, memory_mb: u32) -> Result<Trip>;
@@ -183,6 +195,12 @@ pub trait Running {
     /// thing.
     async fn reclaim(&mut self) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Takes it back to its snapshot in place: asked for → done. Only for subjects that
+    /// [can](Subject::resets).
+    async fn reset(&mut self) -> Result<Trip> {
+        Err(Error::Usage("this subject has no reset".into()))
     }
 
     /// What has been counted so far.

@@ -55,6 +55,8 @@ pub struct Settings {
     pub shells: usize,
     /// The init of [`Guest::Echo`].
     pub echo_init: Option<PathBuf>,
+    /// Thaw as for instances that are reset after each event.
+    pub for_resets: bool,
 }
 
 /// Users of the second host's VMMs; the first has the default range, below these.
@@ -250,6 +252,10 @@ impl SubjectTrait for Firn {
         true
     }
 
+    fn resets(&self) -> bool {
+        true
+    }
+
     async fn spawn(&self, memory_mb: u32) -> Result<Trip> {
         let mut trip = Trip { start_ns: now_ns(), ..Trip::default() };
         let class = ShellClass::for_memory(memory_mb);
@@ -283,6 +289,9 @@ async fn open_host(mut config: HostConfig, settings: &Settings) -> Result<(Host,
     config.shells = settings.shells;
     // What is measured is work, not how long a quota makes it wait.
     config.cpu_limits = false;
+    if settings.for_resets {
+        config = config.for_resets();
+    }
     let host = Host::open(config).await.map_err(of(NAME, "open"))?;
     let image = host.image(&settings.runtime).map_err(of(NAME, "open the image"))?;
     Ok((host, image))
@@ -443,6 +452,15 @@ impl Running for FirnInstance {
         let last = Anchor::take();
         let mut trip = Trip { start_ns, end_ns, ..Trip::default() };
         host_stamps(&mut trip, &report.phases, start_ns, &["done"]);
+        if let Some(renewed) = &report.renewed {
+            // The first after a reset, which gave the guest another TSC.
+            let stats = self.instance.stats().await.map_err(of(NAME, "stats"))?;
+            self.tsc_offset = stats.tsc_offset;
+            trip.stamp(stamp::ENTERED, stats.stamps.get(Phase::Entered));
+            trip.stamp(stamp::FIRST_EXIT, stats.stamps.get(Phase::FirstExit));
+            trip.figures.insert("guest_renew_us", renewed.renew_us as f64);
+            trip.figures.insert("guest_hooks_us", renewed.hooks_us as f64);
+        }
         let stats = Stats { tsc_offset: self.tsc_offset, ..Stats::default() };
         guest_stamps(&mut trip, first.zip(last), &stats, &report);
         trip.figures.insert("handler_us", report.duration_us as f64);
@@ -456,6 +474,18 @@ impl Running for FirnInstance {
     async fn reclaim(&mut self) -> Result<bool> {
         self.instance.reclaim().await.map_err(of(NAME, "reclaim"))?;
         Ok(true)
+    }
+
+    async fn reset(&mut self) -> Result<Trip> {
+        let start_ns = now_ns();
+        let report = self.instance.reset().await;
+        let end_ns = now_ns();
+        let report = report.map_err(of(NAME, "reset"))?;
+        let mut trip = Trip { start_ns, end_ns, ..Trip::default() };
+        host_stamps(&mut trip, &report.phases, start_ns, &["done"]);
+        trip.figures.insert("put_back_pages", report.pages as f64);
+        trip.figures.insert("vmm_reset_us", report.duration.as_nanos() as f64 / 1000.0);
+        Ok(trip)
     }
 
     async fn counters(&mut self) -> Result<Counters> {
