@@ -59,10 +59,15 @@ impl Bitmap {
         if bytes.len() > bitmap.words.len() * 8 {
             return None;
         }
-        for (word, chunk) in bitmap.words.iter_mut().zip(bytes.chunks(8)) {
+        // On the path of each thaw: word by word, not byte by byte.
+        let (whole, rest) = bytes.as_chunks();
+        for (word, chunk) in bitmap.words.iter_mut().zip(whole) {
+            *word = u64::from_le_bytes(*chunk);
+        }
+        if !rest.is_empty() {
             let mut padded = [0; 8];
-            padded[..chunk.len()].copy_from_slice(chunk);
-            *word = u64::from_le_bytes(padded);
+            padded[..rest.len()].copy_from_slice(rest);
+            bitmap.words[whole.len()] = u64::from_le_bytes(padded);
         }
         (bitmap.end() <= blocks).then_some(bitmap)
     }

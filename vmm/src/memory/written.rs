@@ -33,6 +33,9 @@ use crate::plan::View;
 /// Pages that one read asks about: 32 KiB of answers.
 const BATCH: usize = 4096;
 
+/// Pages that are looked at together.
+const GROUP: usize = 32;
+
 /// Runs that one ioctl may find.
 const RUNS: usize = 256;
 
@@ -172,9 +175,20 @@ impl Pagemap {
             let count = BATCH.min((pages - page) as usize);
             let bytes = &mut bytes[..count * 8];
             self.0.read_exact_at(bytes, (address / PAGE + page) * 8)?;
-            for entry in bytes.as_chunks().0 {
-                runs.next(page, is_private(u64::from_ne_bytes(*entry)), found);
-                page += 1;
+            for group in bytes.chunks(GROUP * 8) {
+                let entries = group.as_chunks().0;
+                // Most pages are nobody's: a whole group is passed over at once.
+                let any = entries
+                    .iter()
+                    .fold(false, |any, entry| any | is_private(u64::from_ne_bytes(*entry)));
+                if !any && runs.start.is_none() {
+                    page += entries.len() as u64;
+                    continue;
+                }
+                for entry in entries {
+                    runs.next(page, is_private(u64::from_ne_bytes(*entry)), found);
+                    page += 1;
+                }
             }
         }
         runs.next(page, false, found);
@@ -184,7 +198,7 @@ impl Pagemap {
 
 /// Whether an entry is of an anonymous page, in memory or in swap.
 fn is_private(entry: u64) -> bool {
-    entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0
+    (entry & (PRESENT | SWAPPED) != 0) & (entry & FILE == 0)
 }
 
 /// Joins pages to runs.

@@ -1,5 +1,7 @@
 //! Machine code of tiny guests that print what they can observe of their machine, and change it.
 
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
 /// Absolute addresses are 32 bits: tiny guests live in low memory.
 #[derive(Debug, Clone, Default)]
 pub struct Code(pub Vec<u8>);
@@ -29,6 +31,13 @@ impl Code {
     /// `mov $n,%ecx; l: loop l`
     pub fn delay(&mut self, n: u32) -> &mut Self {
         self.put(&[0xb9]).word(n).put(&[0xe2, 0xfe])
+    }
+
+    /// Writes to `n` pages from `address` on: `mov $n,%ecx; mov $address,%ebx;
+    /// l: mov %rcx,(%rbx); add $0x1000,%ebx; loop l`
+    pub fn dirty(&mut self, address: u32, n: u32) -> &mut Self {
+        self.put(&[0xb9]).word(n).put(&[0xbb]).word(address);
+        self.put(&[0x48, 0x89, 0x0b, 0x81, 0xc3, 0, 0x10, 0, 0, 0xe2, 0xf5])
     }
 
     /// `l: jmp l`
