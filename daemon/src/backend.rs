@@ -54,7 +54,7 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
 
 /// One running microVM. See [`firn::Instance`]. Dropping it kills it.
 pub trait Machine: Debug + Send + Sync + 'static {
-    /// Unique for ever.
+    /// Unique for ever; another one after a reset.
     fn id(&self) -> &str;
     /// Process id of its VMM.
     fn pid(&self) -> u32;
@@ -77,6 +77,8 @@ pub trait Machine: Debug + Send + Sync + 'static {
     fn pause(&mut self) -> impl Future<Output = Result<(), InstanceError>> + Send;
     /// Has a paused microVM give back memory that it holds without need; bytes.
     fn reclaim(&mut self) -> impl Future<Output = Result<u64, InstanceError>> + Send;
+    /// Takes a thawed microVM back to its snapshot; it is paused then.
+    fn reset(&mut self) -> impl Future<Output = Result<(), InstanceError>> + Send;
     /// Writes the microVM to `dir` and retires it.
     fn snapshot(
         self,
@@ -166,6 +168,13 @@ impl Machine for Instance {
 
     async fn reclaim(&mut self) -> Result<u64, InstanceError> {
         Instance::reclaim(self).await
+    }
+
+    async fn reset(&mut self) -> Result<(), InstanceError> {
+        let report = Instance::reset(self).await?;
+        let (pages, us) = (report.pages, report.duration.as_micros() as u64);
+        tracing::debug!(id = Instance::id(self), pages, us, "reset");
+        Ok(())
     }
 
     async fn snapshot(self, dir: &Path, meta: SnapshotMeta) -> Result<(), SnapshotError> {

@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     api::names::{Place, is_region},
-    scheduler::Limits,
+    scheduler::{Isolation, Limits},
 };
 
 /// Runs functions the way AWS Lambda does, each in its own microVM.
@@ -45,6 +45,11 @@ pub struct Options {
     /// Invocations at once.
     #[arg(long, default_value_t = 1000, value_name = "COUNT")]
     pub concurrency: u32,
+    /// What a request may find of those before it. warm: what its instance kept, as in Lambda.
+    /// per-invocation: nothing; instances are taken back to their function's snapshot after each
+    /// response, before they wait for the next request.
+    #[arg(long, value_enum, default_value_t = Isolation::Warm)]
+    pub isolation: Isolation,
     /// Seconds after which an idle instance is retired.
     #[arg(long, default_value_t = 300.0, value_name = "SECONDS")]
     pub idle_timeout: f64,
@@ -139,6 +144,7 @@ impl Options {
             idle: Duration::from_secs_f64(self.idle_timeout),
             reclaim: Duration::from_secs_f64(self.reclaim_after),
             reserve_mib: self.memory_reserve,
+            isolation: self.isolation,
         }
     }
 
@@ -150,7 +156,10 @@ impl Options {
         config.patience = self.patience;
         config.cpu_limits = !self.no_cpu_limits;
         config.allow_no_cgroups = self.allow_no_cgroups;
-        config
+        match self.isolation {
+            Isolation::Warm => config,
+            Isolation::PerInvocation => config.for_resets(),
+        }
     }
 }
 
@@ -231,6 +240,7 @@ mod tests {
             ("--stop-timeout", "1e9"),
             ("--patience", "0"),
             ("--listen", "nowhere"),
+            ("--isolation", "none"),
         ] {
             let error = check(&[&format!("{flag}={value}")]).expect_err(value);
             assert!(error.contains(flag), "{flag}: {error}");

@@ -1,7 +1,7 @@
 //! A backend without microVMs, for this crate's tests: functions are commands in their events.
 //!
 //! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `die`, `flood`, `timeout` do as
-//! they say; anything else is echoed.
+//! they say; `remember` answers with what the last `remember` brought; anything else is echoed.
 
 use std::{
     fs,
@@ -30,6 +30,9 @@ pub struct Counters {
     pub alive: AtomicUsize,
     pub paused: AtomicUsize,
     pub reclaimed: AtomicUsize,
+    pub resets: AtomicUsize,
+    /// No instance can be reset.
+    pub stuck: AtomicBool,
     /// No snapshot can be written.
     pub disk_full: AtomicBool,
     /// No instance can be started.
@@ -50,6 +53,8 @@ pub struct FakeMachine {
     alive: bool,
     log: Option<LogSink>,
     phases: Phases,
+    memory: serde_json::Value,
+    fresh: bool,
 }
 
 impl Drop for FakeMachine {
@@ -67,6 +72,8 @@ impl Fake {
             alive: true,
             log: None,
             phases: Phases(vec![("ready", Duration::from_micros(10))]),
+            memory: serde_json::Value::Null,
+            fresh: false,
         }
     }
 
@@ -195,6 +202,15 @@ impl Machine for FakeMachine {
     }
 
     async fn invoke(&mut self, invocation: &Invocation) -> Result<InvokeReport, InstanceError> {
+        let renewed = std::mem::take(&mut self.fresh).then(|| {
+            self.id = uuid::Uuid::new_v4().to_string();
+            guest::Renewed {
+                instance_id: self.id.clone(),
+                renew_us: 100,
+                hooks_us: 50,
+                error: None,
+            }
+        });
         let event: serde_json::Value =
             serde_json::from_slice(&invocation.payload).unwrap_or_default();
         let respond = |payload: Vec<u8>| Outcome::Response {
@@ -206,6 +222,10 @@ impl Machine for FakeMachine {
                 let ms = event["ms"].as_u64().unwrap_or_default();
                 tokio::time::sleep(Duration::from_millis(ms)).await;
                 respond(format!("\"{}\"", self.id).into())
+            }
+            "remember" => {
+                let before = std::mem::replace(&mut self.memory, event["what"].clone());
+                respond(before.to_string().into())
             }
             "exit" => Outcome::Error(FunctionError::Exited { status: "exit status 1".into() }),
             "raise" => Outcome::Error(FunctionError::Reported {
@@ -237,7 +257,7 @@ impl Machine for FakeMachine {
             init_us: 0,
             max_memory_bytes: 30 << 20,
             tsc: (0, 0),
-            renewed: None,
+            renewed,
             phases: Phases(vec![
                 ("renewed", Duration::from_micros(700)),
                 ("done", Duration::from_micros(900)),
@@ -253,6 +273,17 @@ impl Machine for FakeMachine {
     async fn reclaim(&mut self) -> Result<u64, InstanceError> {
         self.counters.reclaimed.fetch_add(1, Ordering::SeqCst);
         Ok(4096)
+    }
+
+    async fn reset(&mut self) -> Result<(), InstanceError> {
+        if self.counters.stuck.load(Ordering::SeqCst) {
+            self.alive = false;
+            return Err(InstanceError::Died { exit: exit("a reset that failed") });
+        }
+        self.counters.resets.fetch_add(1, Ordering::SeqCst);
+        self.memory = serde_json::Value::Null;
+        self.fresh = true;
+        Ok(())
     }
 
     async fn snapshot(self, dir: &Path, meta: SnapshotMeta) -> Result<(), SnapshotError> {

@@ -44,6 +44,13 @@ impl HostConfig {
             uids: 1_769_000_000..1_769_060_000,
         }
     }
+
+    /// For instances that are reset after each event. Every private page has to be put back each
+    /// time, written or not: thaws copy only pages that are known to be written, no whole regions.
+    #[must_use]
+    pub fn for_resets(self) -> Self {
+        Self { spare_pages: 0, dense_pages: u32::MAX, ..self }
+    }
 }
 
 /// Memory in MB that buys one whole vCPU, as in Lambda.

@@ -58,7 +58,7 @@ pub async fn invoke<B: Backend>(
         None => None,
         Some(text) => {
             Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
-                let text = "X-Firn-Start must be one of boot, thaw, warm";
+                let text = "X-Firn-Start must be one of boot, thaw, warm, reset";
                 ApiError::InvalidParameterValue(text.into())
             })?)
         }

@@ -4,6 +4,8 @@
 //! Rules that hold here:
 //! - An instance serves one request at a time, and only the function and fingerprint that it was
 //!   made for.
+//! - With [`Isolation::PerInvocation`], an instance that has served is taken back to its snapshot
+//!   before it waits for the next request, or retired if it was booted.
 //! - A request that has begun runs to its end even if its caller goes away.
 //! - Work that the caller need not wait for (pausing, retiring, writing logs) happens after the
 //!   answer.
@@ -38,6 +40,15 @@ use crate::{
     workshop::{Output, Workshop},
 };
 
+/// What one request may find of those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Isolation {
+    /// Instances stay warm, as Lambda's do: what a function keeps, its next request finds.
+    Warm,
+    /// Each request finds an instance as its snapshot was.
+    PerInvocation,
+}
+
 /// What bounds the scheduler.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -49,6 +60,8 @@ pub struct Limits {
     pub reclaim: Duration,
     /// Host memory in MiB that instances leave alone.
     pub reserve_mib: u64,
+    /// What one request may find of those before it.
+    pub isolation: Isolation,
 }
 
 /// How an instance came to serve a request.
@@ -61,6 +74,8 @@ pub enum StartKind {
     Thaw,
     /// It was there.
     Warm,
+    /// It was there, and had been taken back to the function's snapshot.
+    Reset,
 }
 
 impl StartKind {
@@ -70,6 +85,7 @@ impl StartKind {
             Self::Boot => "boot",
             Self::Thaw => "thaw",
             Self::Warm => "warm",
+            Self::Reset => "reset",
         }
     }
 }
@@ -78,7 +94,10 @@ impl FromStr for StartKind {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Boot, Self::Thaw, Self::Warm].into_iter().find(|k| k.word() == text).ok_or(())
+        [Self::Boot, Self::Thaw, Self::Warm, Self::Reset]
+            .into_iter()
+            .find(|k| k.word() == text)
+            .ok_or(())
     }
 }
 
@@ -144,6 +163,9 @@ pub struct Listed {
 #[derive(Debug)]
 struct Worker<M> {
     machine: M,
+    /// The id that it is listed under: its first, whatever resets make of it.
+    listed_as: String,
+    start: StartKind,
     output: Output,
     function: String,
     fingerprint: String,
@@ -273,18 +295,23 @@ impl<B: Backend> Scheduler<B> {
     }
 
     fn give_back(self: &Arc<Self>, mut worker: Worker<B::Machine>) {
-        if !self.pools.returning(&worker.function, &worker.fingerprint) {
+        // What was booted has no snapshot to go back to.
+        let stays = self.limits.isolation == Isolation::Warm || worker.start == StartKind::Thaw;
+        if !stays || !self.pools.returning(&worker.function, &worker.fingerprint) {
             return self.retire(worker);
         }
         let scheduler = self.clone();
         tokio::spawn(async move {
             let (function, fingerprint) = (worker.function.clone(), worker.fingerprint.clone());
-            let paused = worker.machine.pause().await;
-            scheduler.note(worker.machine.id(), |listed| listed.state = "idle");
-            let (fit, unfit) = match paused {
+            let rested = match scheduler.limits.isolation {
+                Isolation::Warm => worker.machine.pause().await,
+                Isolation::PerInvocation => worker.machine.reset().await,
+            };
+            scheduler.note(&worker.listed_as, |listed| listed.state = "idle");
+            let (fit, unfit) = match rested {
                 Ok(()) => (Some(worker), None),
                 Err(error) => {
-                    tracing::warn!(function, %error, "an instance can't be paused");
+                    tracing::warn!(function, %error, "an instance can't be paused or reset");
                     (None, Some(worker))
                 }
             };
@@ -340,8 +367,10 @@ impl<B: Backend> Scheduler<B> {
             invocations: 1,
         };
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
-        instances.insert(machine.id().to_owned(), listed);
-        Worker { machine, output, function, fingerprint: fingerprint.to_owned(), lean: false }
+        let listed_as = machine.id().to_owned();
+        instances.insert(listed_as.clone(), listed);
+        let fingerprint = fingerprint.to_owned();
+        Worker { machine, listed_as, start, output, function, fingerprint, lean: false }
     }
 
     fn note(&self, id: &str, change: impl FnOnce(&mut Listed)) {
@@ -353,7 +382,7 @@ impl<B: Backend> Scheduler<B> {
 
     fn retire(&self, worker: Worker<B::Machine>) {
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
-        instances.remove(worker.machine.id());
+        instances.remove(&worker.listed_as);
         drop(instances);
         tokio::spawn(worker.machine.retire());
     }

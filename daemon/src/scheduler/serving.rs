@@ -9,7 +9,7 @@ use std::{
 
 use firn::{InstanceError, Invocation, InvokeReport, ShellClass, StartError, guest};
 
-use super::{Refusal, Request, Scheduler, Served, StartKind, Trace, Worker};
+use super::{Isolation, Refusal, Request, Scheduler, Served, StartKind, Trace, Worker};
 use crate::{
     backend::{Backend, Machine},
     function::Function,
@@ -22,15 +22,28 @@ impl<B: Backend> Scheduler<B> {
     /// Finds or starts an instance and has it serve.
     pub(super) async fn serve(self: &Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
         let fingerprint = request.function.fingerprint(&self.workshop.place);
-        if matches!(request.force, None | Some(StartKind::Warm)) {
+        // What instances that wait are: as they were left, or as their snapshot was.
+        let waiting = match self.limits.isolation {
+            Isolation::Warm => StartKind::Warm,
+            Isolation::PerInvocation => StartKind::Reset,
+        };
+        if request.force.is_none_or(|force| force == waiting) {
             if let Some(worker) = self.take(&request.function.name, &fingerprint).await {
-                return self.serve_warm(worker, request).await;
+                return self.serve_waiting(worker, request, waiting).await;
             }
             if request.force.is_some() {
-                return Err(Refusal::Impossible(
-                    "X-Firn-Start: warm is impossible: no instance of this function is idle".into(),
-                ));
+                return Err(Refusal::Impossible(format!(
+                    "X-Firn-Start: {} is impossible: no instance of this function is idle",
+                    waiting.word()
+                )));
             }
+        } else if let Some(force @ (StartKind::Warm | StartKind::Reset)) = request.force {
+            return Err(Refusal::Impossible(format!(
+                "X-Firn-Start: {} is impossible: with this daemon's --isolation, instances that \
+                 have served are {}",
+                force.word(),
+                if waiting == StartKind::Warm { "kept warm" } else { "reset" }
+            )));
         }
         let class = ShellClass::for_memory(request.function.config.memory_mb);
         let _starting = self.admit(class).await?;
@@ -57,13 +70,14 @@ impl<B: Backend> Scheduler<B> {
         self.serve_booted(class, request, fingerprint).await
     }
 
-    async fn serve_warm(
+    async fn serve_waiting(
         self: &Arc<Self>,
         mut worker: Worker<B::Machine>,
         mut request: Request,
+        kind: StartKind,
     ) -> Result<Served, Refusal> {
         request.trace.mark("scheduled");
-        self.note(worker.machine.id(), |listed| {
+        self.note(&worker.listed_as, |listed| {
             listed.state = "busy";
             listed.invocations += 1;
         });
@@ -76,7 +90,7 @@ impl<B: Backend> Scheduler<B> {
         if let Ok(report) = &result {
             request.trace.add("invoke", begun, &report.phases);
         }
-        self.conclude(worker, request, StartKind::Warm, result, 0, begun).await
+        self.conclude(worker, request, kind, result, 0, begun).await
     }
 
     /// `None`: this snapshot does not thaw here, and the function has not run.

@@ -2,6 +2,7 @@
 
 mod control;
 mod invocations;
+mod isolation;
 
 use std::{
     net::SocketAddr,
@@ -23,7 +24,7 @@ use crate::{
     fake::{Counters, Fake},
     logs::{Bounds, Logs},
     prepare::Preparer,
-    scheduler::{Limits, Scheduler},
+    scheduler::{Isolation, Limits, Scheduler},
     serve,
     store::Store,
     workshop::Workshop,
@@ -73,6 +74,7 @@ fn limits() -> Limits {
         idle: Duration::from_secs(300),
         reclaim: Duration::from_secs(300),
         reserve_mib: 0,
+        isolation: Isolation::Warm,
     }
 }
 
