@@ -131,6 +131,8 @@ fn change(key: &Key, a: &Series, b: &Series, p: Option<f64>) -> Change {
         _ if stats::sorted(&a.values()) == stats::sorted(&b.values()) => Verdict::Same,
         Some(p) if p < LEVEL => Verdict::Significant,
         Some(_) => Verdict::NotSignificant,
+        // One sample is a range only where it would repeat.
+        None if first.len().min(second.len()) < 2 && a.seeds().is_none() => Verdict::TooFew,
         None if of_a.1 < of_b.0 || of_b.1 < of_a.0 => Verdict::Apart,
         None => Verdict::TooFew,
     };
@@ -220,6 +222,10 @@ fn flatten(name: &str, value: &Value, into: &mut BTreeMap<String, String>) {
     match value {
         Value::Object(map) => {
             map.iter().for_each(|(part, value)| flatten(&below(part), value, into));
+        }
+        Value::Array(list) if list.iter().all(Value::is_string) => {
+            let words: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
+            into.insert(name.to_owned(), words.join(" "));
         }
         Value::Array(list) => {
             let parts = list.iter().enumerate();

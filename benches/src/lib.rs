@@ -17,6 +17,7 @@ pub mod functions;
 mod host;
 pub mod observe;
 pub mod record;
+pub mod replay;
 pub mod report;
 pub mod run;
 pub mod scenario;
@@ -35,6 +36,10 @@ use crate::error::{Result, io_at};
 pub enum Command {
     /// Measure, and print JSON lines: a manifest, then one line a raw sample
     Run(Box<run::Options>),
+    /// Replay an invocation trace against policies, with real microVMs
+    Replay(Box<replay::Options>),
+    /// Print a synthetic invocation trace
+    Generate(replay::generate::Options),
     /// Make tables, CSV and one HTML page of results
     Report(report::Options),
     /// Say what changed between two results files, and whether it may be chance
@@ -48,6 +53,8 @@ pub enum Command {
 pub fn main(command: Command) -> Result<()> {
     match command {
         Command::Run(options) => wait(run::run(*options)),
+        Command::Replay(options) => wait(replay::run(*options)),
+        Command::Generate(options) => replay::generate::run(&options),
         Command::Report(options) => report::run(&options),
         Command::Compare(options) => compare::run(&options),
     }
