@@ -13,7 +13,8 @@ pub struct HostConfig {
     pub shells: usize,
     /// Huge pages of 2 MiB that each shell keeps zeroed for what a thaw copies.
     pub spare_pages: u16,
-    /// Written pages from which on a thaw copies a region of 2 MiB whole, into a huge page.
+    /// A thaw copies a region of 2 MiB whole, into a huge page, if clones are known to write at
+    /// least so many of each 512 pages that it has to copy for that.
     pub dense_pages: u32,
     /// Give every guest a serial console whose output is logged at debug level.
     pub serial: bool,

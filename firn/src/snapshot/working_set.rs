@@ -251,8 +251,9 @@ fn decode(bytes: &[u8], id: &Id, pages: u64) -> Result<Sets, String> {
     Ok(Sets { samples, written: next()?, always: next()?, touched: next()? })
 }
 
-/// A plan for clones of a snapshot that holds `content`: a region with `dense` written pages or more
-/// is copied whole, elsewhere written pages are copied one by one.
+/// A plan for clones of a snapshot that holds `content`: a region is copied whole if at least
+/// `dense` of each 512 pages that this takes are written; elsewhere written pages are copied one by
+/// one.
 fn plan(sets: &Sets, content: &PageSet, dense: u32) -> MemoryPlan {
     let mut plan = MemoryPlan::default();
     let mut regions = 0;
@@ -260,7 +261,9 @@ fn plan(sets: &Sets, content: &PageSet, dense: u32) -> MemoryPlan {
         let region = start..start + REGION_PAGES;
         let written = sets.written.count_in(region.clone());
         let whole = region.end <= content.pages();
-        if whole && written >= u64::from(dense.max(1)) && regions < MAX_SPARES {
+        // The cost of copying is in proportion to what there is to copy.
+        let cost = content.count_in(region.clone()) * u64::from(dense.max(1));
+        if whole && written > 0 && written * REGION_PAGES >= cost && regions < MAX_SPARES {
             regions += 1;
             plan.copied.extend(merged(content.runs_in(region)));
         } else if written > 0 {
