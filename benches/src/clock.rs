@@ -43,6 +43,13 @@ impl Anchor {
             .min_by_key(|(width, _)| *width)
             .map(|(_, anchor)| anchor)
     }
+
+    /// The offset of a guest whose TSC read `guest` at this moment. For monitors that don't tell it:
+    /// what a message says that has just arrived is older by its way, so moments that are derived
+    /// from this offset come out late by as much.
+    pub fn offset_of(self, guest: u64) -> i64 {
+        guest.wrapping_sub(self.tsc) as i64
+    }
 }
 
 /// When the guest's TSC read `guest`, in nanoseconds of `CLOCK_MONOTONIC`; `offset` is the guest's
@@ -88,6 +95,13 @@ mod tests {
         assert_eq!(from_guest(ANCHORS, offset, 0), Some(4_000), "before the first anchor");
         // A guest counter ahead of the host's.
         assert_eq!(from_guest(ANCHORS, 7, 20_007), Some(10_000));
+    }
+
+    #[test]
+    fn an_offset_from_a_message_that_has_just_arrived() {
+        // The guest read 2000 when the host read 10,000 (5000 ns); 500 ticks earlier is 250 ns.
+        let offset = ANCHORS.0.offset_of(2_000);
+        assert_eq!(from_guest(ANCHORS, offset, 1_500), Some(4_750));
     }
 
     #[test]

@@ -81,6 +81,17 @@ enum Source {
     Linux(String),
 }
 
+impl Promise {
+    /// Whether it is kept; `None` where there was nothing to measure it with. A figure that could
+    /// not be had for any other reason is a broken promise.
+    fn verdict(&self, figure: Option<f64>, has_firecracker: bool) -> Option<bool> {
+        match self.source {
+            Source::Peer(_) if !has_firecracker => None,
+            _ => Some(figure.is_some_and(|figure| self.bound.holds(figure))),
+        }
+    }
+}
+
 impl Bound {
     fn holds(&self, figure: f64) -> bool {
         match self.relation {
@@ -124,9 +135,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
             Ok((figure, rig)) => (Some(figure), rig),
             Err(error) => (None, format!("could not be measured: {error:#}")),
         };
-        let lacking = matches!(promise.source, Source::Peer(_)) && rig.peers.firecracker.is_none();
-        // Neither kept nor broken: there was nothing to measure it with.
-        let holds = (!lacking).then(|| figure.is_some_and(|figure| promise.bound.holds(figure)));
+        let holds = promise.verdict(figure, rig.peers.firecracker.is_some());
         match holds {
             Some(holds) => broken += i32::from(!holds),
             None => unmeasured += 1,
@@ -459,6 +468,20 @@ mod tests {
                 assert!(text.contains(&format!("def {test}")), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn only_a_row_that_needs_firecracker_may_be_left_unmeasured() {
+        let rows = "| a | Peer | ≥ 2 × | beside-firecracker firecracker:thaw.total_us/thaw.total_us |\n\
+                    | b | Own | ≤ 2 µs | icount thaw.total_us |";
+        let promises = parse(rows).unwrap();
+        let [peer, own] = &promises[..] else { panic!("{promises:?}") };
+        assert_eq!(peer.verdict(None, false), None);
+        assert_eq!(peer.verdict(None, true), Some(false));
+        assert_eq!(peer.verdict(Some(2.0), true), Some(true));
+        assert_eq!(peer.verdict(Some(1.9), true), Some(false));
+        assert_eq!(own.verdict(None, false), Some(false));
+        assert_eq!(own.verdict(Some(1.0), false), Some(true));
     }
 
     #[test]

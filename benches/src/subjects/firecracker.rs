@@ -5,6 +5,7 @@
 //! Its vsock device resets connections when it restores a snapshot; the guest runs `firn-init
 //! --reconnect`, so a restored guest connects to the host anew, and the first frames go there.
 
+mod instance;
 mod process;
 
 use std::{
@@ -18,19 +19,23 @@ use std::{
 };
 
 use async_trait::async_trait;
-use firn::{ShellClass, guest::FromGuest};
+use firn::{
+    ShellClass,
+    guest::{FromGuest, Ready},
+};
 use serde_json::{Value, json};
 
-use self::process::{Api, Machine, Place, Process as Monitor, copy_sparse, too_slow};
+use self::{
+    instance::FirecrackerInstance,
+    process::{Api, Machine, Place, Process as Monitor, copy_sparse, too_slow},
+};
 use crate::{
-    clock::now_ns,
+    clock::{self, Anchor, now_ns},
     error::{Error, Result, io_at, io_with},
     frames::{self, Frames},
     functions::{Function, Guest},
     hash,
-    subject::{
-        Counters, Deployed, Origin, Process, Running, Start, Subject as SubjectTrait, Trip, stamp,
-    },
+    subject::{Deployed, Origin, Process, Running, Start, Subject as SubjectTrait, Trip, stamp},
 };
 
 const NAME: &str = "firecracker";
@@ -287,9 +292,9 @@ impl FirecrackerFunction {
         self.directory.join("tmp.ext4")
     }
 
-    async fn expect_ready(&self, guest: &mut Frames) -> Result<()> {
+    async fn expect_ready(&self, guest: &mut Frames) -> Result<Ready> {
         match guest.receive().await? {
-            FromGuest::Ready(_) => Ok(()),
+            FromGuest::Ready(ready) => Ok(ready),
             other => guest.wrong(&other),
         }
     }
@@ -395,6 +400,7 @@ impl FirecrackerFunction {
         event: &[u8],
         number: u64,
     ) -> Result<(Trip, FirecrackerInstance)> {
+        let first = Anchor::take();
         let mut trip = Trip { start_ns: now_ns(), ..Trip::default() };
         let (monitor, mut api) = self.monitor(process, place, true).await?;
         if let Some(api) = &mut api {
@@ -406,8 +412,9 @@ impl FirecrackerFunction {
         }
         let started = now_ns();
         let mut guest = self.shared.frames(&monitor).await?;
-        self.expect_ready(&mut guest).await?;
+        let said = self.expect_ready(&mut guest).await?;
         let ready = now_ns();
+        let heard = Anchor::take();
         self.load(&mut guest, false).await?;
         let loaded = now_ns();
         let request_id = request_id(number);
@@ -416,6 +423,14 @@ impl FirecrackerFunction {
         let done = guest.done(&request_id).await?;
         trip.end_ns = now_ns();
         trip.stamp("started", Some(started));
+        // It does not tell the offset of the guest's TSC: `Ready` does, late by its way.
+        let init = first.zip(heard).and_then(|anchors| {
+            clock::from_guest(anchors, anchors.1.offset_of(said.ready_tsc), said.init_tsc)
+        });
+        trip.stamp(stamp::INIT, init);
+        if let Some(init) = trip.at(stamp::INIT) {
+            trip.figures.insert("request_to_init_us", (init - trip.start_ns) as f64 / 1000.0);
+        }
         trip.stamp(stamp::READY, Some(ready));
         trip.stamp(stamp::LOADED, Some(loaded));
         trip.figures.insert("handler_us", done.duration_us as f64);
@@ -471,74 +486,6 @@ impl Deployed for FirecrackerFunction {
             Origin::Snapshot => self.thaw(start.process, place, event, number).await?,
         };
         Ok((trip, Box::new(instance)))
-    }
-}
-
-/// One microVM.
-#[derive(Debug)]
-struct FirecrackerInstance {
-    shared: Rc<Shared>,
-    monitor: Monitor,
-    api: Option<Api>,
-    guest: Frames,
-    paused: bool,
-    memory_bytes: u64,
-}
-
-impl FirecrackerInstance {
-    async fn set_state(&mut self, state: &str) -> Result<()> {
-        if self.api.is_none() {
-            self.api = Some(self.shared.api(&self.monitor).await?);
-        }
-        match &mut self.api {
-            Some(api) => api.call("PATCH", "/vm", &json!({ "state": state })).await,
-            None => Ok(()),
-        }
-    }
-}
-
-#[async_trait(?Send)]
-impl Running for FirecrackerInstance {
-    async fn invoke(&mut self, event: &[u8]) -> Result<Trip> {
-        let request_id = request_id(self.shared.number());
-        let mut trip = Trip { start_ns: now_ns(), ..Trip::default() };
-        if std::mem::take(&mut self.paused) {
-            self.set_state("Resumed").await?;
-        }
-        let invoke = frames::invoke(request_id.clone(), event, self.shared.limit());
-        self.guest.send(&[invoke]).await?;
-        let done = self.guest.done(&request_id).await?;
-        trip.end_ns = now_ns();
-        trip.figures.insert("handler_us", done.duration_us as f64);
-        Ok(trip)
-    }
-
-    async fn pause(&mut self) -> Result<()> {
-        self.set_state("Paused").await?;
-        self.paused = true;
-        Ok(())
-    }
-
-    /// It counts exits only in files that it writes once a minute; none are read here.
-    async fn counters(&mut self) -> Result<Counters> {
-        Ok(Counters::default())
-    }
-
-    fn pid(&self) -> u32 {
-        self.monitor.pid()
-    }
-
-    fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
-    }
-
-    async fn end(mut self: Box<Self>) -> Result<Trip> {
-        let start_ns = now_ns();
-        let reaped = self.monitor.kill()?;
-        drop(self);
-        let mut trip = Trip { start_ns, end_ns: now_ns(), ..Trip::default() };
-        trip.stamp(stamp::REAPED, Some(reaped));
-        Ok(trip)
     }
 }
 

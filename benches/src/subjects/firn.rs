@@ -382,6 +382,9 @@ impl FirnFunction {
         if let Some(ready) = instance.booted() {
             let at = |tsc| clock::from_guest(first.zip(last)?, stats.tsc_offset, tsc);
             trip.stamp(stamp::INIT, at(ready.init_tsc));
+            if let Some(init) = trip.at(stamp::INIT) {
+                trip.figures.insert("request_to_init_us", (init - start_ns) as f64 / 1000.0);
+            }
             // Ticks since kernel entry, where the guest's counter starts.
             let us = ready.init_tsc as f64 * 1000.0 / f64::from(stats.tsc_khz.max(1));
             trip.figures.insert("kernel_entry_to_init_us", us);
