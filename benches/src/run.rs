@@ -18,7 +18,7 @@ use crate::{
     subject::{Deployed, Subject},
     subjects::{
         firecracker::{self, Firecracker},
-        firn::{Firn, Settings},
+        firn::{self, Firn, Settings},
     },
     trace::Tracer,
 };
@@ -33,6 +33,10 @@ pub struct Options {
     /// Measure this Firecracker too, side by side
     #[arg(long, value_name = "PROGRAM")]
     pub firecracker: Option<PathBuf>,
+
+    /// Measure only these (`firn`, `firecracker`); all unless given
+    #[arg(long, value_delimiter = ',')]
+    pub subject: Vec<String>,
 
     /// Init of the smallest guest, for function `echo`
     #[arg(long, value_name = "PROGRAM")]
@@ -232,10 +236,16 @@ async fn measure_all(options: &Options) -> Result<()> {
 /// Everything that is measured, in the order of its turns.
 async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
     let place = &options.place;
-    let mut settings = place.settings(0);
-    settings.echo_init.clone_from(&options.echo_init);
-    let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Firn::open(settings).await?)];
-    if let Some(binary) = &options.firecracker {
+    let wanted = |name: &str| {
+        options.subject.is_empty() || options.subject.iter().any(|subject| subject == name)
+    };
+    let mut subjects: Vec<Box<dyn Subject>> = Vec::new();
+    if wanted(firn::NAME) {
+        let mut settings = place.settings(0);
+        settings.echo_init.clone_from(&options.echo_init);
+        subjects.push(Box::new(Firn::open(settings).await?));
+    }
+    if let Some(binary) = options.firecracker.as_deref().filter(|_| wanted(firecracker::NAME)) {
         let absolute = |path: &Path| std::path::absolute(path).map_err(io_with(path));
         subjects.push(Box::new(Firecracker::open(firecracker::Settings {
             binary: absolute(binary)?,
@@ -245,6 +255,12 @@ async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
             runtime: place.runtime.clone(),
             patience: place.patience,
         })?));
+    }
+    if subjects.is_empty() {
+        let names = options.subject.join(", ");
+        return Err(Error::Usage(format!(
+            "--subject {names}: there is firn, and firecracker with --firecracker"
+        )));
     }
     Ok(subjects)
 }

@@ -38,7 +38,8 @@ use crate::{
     subject::{Deployed, Origin, Process, Running, Start, Subject as SubjectTrait, Trip, stamp},
 };
 
-const NAME: &str = "firecracker";
+/// Name in records.
+pub const NAME: &str = "firecracker";
 
 /// Kernel command line: Firn's, with the end through the keyboard controller that both monitors
 /// take for one, and with `firn-init`'s word for monitors like this one.

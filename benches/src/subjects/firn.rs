@@ -28,7 +28,8 @@ use crate::{
     },
 };
 
-const NAME: &str = "firn";
+/// Name in records.
+pub const NAME: &str = "firn";
 
 /// Time that a function may take for one event, before patience.
 const TIMEOUT: Duration = Duration::from_secs(60);
