@@ -114,6 +114,11 @@ pub struct Place {
     #[arg(long)]
     pub for_resets: bool,
 
+    /// Copy a region of 2 MiB whole at a thaw if clones write so many of each 512 pages there; over
+    /// 512: never.
+    #[arg(long)]
+    pub dense_pages: Option<u32>,
+
     /// Name of the rig, for the manifest.
     #[arg(long, default_value = "this machine")]
     pub rig: String,
@@ -139,6 +144,7 @@ impl Place {
             shells,
             echo_init: None,
             for_resets: self.for_resets,
+            dense_pages: self.dense_pages,
         }
     }
 

@@ -62,6 +62,13 @@ pub struct Options {
     /// Shells kept ready for each size class in use.
     #[arg(long, default_value_t = 2, value_name = "COUNT")]
     pub shells: usize,
+    /// Huge pages of 2 MiB that each of these shells keeps zeroed for what a thaw copies ahead.
+    #[arg(long, default_value_t = 24, value_name = "COUNT")]
+    pub spare_pages: u16,
+    /// Copy a region of 2 MiB ahead if clones write so many of each 512 pages there; over 512:
+    /// never. The lower, the faster a thaw, and the more memory until an instance is idle.
+    #[arg(long, default_value_t = 8, value_name = "PAGES")]
+    pub dense_pages: u32,
     /// Seconds that invocations in flight get when the daemon is told to stop.
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub stop_timeout: f64,
@@ -120,6 +127,12 @@ impl Options {
             self.reclaim_after
         );
         ensure!(
+            self.spare_pages <= firn::control::MAX_SPARES,
+            "--spare-pages {} must be between 0 and {}",
+            self.spare_pages,
+            firn::control::MAX_SPARES
+        );
+        ensure!(
             (0.0..=900.0).contains(&self.stop_timeout),
             "--stop-timeout {} must be between 0 and 900 seconds",
             self.stop_timeout
@@ -152,6 +165,8 @@ impl Options {
     pub fn host(&self) -> firn::HostConfig {
         let mut config = firn::HostConfig::new(&self.artifacts, &self.state);
         config.shells = self.shells;
+        config.spare_pages = self.spare_pages;
+        config.dense_pages = self.dense_pages;
         config.serial = self.serial;
         config.patience = self.patience;
         config.cpu_limits = !self.no_cpu_limits;
@@ -237,6 +252,7 @@ mod tests {
             ("--idle-timeout", "-1"),
             ("--idle-timeout", "NaN"),
             ("--reclaim-after", "-1"),
+            ("--spare-pages", "513"),
             ("--stop-timeout", "1e9"),
             ("--patience", "0"),
             ("--listen", "nowhere"),

@@ -58,6 +58,8 @@ pub struct Settings {
     pub echo_init: Option<PathBuf>,
     /// Thaw as for instances that are reset after each event.
     pub for_resets: bool,
+    /// [`HostConfig::dense_pages`], if not the default.
+    pub dense_pages: Option<u32>,
 }
 
 /// Users of the second host's VMMs; the first has the default range, below these.
@@ -293,6 +295,7 @@ async fn open_host(mut config: HostConfig, settings: &Settings) -> Result<(Host,
     if settings.for_resets {
         config = config.for_resets();
     }
+    config.dense_pages = settings.dense_pages.unwrap_or(config.dense_pages);
     let host = Host::open(config).await.map_err(of(NAME, "open"))?;
     let image = host.image(&settings.runtime).map_err(of(NAME, "open the image"))?;
     Ok((host, image))
