@@ -261,6 +261,71 @@ fn bytes_of_an_earlier_stream_are_gone() {
     observation(&mut vmm, length);
 }
 
+/// What the first vCPU has sent to the second (INIT, SIPI) and was not yet acted on when the reset
+/// came must not start the second vCPU in the next life.
+#[test]
+fn messages_between_vcpus_do_not_outlive_a_reset() {
+    let Some(kvm) = kvm() else { return };
+    // Prints M, waits, then wakes the second vCPU, which prints X from 0x8000:0.
+    let mut code = Code::default();
+    code.wait_for(FLAG).set_port(0x3f8, b'M').delay(2000);
+    for message in [0x4500, 0x4680] {
+        code.set_device(LAPIC + 0x310, 1 << 24).set_device(LAPIC + 0x300, message);
+    }
+    code.halt();
+    // mov $'X',%al; mov $0x3f8,%dx; out %al,(%dx); l: jmp l
+    const SECOND: [u8; 8] = [0xb0, b'X', 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfe];
+
+    let vmm = Vmm::shell(&kvm, &config(2, true));
+    let (answer, _stream) = vmm.boot(&elf(&code.0));
+    assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    let (memory, state) = save(&vmm);
+    memory.write_all_at(&[1], FLAG.into()).unwrap();
+    memory.write_all_at(&SECOND, 0x8_0000).unwrap();
+
+    let mut vmm = Vmm::shell(&kvm, &config(2, true));
+    let (mut stream, theirs) = UnixStream::pair().unwrap();
+    let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
+    let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+    assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
+    let mut output = vmm.stderr.take().unwrap();
+    rustix::io::ioctl_fionbio(&output, true).unwrap();
+    // All that comes within a while.
+    let mut read_for = |time: Duration| {
+        let (mut said, end) = (Vec::new(), std::time::Instant::now() + time);
+        loop {
+            let before = said.len();
+            // It would block where there is no more.
+            let _ = output.read_to_end(&mut said);
+            if said.len() == before {
+                if std::time::Instant::now() > end {
+                    return String::from_utf8(said).unwrap();
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    };
+    assert_eq!(read_for(Duration::from_millis(100)), "MX");
+    for round in 0..150 {
+        let (_, ours) = reset(&vmm);
+        // What the last life said.
+        read_for(Duration::ZERO);
+        stream = ours;
+        stream.write_all(b"x").unwrap();
+        // Resets come at all moments of a life; in every tenth it is heard to the end.
+        match round % 10 {
+            9 => assert_eq!(read_for(Duration::from_millis(100)), "MX", "round {round}"),
+            _ => {
+                let said = read_for(Duration::from_micros(round * 173 % 6000));
+                assert!("MX".starts_with(&said), "round {round}: {said:?}");
+            }
+        }
+    }
+    drop(stream);
+}
+
 #[test]
 fn nothing_that_a_guest_planted_is_found_after_a_reset() {
     let Some(kvm) = kvm() else { return };

@@ -239,6 +239,8 @@ impl Vsock {
             return;
         }
         if self.buffer.capacity() > KEEP {
+            // Not to be found in freed memory either.
+            self.buffer.resize(self.buffer.capacity(), 0);
             self.buffer = VecDeque::new();
         }
         if !connection.guest_sends_no_more() {
@@ -465,6 +467,9 @@ impl Device for Vsock {
             connection.check()?;
         }
         self.drop_connection();
+        // What was in the buffer, or had passed through it, belongs to another generation.
+        self.buffer.resize(self.buffer.capacity(), 0);
+        self.buffer.clear();
         self.resets.clear();
         self.first_byte = None;
         self.connection = state.connection.clone();

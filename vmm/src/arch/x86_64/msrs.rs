@@ -13,6 +13,9 @@ use kvm_ioctls::VcpuFd;
 
 use super::vcpu_state::{VcpuStateError, read_msrs, retain_prefix_failures, retain_writable};
 
+/// Enables asynchronous page faults.
+const ASYNC_PF_EN: u32 = 0x4b56_4d02;
+
 /// Where MSRs that KVM stores and does not list may be.
 const CANDIDATES: [RangeInclusive<u32>; 10] = [
     // Performance counters (AMD's: below) and their event selectors.
@@ -34,7 +37,8 @@ const CANDIDATES: [RangeInclusive<u32>; 10] = [
     0xc001_1020..=0xc001_102f,
 ];
 
-/// The MSRs beyond `listed` that this KVM stores, with the values of a vCPU that has never run.
+/// What a reset sets before the MSRs that are `listed`: those beyond them that this KVM stores, with
+/// the values of a vCPU that has never run.
 ///
 /// # Errors
 /// KVM's.
@@ -43,5 +47,11 @@ pub fn beyond(vcpu: &VcpuFd, listed: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStat
         CANDIDATES.into_iter().flatten().filter(|index| !listed.contains(index)).collect();
     retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
     let values = read_msrs(vcpu, &indices)?;
-    retain_writable(vcpu, values)
+    let mut values = retain_writable(vcpu, values)?;
+    if listed.contains(&ASYNC_PF_EN) {
+        // Off, before the snapshot's value: KVM then drops the page faults that it still owes an
+        // answer to, which the next guest has not asked about.
+        values.push((ASYNC_PF_EN, 0));
+    }
+    Ok(values)
 }
