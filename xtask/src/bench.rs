@@ -200,12 +200,22 @@ fn archive_in_vm(name: &str) -> String {
 /// `cargo bench … tiny_thaw` on this machine's `/dev/kvm`.
 pub fn tiny_thaw() -> Result<Value> {
     step::say("measuring thaws of a tiny guest on this machine's /dev/kvm …");
+    tiny("tiny_thaw")?.into_iter().next().context("tiny_thaw printed nothing")
+}
+
+/// `cargo bench … tiny_reset` on this machine's `/dev/kvm`: one record a number of pages.
+pub fn tiny_reset() -> Result<Vec<Value>> {
+    step::say("measuring resets of a tiny guest on this machine's /dev/kvm …");
+    tiny("tiny_reset")
+}
+
+fn tiny(bench: &str) -> Result<Vec<Value>> {
     let mut command = cargo::cargo();
-    command.args(["bench", "--quiet", "--package", "firn-vmm", "--bench", "tiny_thaw"]);
+    command.args(["bench", "--quiet", "--package", "firn-vmm", "--bench", bench]);
     let text = step::output(&mut command)?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with('{'))
-        .context("no figures: is there a /dev/kvm that this user may open?")?;
-    serde_json::from_str(line).context("tiny_thaw printed no JSON")
+    let lines = text.lines().filter(|line| line.starts_with('{'));
+    let records = lines.map(serde_json::from_str).collect::<Result<Vec<Value>, _>>();
+    let records = records.with_context(|| format!("{bench} printed no JSON"))?;
+    ensure!(!records.is_empty(), "no figures: is there a /dev/kvm that this user may open?");
+    Ok(records)
 }

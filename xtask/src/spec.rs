@@ -17,12 +17,15 @@ use crate::{artifacts, bench, cargo, demo, packages, python, scratch, step, test
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm";
 
+/// The same for instances that are reset.
+const RESET_SCENARIOS: &str = "warm,reset";
+
 /// Those of rows with Firecracker, and their functions: Python that does nothing, and the smallest
 /// guest.
-const PEER_SCENARIOS: &str = "thaw,thaw-fresh,churn,clones,clones-fresh";
+const PEER_SCENARIOS: &str = "thaw,thaw-fresh,boot-fresh,churn,clones-fresh";
 const PEER_FUNCTIONS: &str = "nothing,echo";
 
-/// Memory of their host VM: clones need room.
+/// Memory of their host VM: a hundred clones need room.
 const PEER_MEMORY_MIB: u32 = 4096;
 
 /// Measure every promise of SPECIFICATION.md; fails if one is broken.
@@ -71,6 +74,10 @@ enum Source {
     Peer(String),
     /// A figure of `tiny_thaw`.
     Native(String),
+    /// A figure of `firn bench run --for-resets`, or one over another.
+    Resets(String),
+    /// A figure of `tiny_reset`, for a number of pages.
+    NativeReset(u64, String),
     /// Length of an artifact.
     File(String),
     /// pytest's names of tests.
@@ -124,7 +131,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         peers: arguments.peers.clone(),
         starts: None,
         beside_peer: None,
+        resets: None,
         tiny: None,
+        tiny_reset: None,
         in_lane: BTreeMap::new(),
     };
     rig.run_in_lane(&promises)?;
@@ -193,7 +202,9 @@ struct Rig {
     peers: bench::Peers,
     starts: Option<Starts>,
     beside_peer: Option<Starts>,
+    resets: Option<Starts>,
     tiny: Option<Value>,
+    tiny_reset: Option<Vec<Value>>,
     /// Tests that ran in the lane, and whether they passed.
     in_lane: BTreeMap<String, bool>,
 }
@@ -215,7 +226,7 @@ impl Rig {
                 ensure!(self.peers.firecracker.is_some(), "it needs --firecracker PROGRAM");
                 if self.beside_peer.is_none() {
                     let scenarios = ["--scenario", PEER_SCENARIOS, "--function", PEER_FUNCTIONS];
-                    let clones = ["--clones", "10"];
+                    let clones = ["--clones", "100"];
                     let arguments = [&scenarios[..], &clones].concat();
                     let starts = self.measure_starts(&self.peers, PEER_MEMORY_MIB, &arguments);
                     self.beside_peer = Some(starts?);
@@ -229,6 +240,26 @@ impl Rig {
                 }
                 let tiny = self.tiny.as_ref().context("no figures")?;
                 let figure = tiny[key]["p50"].as_f64().with_context(|| format!("no {key}"))?;
+                Ok((figure, "this machine's /dev/kvm".into()))
+            }
+            Source::Resets(key) => {
+                if self.resets.is_none() {
+                    let none = bench::Peers { firecracker: None, ..self.peers.clone() };
+                    let arguments = ["--for-resets", "--scenario", RESET_SCENARIOS];
+                    let starts = self.measure_starts(&none, bench::MEMORY_MIB, &arguments);
+                    self.resets = Some(starts?);
+                }
+                let starts = self.resets.as_ref().context("no figures")?;
+                Ok((starts.figure(key)?, starts.rig.clone()))
+            }
+            Source::NativeReset(pages, key) => {
+                if self.tiny_reset.is_none() {
+                    self.tiny_reset = Some(bench::tiny_reset()?);
+                }
+                let mut records = self.tiny_reset.iter().flatten();
+                let record = records.find(|record| record["pages"] == *pages);
+                let figure = record.and_then(|record| record[key]["p50"].as_f64());
+                let figure = figure.with_context(|| format!("no {key} for {pages} pages"))?;
                 Ok((figure, "this machine's /dev/kvm".into()))
             }
             Source::File(name) => {
@@ -436,6 +467,11 @@ fn parse_source(text: &str) -> Result<Source> {
         ["icount", key] => Source::Starts(key.into()),
         ["beside-firecracker", key] => Source::Peer(key.into()),
         ["native", key] => Source::Native(key.into()),
+        ["resets", key] => Source::Resets(key.into()),
+        ["native-reset", pages, key] => Source::NativeReset(
+            pages.parse().with_context(|| format!("`{pages}` is no number of pages"))?,
+            key.into(),
+        ),
         ["files", name] => Source::File(name.into()),
         ["e2e", ref names @ ..] if !names.is_empty() => {
             Source::EndToEnd(names.iter().map(ToString::to_string).collect())
@@ -523,11 +559,18 @@ mod tests {
     #[test]
     fn rows_name_scenarios_that_are_run() {
         for promise in specification() {
-            let Source::Starts(key) = promise.source else { continue };
+            let (key, run) = match promise.source {
+                Source::Starts(key) => (key, SCENARIOS),
+                Source::Resets(key) => (key, RESET_SCENARIOS),
+                _ => continue,
+            };
             for figure in key.split('/') {
                 let (scenario, _) = figure.split_once('.').unwrap();
                 let scenario = scenario.rsplit(':').next().unwrap();
-                assert!(SCENARIOS.split(',').any(|name| name == scenario), "{}", promise.name);
+                // Parts of a scenario have its name and one of their own.
+                let runs =
+                    |name: &str| scenario == name || scenario.starts_with(&format!("{name}-"));
+                assert!(run.split(',').any(runs), "{}", promise.name);
             }
         }
     }
