@@ -62,7 +62,7 @@ pub struct Options {
     /// Shells kept ready for each size class in use.
     #[arg(long, default_value_t = 2, value_name = "COUNT")]
     pub shells: usize,
-    /// Huge pages of 2 MiB that each of these shells keeps zeroed for what a thaw copies ahead.
+    /// Most huge pages of 2 MiB that each of these shells keeps zeroed for what a thaw copies ahead.
     #[arg(long, default_value_t = 24, value_name = "COUNT")]
     pub spare_pages: u16,
     /// Copy a region of 2 MiB ahead if clones write so many of each 512 pages there; over 512:

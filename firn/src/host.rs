@@ -45,6 +45,8 @@ pub(crate) struct Inner {
     pub(crate) uids: Arc<Uids>,
     pub(crate) live: Live,
     pool: Mutex<HashMap<ShellClass, Pool>>,
+    /// Most regions that a thaw of each class has copied so far.
+    copied: Mutex<HashMap<ShellClass, u16>>,
     closed: AtomicBool,
     names: AtomicU64,
 }
@@ -79,6 +81,7 @@ impl Host {
                 state,
                 live: Live::default(),
                 pool: Mutex::default(),
+                copied: Mutex::default(),
                 closed: AtomicBool::new(false),
                 names: AtomicU64::new(0),
                 config,
@@ -203,6 +206,20 @@ impl Inner {
                 None => return Ok((shell::spawn(self, class).await?, refill)),
             }
         }
+    }
+
+    /// How many huge pages a new shell of `class` keeps in reserve: as many as a thaw is known to
+    /// need, so that a class whose functions write little stays small.
+    pub(crate) fn spares(&self, class: ShellClass) -> u16 {
+        let wanted = lock(&self.copied).get(&class).copied().unwrap_or_default();
+        wanted.min(self.config.spare_pages)
+    }
+
+    /// A thaw of `class` copies so many regions.
+    pub(crate) fn copies(&self, class: ShellClass, regions: u16) {
+        let mut copied = lock(&self.copied);
+        let most = copied.entry(class).or_default();
+        *most = regions.max(*most);
     }
 
     fn put(&self, shell: Shell) -> Result<(), ShellError> {

@@ -248,12 +248,13 @@ impl Watched {
     }
 
     /// Looks at the paused process `pid`, whose guest memory lies at `address`.
-    fn look(mut self, pid: u32, address: u64) {
+    fn look(mut self, pid: u32, address: u64) -> ResidentSnapshot {
         let pages = self.snapshot.class().memory_bytes() / PAGE;
         match snapshot::observe(pid, address, pages) {
             Ok(sample) => self.sample = Some(sample),
             Err(error) => tracing::debug!(%error, pid, "can't see which pages a clone has written"),
         }
+        self.snapshot.clone()
     }
 }
 
@@ -425,7 +426,9 @@ impl Instance {
             let (pid, address) = (self.pid(), self.stats().await?.memory_address);
             let looking = tokio::task::spawn_blocking(move || watched.look(pid, address));
             // What it finds is advice; a panic would have been reported by its own thread.
-            let _ = looking.await;
+            if let Ok(snapshot) = looking.await {
+                self.inner.copies(self.vm.class, snapshot.working_set().copied_regions);
+            }
         }
         Ok(())
     }

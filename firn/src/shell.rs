@@ -164,7 +164,7 @@ pub(crate) async fn spawn(inner: &Arc<Inner>, class: ShellClass) -> Result<Shell
         cpu_template: CpuTemplate::Host,
         disks: DISKS.to_vec(),
         serial: inner.config.serial,
-        spares: inner.config.spare_pages,
+        spares: inner.spares(class),
     };
     match vm.request_within(&ToVmm::Build(config), &[], READY).await? {
         FromVmm::Ready(stamps) => Ok(Shell { vm, stamps }),

@@ -159,6 +159,8 @@ fn make(
     let (memory, pages) = flatten(snapshot, pages, base.as_ref())?;
     let dense = inner.config.dense_pages;
     let working_set = WorkingSet::load(&snapshot.0.dir, &snapshot.0.id, &pages, dense);
+    let class = ShellClass { vcpus: manifest.vcpus, memory_mib: manifest.memory_mib };
+    inner.copies(class, working_set.report().copied_regions);
     let state = memfile::sealed("firn-vm-state", vm_state).map_err(at("keep the VM's state"))?;
     let delta = read_delta(snapshot)?;
     Ok(ResidentSnapshot(Arc::new(Resident {

@@ -62,7 +62,7 @@ pub struct WorkingSetReport {
     /// that is read, so these are more than were used.
     pub touched: u64,
     /// Regions of 2 MiB that a thaw copies whole.
-    pub copied_regions: u64,
+    pub copied_regions: u16,
     /// Pages that a thaw copies one by one.
     pub populated: u64,
 }
@@ -89,6 +89,8 @@ struct State {
     /// Clones that are being watched.
     watching: u32,
     plan: Arc<MemoryPlan>,
+    /// Regions that the plan copies.
+    regions: u16,
 }
 
 /// One clone that is watched.
@@ -117,8 +119,9 @@ impl WorkingSet {
                 None
             }
         };
-        let plan = sets.as_ref().map(|sets| plan(sets, content, dense)).unwrap_or_default();
-        let state = State { sets, watching: 0, plan: Arc::new(plan) };
+        let (plan, regions) =
+            sets.as_ref().map(|sets| plan(sets, content, dense)).unwrap_or_default();
+        let state = State { sets, watching: 0, plan: Arc::new(plan), regions };
         Self { pages: content.pages(), state: Mutex::new(state) }
     }
 
@@ -161,7 +164,8 @@ impl WorkingSet {
                 touched: sets.touched.union(&touched),
             },
         };
-        state.plan = Arc::new(plan(&sets, content, dense));
+        let (plan, regions) = plan(&sets, content, dense);
+        (state.plan, state.regions) = (Arc::new(plan), regions);
         let bytes = encode(&sets);
         state.sets = Some(sets);
         Some(bytes)
@@ -169,11 +173,8 @@ impl WorkingSet {
 
     pub(super) fn report(&self) -> WorkingSetReport {
         let state = self.state();
-        let mut regions: Vec<u64> =
-            state.plan.copied.iter().map(|run| u64::from(run.first) / REGION_PAGES).collect();
-        regions.dedup();
         let populated = state.plan.populated.iter().map(|run| u64::from(run.pages)).sum();
-        let copied_regions = regions.len() as u64;
+        let copied_regions = state.regions;
         match &state.sets {
             None => WorkingSetReport::default(),
             Some(sets) => WorkingSetReport {
@@ -253,8 +254,8 @@ fn decode(bytes: &[u8], id: &Id, pages: u64) -> Result<Sets, String> {
 
 /// A plan for clones of a snapshot that holds `content`: a region is copied whole if at least
 /// `dense` of each 512 pages that this takes are written; elsewhere written pages are copied one by
-/// one.
-fn plan(sets: &Sets, content: &PageSet, dense: u32) -> MemoryPlan {
+/// one. With it comes how many regions are copied.
+fn plan(sets: &Sets, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
     let mut plan = MemoryPlan::default();
     let mut regions = 0;
     for start in (0..content.pages()).step_by(REGION_PAGES as usize) {
@@ -280,7 +281,7 @@ fn plan(sets: &Sets, content: &PageSet, dense: u32) -> MemoryPlan {
         plan.copied = firsts.into_iter().map(whole).collect();
     }
     plan.populated.truncate(RUNS);
-    plan
+    (plan, regions)
 }
 
 fn page_run(run: std::ops::Range<u64>) -> PageRun {
@@ -406,7 +407,7 @@ mod tests {
         let content = set((0..100).chain(110..120).chain(300..301));
         let written = set(0..50);
         let sets = Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
-        let plan = plan(&sets, &content, 16);
+        let (plan, _) = plan(&sets, &content, 16);
         let run = |first, pages| PageRun { first, pages };
         assert_eq!(plan.copied, [run(0, 120), run(300, 1)]);
     }
@@ -450,7 +451,7 @@ mod tests {
             let written = set(written);
             let sets =
                 Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
-            let plan = plan(&sets, &content, dense);
+            let (plan, regions) = plan(&sets, &content, dense);
             let mut next = 0;
             for run in &plan.copied {
                 prop_assert!(u64::from(run.first) >= next && run.pages > 0);
@@ -462,12 +463,15 @@ mod tests {
             let alone = set(plan.populated.iter().flat_map(|r| u64::from(r.first)..u64::from(r.first + r.pages)));
             prop_assert_eq!(copied.intersection(&alone).count(), 0);
             prop_assert_eq!(sets.written.minus(&copied).minus(&alone).count(), 0);
+            let mut copies = 0;
             for region in 0..4 {
                 let pages = region * REGION_PAGES..(region + 1) * REGION_PAGES;
                 if copied.count_in(pages.clone()) > 0 {
                     prop_assert!(content.runs_in(pages).flatten().all(|page| copied.contains(page)));
+                    copies += 1;
                 }
             }
+            prop_assert_eq!(regions, copies);
         }
     }
 }
