@@ -38,6 +38,9 @@ use crate::{
 /// Time from the boot request until the guest's init is ready.
 const BOOT: Duration = Duration::from_secs(20);
 
+/// How long a first event keeps the pool from being refilled beside it.
+const REFILL: Duration = Duration::from_millis(20);
+
 /// Kernel command line without devices. No serial ports are probed and a panic resets at once,
 /// which ends the VMM.
 const CMDLINE: &str = "quiet panic=-1 rcupdate.rcu_expedited=1";
@@ -203,7 +206,7 @@ impl Host {
     ) -> Result<(Instance, Option<InvokeReport>), StartError> {
         let inner = self.inner();
         let mut watch = Stopwatch::start();
-        let (shell, _refill) = inner.claim(snapshot.class()).await?;
+        let (shell, refill) = inner.claim(snapshot.class()).await?;
         watch.mark("shell");
         let mut vm = shell.vm;
         let (stream, theirs) = Stream::pair().map_err(io_at("make the invoke connection"))?;
@@ -270,7 +273,16 @@ impl Host {
             {
                 group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
             }
-            let done = instance::await_done(&mut vm, first).await.map_err(awaiting("Done"))?;
+            let mut done = std::pin::pin!(instance::await_done(&mut vm, first));
+            let done = match tokio::time::timeout(REFILL, done.as_mut()).await {
+                Ok(done) => done,
+                // It works for longer: others may need a shell meanwhile.
+                Err(_) => {
+                    drop(refill);
+                    done.await
+                }
+            };
+            let done = done.map_err(awaiting("Done"))?;
             watch.mark("done");
             report = Some(instance::report(done, Some(renewed.clone()), watch.phases()));
         }

@@ -15,7 +15,7 @@ use crate::lane::{Choice, Lane, Site};
 use crate::{artifacts, bench, cargo, demo, packages, python, scratch, step, test};
 
 /// Scenarios of `firn bench run` that rows name.
-const SCENARIOS: &str = "boot,thaw,warm";
+const SCENARIOS: &str = "boot,thaw,warm,density";
 
 /// The same for instances that are reset.
 const RESET_SCENARIOS: &str = "warm,reset";

@@ -56,6 +56,7 @@ const TESTS: &[Test] = tests![
     snapshots::a_guest_that_keeps_its_old_identity_never_serves,
     snapshots::every_alteration_is_named,
     snapshots::other_surroundings_are_named,
+    snapshots::a_long_first_event_does_not_keep_the_pool_empty,
     snapshots::a_full_disk_leaves_nothing,
 ];
 

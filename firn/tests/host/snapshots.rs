@@ -9,7 +9,7 @@ use std::{
 use firn::{Disk, Host, Snapshot, SnapshotError, SnapshotMeta, StartError};
 
 use crate::{
-    install::{CLASS, Install},
+    install::{CLASS, Install, eventually},
     life::{answer, boot, event, spec, text},
 };
 
@@ -197,5 +197,26 @@ pub async fn a_full_disk_leaves_nothing() {
     rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();
     assert!(matches!(error, SnapshotError::NoSpace { .. }), "{error}");
     assert_eq!(left, 0);
+    install.assert_nothing_left();
+}
+
+pub async fn a_long_first_event_does_not_keep_the_pool_empty() {
+    let install = Install::stand_in();
+    let mut config = install.config();
+    config.shells = 1;
+    let host = Host::open(config).await.unwrap();
+    let snapshot = base(&host, &install.path("base")).await;
+    let resident = snapshot.make_resident(&host, None, None).await.unwrap();
+    host.prepare(CLASS).await.unwrap();
+    let running = || fs::read_dir(install.path("state/run/pids")).unwrap().count();
+    eventually("only the pool is left", || running() == 1).await;
+    let thaw = {
+        let (host, first) = (host.clone(), event(b"hang"));
+        tokio::spawn(async move { host.thaw(&resident, Some(&first), None).await })
+    };
+    eventually("a shell takes the place of the one that works", || running() == 2).await;
+    assert!(!thaw.is_finished());
+    thaw.abort();
+    host.shutdown().await;
     install.assert_nothing_left();
 }
