@@ -138,6 +138,30 @@ impl Drop for Spares {
     }
 }
 
+/// Moves spares to whole regions of guest memory that nothing has been written to yet and a boot is
+/// about to fill, range by range while there are enough. Ranges beyond guest memory are left out.
+///
+/// # Errors
+/// [`PlanError::Kernel`].
+pub fn furnish(
+    regions: &[Range<u64>],
+    memory: &Memory,
+    spares: &mut Spares,
+) -> Result<(), PlanError> {
+    for range in regions {
+        if range.is_empty() || range.end > memory.bytes() / REGION {
+            continue;
+        }
+        let target = memory.host_pointer(range.start * REGION);
+        // SAFETY: whole regions within guest memory, as just checked, which is aligned to them; no
+        // vCPU runs, and devices hold addresses, not contents.
+        if !unsafe { spares.move_to(target, (range.end - range.start) as usize)? } {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Copies what `plan` names. `file` is the snapshot's memory, which is mapped over `memory`. Returns
 /// the ranges of regions that were copied whole.
 ///
@@ -384,6 +408,19 @@ mod tests {
         carry_out(plan, &memory, file.as_fd(), &mut spares)?;
         spares.release();
         Ok((memory, file))
+    }
+
+    #[test]
+    fn spares_take_the_place_of_empty_regions_while_there_are_enough() {
+        let memory = Memory::reserve(16).unwrap();
+        let mut spares = Spares::make(3).unwrap();
+        // Nothing, beyond memory, fits, fits, no longer fits.
+        furnish(&[4..4, 7..9, 0..1, 6..8, 2..3], &memory, &mut spares).unwrap();
+        assert_eq!(spares.left, 0);
+        // SAFETY: there is no guest and no device.
+        assert!(unsafe { memory.contents() }.iter().all(|byte| *byte == 0));
+        memory.guest().write_slice(&[7; 4096], GuestAddress(6 * REGION)).unwrap();
+        assert_eq!(memory.guest().read_obj::<u8>(GuestAddress(6 * REGION + 4095)).unwrap(), 7);
     }
 
     fn same(memory: &Memory, file: &File) -> bool {

@@ -245,6 +245,9 @@ impl Vm {
         watch(stream.as_fd())?;
         self.machine.set_host_stream(stream);
         self.memory.advise_huge();
+        let kernel_bytes = kernel.metadata().map_err(io_error("kernel"))?.len();
+        let regions = boot::written_first(self.memory.regions()[0].bytes, kernel_bytes);
+        plan::furnish(&regions, &self.memory, &mut self.spares)?;
         let bad_kernel = |error: boot::BootError| {
             let kind = match error {
                 boot::BootError::Cmdline(_) => FailureKind::BadRequest,

@@ -5,8 +5,10 @@
 use std::{
     fs::File,
     io::{Cursor, Read, Seek, SeekFrom},
+    ops::Range,
 };
 
+use firn_proto::control::REGION;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::{
     BzImage, Elf, KernelLoader, KernelLoaderResult,
@@ -103,6 +105,19 @@ pub fn cmdline(base: &str, devices: usize) -> Result<String, BootError> {
 /// Whether the guest that has just asked for a reset panicked.
 pub fn panicked(memory: &Memory) -> bool {
     memory.guest().read_obj::<u16>(GuestAddress(RESET_FLAG)).is_ok_and(|flag| flag == RESET_WARM)
+}
+
+/// Regions of 2 MiB, by number, that every boot writes, those that are sure first: boot parameters,
+/// the kernel (at 16 MiB, as long as its file of `kernel_bytes`), and below the end of low RAM the
+/// initramfs and what Linux allocates first (measured: its map of pages, per-CPU data, hash tables).
+/// They don't overlap.
+pub fn written_first(low_bytes: u64, kernel_bytes: u64) -> [Range<u64>; 3] {
+    const KERNEL: u64 = 0x100_0000 / REGION;
+    const AT_THE_TOP: u64 = 3;
+    let end = low_bytes / REGION;
+    let kernel_end = KERNEL.saturating_add(kernel_bytes.div_ceil(REGION)).min(end);
+    let top = end.saturating_sub(AT_THE_TOP).max(kernel_end).max(1);
+    [0..1, KERNEL..kernel_end, top..end]
 }
 
 /// Loads kernel, initramfs, command line, MP table and boot parameters for a machine of `devices`
@@ -361,6 +376,24 @@ mod tests {
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5"));
         assert!(line.contains("virtio_mmio.device=4K@0xd0001000:6"));
         assert!(matches!(cmdline(&"x".repeat(2048), 0), Err(BootError::Cmdline(_))));
+    }
+
+    #[test]
+    fn regions_written_first_are_disjoint_and_within_low_memory() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(written_first(128 * MIB, 16_246_976), [0..1, 8..16, 61..64]);
+        for low in [16, 18, 20, 22, 24, 30, 3072] {
+            for kernel in [0, 1, 3 * MIB, 16 * MIB, 10_000 * MIB, u64::MAX] {
+                let mut next = 0;
+                for range in written_first(low * MIB, kernel) {
+                    if range.is_empty() {
+                        continue;
+                    }
+                    assert!(range.start >= next && range.end * 2 <= low, "{low} {kernel}");
+                    next = range.end;
+                }
+            }
+        }
     }
 
     #[test]
