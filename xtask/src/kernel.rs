@@ -1,5 +1,5 @@
-//! Builds the guest kernel: Debian's `linux-source-6.12` with `kernel-config/firn.config` on top
-//! of `tinyconfig`.
+//! Builds the guest kernel: Debian's `linux-source-6.12` with the patches of
+//! `kernel-config/patches/` and `kernel-config/firn.config` on top of `tinyconfig`.
 //!
 //! The build is reproducible (fixed time stamp, user and host), so the same fragment, source and
 //! compiler give the same `vmlinux`, and a snapshot taken on one machine names the same kernel on
@@ -68,12 +68,26 @@ pub fn build() -> Result<PathBuf> {
     let source = packages::version(PACKAGE)?;
     let compiler = step::output(Command::new("gcc").arg("--version"))?;
     let compiler = compiler.lines().next().unwrap_or_default().to_owned();
+    let patches = patches()?;
     let mut key = Key::new(RECIPE);
     key.add(&source).add(&compiler);
+    for patch in &patches {
+        key.add_file(patch)?;
+    }
     for (symbol, value) in &fragment {
         key.add(symbol).add(value);
     }
-    cache::entry("kernel", &key, |to| build_into(to, &text, &fragment, source, compiler))
+    cache::entry("kernel", &key, |to| build_into(to, &text, &fragment, &patches, source, compiler))
+}
+
+/// The patches, in the order of their names, which is the order in which they are applied.
+fn patches() -> Result<Vec<PathBuf>> {
+    let directory = cargo::workspace().join("kernel-config/patches");
+    let entries = fs::read_dir(&directory).with_context(|| format!("{}", directory.display()))?;
+    let mut patches = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    patches.sort();
+    Ok(patches)
 }
 
 /// Reads what the last build recorded.
@@ -87,6 +101,7 @@ fn build_into(
     to: &Path,
     text: &str,
     fragment: &BTreeMap<String, String>,
+    patches: &[PathBuf],
     source: String,
     compiler: String,
 ) -> Result<()> {
@@ -102,6 +117,13 @@ fn build_into(
         "unpacking the kernel source",
         Command::new("tar").args(["-x", "--strip-components=1", "-f", TARBALL, "-C"]).arg(&work),
     )?;
+    for patch in patches {
+        let mut command = Command::new("patch");
+        // No fuzz: a patch that only almost fits may have landed in the wrong place.
+        command.args(["--strip=1", "--fuzz=0", "--batch", "--input"]).arg(patch);
+        step::output(command.current_dir(&work))
+            .with_context(|| format!("{} does not fit this kernel source", patch.display()))?;
+    }
     fs::write(work.join("firn.config"), text)?;
     step::output(make(&work).arg("tinyconfig"))?;
     step::output(
@@ -236,6 +258,17 @@ mod tests {
         assert!(parse("CONFIG_A\n").is_err());
         let path = cargo::workspace().join("kernel-config/firn.config");
         parse(&fs::read_to_string(path).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn every_patch_says_why() {
+        let patches = patches().unwrap();
+        assert!(!patches.is_empty());
+        for path in patches {
+            let text = fs::read_to_string(&path).unwrap();
+            let why = text.split("--- a/").next().unwrap();
+            assert!(why.trim().len() > 100, "{} does not say why", path.display());
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub const KERNEL: &[&str] = &[
     "linux-source-6.12",
     "lz4",
     "make",
+    "patch",
     "perl",
     "xz-utils",
 ];
