@@ -23,6 +23,10 @@ pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// MSRs that one ioctl may read or write at most.
 const MSRS_AT_ONCE: usize = 255;
 
+/// MSRs of one probing ioctl. Each one that KVM does not have ends the ioctl early, and the rest of
+/// the batch was copied in for nothing; of the candidates beyond KVM's list most are not there.
+const MSRS_TO_PROBE: usize = 16;
+
 // Device attributes of a vCPU: kvm-ioctls has them for aarch64 only. `_IOW(KVMIO, nr, 24 bytes)`.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
@@ -108,7 +112,7 @@ pub(super) fn retain_writable(
     // The first refusal names an MSR to leave out; go on behind it.
     let mut writable = Vec::with_capacity(values.len());
     while !values.is_empty() {
-        let batch = &values[..values.len().min(MSRS_AT_ONCE)];
+        let batch = &values[..values.len().min(MSRS_TO_PROBE)];
         let done = vcpu.set_msrs(&msrs_of(batch)?).map_err(kvm("SET_MSRS"))?;
         writable.extend(&values[..done]);
         let refused = usize::from(done < batch.len());
@@ -124,7 +128,7 @@ pub(super) fn retain_prefix_failures(
 ) -> Result<(), VcpuStateError> {
     let mut from = 0;
     while from < indices.len() {
-        let batch = indices[from..].iter().take(MSRS_AT_ONCE);
+        let batch = indices[from..].iter().take(MSRS_TO_PROBE);
         let entries: Vec<_> = batch.map(|&index| (index, 0)).collect();
         let done = get(&mut msrs_of(&entries)?).map_err(kvm("GET_MSRS"))?;
         from += done;
