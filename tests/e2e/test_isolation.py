@@ -236,7 +236,7 @@ while read range mode rest; do
     case $mode in rw*) ;; *) continue ;; esac
     start=$((0x${range%-*} / 4096)); end=$((0x${range#*-} / 4096))
     count=$(dd if=/proc/$PID/mem bs=4096 skip=$start count=$((end - start)) 2>/dev/null |
-        tr '\000' '\n' | grep -c -e "$TEXT")
+        tr -s '\000' '\n' | grep -c -e "$TEXT")
     total=$((total + count))
     [ $total -eq 0 ] || break
 done < /proc/$PID/maps
