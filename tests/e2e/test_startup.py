@@ -31,8 +31,8 @@ DAEMON = "/tmp/spoilt/bin/firnd --artifacts /tmp/spoilt --state /tmp/spoilt/stat
         ("chmod 000 /tmp/spoilt/state; rm -r /tmp/spoilt/state; touch /tmp/spoilt/state", DAEMON, ["state"]),
         (
             "rm /tmp/spoilt/kernel/vmlinux; echo no kernel at all > /tmp/spoilt/kernel/vmlinux",
-            "/tmp/spoilt/bin/firn bench --artifacts /tmp/spoilt --state /tmp/spoilt/state "
-            "--patience 20 --iterations 1",
+            "/tmp/spoilt/bin/firn bench run --artifacts /tmp/spoilt --state /tmp/spoilt/bench "
+            "--patience 20 --iterations 1 --scenario boot --function nothing",
             ["not a kernel", "ELF"],
         ),
     ],
