@@ -210,7 +210,7 @@ pub async fn a_long_first_event_does_not_keep_the_pool_empty() {
     let mut config = install.config();
     config.shells = 1;
     let host = Host::open(config).await.unwrap();
-    let snapshot = Snapshot::open(&install.path("base")).unwrap();
+    let snapshot = Snapshot::open(install.path("base")).unwrap();
     let resident = snapshot.make_resident(&host, None, None).await.unwrap();
     host.prepare(CLASS).await.unwrap();
     let running = || fs::read_dir(install.path("state/run/pids")).unwrap().count();
