@@ -81,8 +81,10 @@ impl ResidentSnapshot {
     /// A watched clone has been looked at, or is gone.
     pub(crate) fn watched(&self, sample: Option<Sample>) {
         let Resident { working_set, pages, dense, dir, id, .. } = &*self.0;
+        // A snapshot that has been deleted meanwhile needs no advice.
         if let Some(sets) = working_set.watched(sample, pages, *dense)
             && let Err(error) = working_set::keep(dir, id, &sets)
+            && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(%error, dir = %dir.display(), "can't keep a snapshot's working set");
         }
