@@ -99,24 +99,9 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
     }
     drop(stream);
     let names = ["stopped", "mapped", "devices_set", "vcpu_set", "answered", "resumed"];
-    let columns: Vec<String> = names
-        .iter()
-        .enumerate()
-        .map(|(column, name)| {
-            let mut values: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
-            values.sort_by(f64::total_cmp);
-            let q = |p: f64| values[((values.len() - 1) as f64 * p) as usize];
-            format!(
-                "\"{name}_us\":{{\"min\":{:.0},\"p50\":{:.0},\"p99\":{:.0}}}",
-                q(0.0),
-                q(0.5),
-                q(0.99)
-            )
-        })
-        .collect();
     println!(
         "{{\"bench\":\"tiny_reset\",\"pages\":{pages},\"iterations\":{iterations},{}}}",
-        columns.join(",")
+        common::quantiles(names, &samples)
     );
 }
 

@@ -64,22 +64,10 @@ fn main() {
         ]);
     }
     let names = ["wake", "mapped", "devices_set", "vcpu_set", "exit", "sent_to_exit"];
-    let columns: Vec<String> = names
-        .iter()
-        .enumerate()
-        .map(|(column, name)| {
-            let mut values: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
-            values.sort_by(f64::total_cmp);
-            let q = |p: f64| values[((values.len() - 1) as f64 * p) as usize];
-            format!(
-                "\"{name}_us\":{{\"min\":{:.0},\"p50\":{:.0},\"p99\":{:.0}}}",
-                q(0.0),
-                q(0.5),
-                q(0.99)
-            )
-        })
-        .collect();
-    println!("{{\"bench\":\"tiny_thaw\",\"iterations\":{iterations},{}}}", columns.join(","));
+    println!(
+        "{{\"bench\":\"tiny_thaw\",\"iterations\":{iterations},{}}}",
+        common::quantiles(names, &samples)
+    );
 }
 
 fn stamp(stamps: &Stamps, phase: Phase) -> u64 {

@@ -205,3 +205,15 @@ pub fn elf(code: &[u8]) -> File {
     file.extend_from_slice(code);
     memfd(&file)
 }
+
+/// Fields of a JSON object: smallest, median and 99th percentile of each column, in microseconds.
+pub fn quantiles<const N: usize>(names: [&str; N], samples: &[[f64; N]]) -> String {
+    let column = |(column, name): (usize, &str)| {
+        let mut values: Vec<f64> = samples.iter().map(|sample| sample[column]).collect();
+        values.sort_by(f64::total_cmp);
+        let q = |p: f64| values[((values.len() - 1) as f64 * p) as usize];
+        let (min, p50, p99) = (q(0.0), q(0.5), q(0.99));
+        format!("\"{name}_us\":{{\"min\":{min:.0},\"p50\":{p50:.0},\"p99\":{p99:.0}}}")
+    };
+    names.into_iter().enumerate().map(column).collect::<Vec<_>>().join(",")
+}
