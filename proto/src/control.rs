@@ -169,9 +169,8 @@ pub enum ToVmm {
     },
     /// Stop all vCPUs. Bytes on the invoke connection resume them. Answer: [`FromVmm::Done`].
     Pause,
-    /// Give back memory that the paused microVM holds without need: huge pages in reserve, and
-    /// pages that a [`MemoryPlan`] had copied and the guest has not changed. Answer:
-    /// [`FromVmm::Reclaimed`].
+    /// Give back memory that the paused microVM holds without need: pages that a [`MemoryPlan`]
+    /// had copied and the guest has not changed. Answer: [`FromVmm::Reclaimed`].
     Reclaim,
     /// Let the vCPUs run again. Answer: [`FromVmm::Done`].
     Resume,

@@ -271,7 +271,9 @@ impl Vm {
         }
         self.all_stopped()?;
         self.clock.stamp(Phase::VcpuSet);
-        self.run()
+        self.run()?;
+        self.spares.release();
+        Ok(())
     }
 
     /// Restores a snapshot. `watch` gets the invoke stream before the guest can close it.
@@ -302,6 +304,8 @@ impl Vm {
         self.machine.set_host_stream(stream);
         self.set_processors(&saved, Part::Thaw, resume)?;
         self.origin = Some(Origin::new(saved, memory));
+        // The guest runs. What this thaw had no use for would count as the guest's memory.
+        self.spares.release();
         Ok(())
     }
 
@@ -399,8 +403,6 @@ impl Vm {
         }
         self.all_stopped()?;
         self.state = State::Paused;
-        // What a thaw had no use for, or a boot: now, when nobody waits.
-        self.spares.release();
         Ok(())
     }
 

@@ -20,7 +20,6 @@ impl Vm {
     /// [`RequestError::Refused`] if the VM runs, [`RequestError::Ended`] if memory was lost.
     pub fn reclaim(&mut self) -> Result<u64> {
         self.expect(State::Paused)?;
-        self.spares.release();
         if self.copied.is_empty() {
             return Ok(0);
         }
