@@ -12,7 +12,7 @@ pub struct HostConfig {
     /// Shells that are kept ready for each class that is in use.
     pub shells: usize,
     /// Most huge pages of 2 MiB that each shell keeps zeroed for what a thaw copies. It keeps no
-    /// more than thaws of its class have needed so far.
+    /// more than one of the last 16 thaws of its class has needed.
     pub spare_pages: u16,
     /// A thaw copies a region of 2 MiB whole, into a huge page, if clones are known to write at
     /// least so many of each 512 pages that it has to copy for that.

@@ -20,6 +20,9 @@ use crate::{
     shell,
 };
 
+/// Thaws of a class whose need of huge pages its next shells provide for.
+const RECENT: usize = 16;
+
 /// Makes and keeps microVMs. Cheap to clone; call [`Host::shutdown`] before the process ends.
 #[derive(Debug, Clone)]
 pub struct Host(Arc<Handle>);
@@ -45,8 +48,8 @@ pub(crate) struct Inner {
     pub(crate) uids: Arc<Uids>,
     pub(crate) live: Live,
     pool: Mutex<HashMap<ShellClass, Pool>>,
-    /// Most regions that a thaw of each class has copied so far.
-    copied: Mutex<HashMap<ShellClass, u16>>,
+    /// Regions that the last [`RECENT`] thaws of each class have copied.
+    copied: Mutex<HashMap<ShellClass, VecDeque<u16>>>,
     closed: AtomicBool,
     names: AtomicU64,
 }
@@ -211,15 +214,19 @@ impl Inner {
     /// How many huge pages a new shell of `class` keeps in reserve: as many as a thaw is known to
     /// need, so that a class whose functions write little stays small.
     pub(crate) fn spares(&self, class: ShellClass) -> u16 {
-        let wanted = lock(&self.copied).get(&class).copied().unwrap_or_default();
-        wanted.min(self.config.spare_pages)
+        let copied = lock(&self.copied);
+        let wanted = copied.get(&class).and_then(|recent| recent.iter().max().copied());
+        wanted.unwrap_or_default().min(self.config.spare_pages)
     }
 
     /// A thaw of `class` copies so many regions.
     pub(crate) fn copies(&self, class: ShellClass, regions: u16) {
         let mut copied = lock(&self.copied);
-        let most = copied.entry(class).or_default();
-        *most = regions.max(*most);
+        let recent = copied.entry(class).or_default();
+        if recent.len() == RECENT {
+            recent.pop_front();
+        }
+        recent.push_back(regions);
     }
 
     fn put(&self, shell: Shell) -> Result<(), ShellError> {

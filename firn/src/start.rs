@@ -227,8 +227,11 @@ impl Host {
         let tmp = inner.artifacts.tmp.file();
         let code = snapshot.code();
         let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
-        let (plan, watch_clone) = match snapshot.next_use() {
-            Use::Plan(plan) => (MemoryPlan::clone(&plan), None),
+        let (plan, watch_clone) = match snapshot.next_use(first.is_some()) {
+            Use::Plan { plan, regions } => {
+                inner.copies(snapshot.class(), regions);
+                (MemoryPlan::clone(&plan), None)
+            }
             Use::Watch => (MemoryPlan::default(), Some(Watched::new(snapshot))),
         };
         let message = ToVmm::Thaw {

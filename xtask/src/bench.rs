@@ -143,7 +143,7 @@ impl Run<'_> {
                 let cgroups =
                     if self.peers.plain_cgroups { "plain cgroups" } else { "favordynmods" };
                 let rig = format!("dev host VM, virtual time, {cgroups}, seed {seed}");
-                let more = ["--artifacts", "/firn", "--patience", "50", "--virtual-time", "--rig"];
+                let more = ["--artifacts", "/firn", "--patience", "2", "--virtual-time", "--rig"];
                 argv.extend(more.map(String::from));
                 argv.extend([rig, "--seed".into(), seed.to_string()]);
                 argv.extend_from_slice(self.arguments);

@@ -106,7 +106,12 @@ pub(crate) enum Use {
     /// Map all from the snapshot, and watch what it touches.
     Watch,
     /// Go by the plan.
-    Plan(Arc<MemoryPlan>),
+    Plan {
+        /// What to copy.
+        plan: Arc<MemoryPlan>,
+        /// Regions that it copies whole.
+        regions: u16,
+    },
 }
 
 impl WorkingSet {
@@ -130,15 +135,16 @@ impl WorkingSet {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How to thaw the next clone.
-    pub(super) fn next(&self) -> Use {
+    /// How to thaw the next clone. Only one that is thawed for an `event` is worth watching: what is
+    /// thawed to be loaded with a function writes what no later clone does.
+    pub(super) fn next(&self, event: bool) -> Use {
         let mut state = self.state();
         let known = state.sets.as_ref().map_or(0, |sets| sets.samples);
-        if known + state.watching < SAMPLES {
+        if event && known + state.watching < SAMPLES {
             state.watching += 1;
             return Use::Watch;
         }
-        Use::Plan(state.plan.clone())
+        Use::Plan { plan: state.plan.clone(), regions: state.regions }
     }
 
     /// A watched clone is gone; with a sample if it got that far. The sets to keep on disk, if
@@ -359,17 +365,19 @@ mod tests {
     fn the_first_clones_are_watched_and_later_ones_go_by_the_plan() {
         let content = set(0..PAGES);
         let sets = fresh(&content);
-        assert!(matches!(sets.next(), Use::Watch) && matches!(sets.next(), Use::Watch));
-        let Use::Plan(plan) = sets.next() else { panic!("a third clone is watched") };
+        let loaded = sets.next(false);
+        assert!(matches!(loaded, Use::Plan { regions: 0, .. }), "not for an event: {loaded:?}");
+        assert!(matches!(sets.next(true), Use::Watch) && matches!(sets.next(true), Use::Watch));
+        let Use::Plan { plan, .. } = sets.next(true) else { panic!("a third clone is watched") };
         assert_eq!(*plan, MemoryPlan::default());
         // One of them dies: the next takes its place.
         assert_eq!(sets.watched(None, &content, 16), None);
-        assert!(matches!(sets.next(), Use::Watch));
+        assert!(matches!(sets.next(true), Use::Watch));
         let first = set((0..20).chain([600]));
         let second = set((0..18).chain([1100]));
         assert!(sets.watched(Some(sample(&first)), &content, 16).is_some());
         assert!(sets.watched(Some(sample(&second)), &content, 16).is_some());
-        let Use::Plan(plan) = sets.next() else { panic!("a fourth clone is watched") };
+        let Use::Plan { plan, .. } = sets.next(true) else { panic!("a fourth clone is watched") };
         assert_eq!(plan.copied, [PageRun { first: 0, pages: 512 }]);
         let alone = |first| PageRun { first, pages: 1 };
         assert_eq!(plan.populated, [alone(600), alone(1100)]);
@@ -382,7 +390,7 @@ mod tests {
     fn sets_are_kept_beside_their_snapshot_and_damage_is_ignored() {
         let (dir, content, id) = (tempfile::tempdir().unwrap(), set(0..PAGES), [7; 32]);
         let sets = fresh(&content);
-        assert!(matches!(sets.next(), Use::Watch));
+        assert!(matches!(sets.next(true), Use::Watch));
         let bytes = sets.watched(Some(sample(&set(3..90))), &content, 16).unwrap();
         keep(dir.path(), &id, &bytes).unwrap();
         let load =
