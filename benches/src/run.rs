@@ -114,8 +114,8 @@ pub struct Place {
     #[arg(long)]
     pub for_resets: bool,
 
-    /// Copy a region of 2 MiB whole at a thaw if clones write so many of each 512 pages there; over
-    /// 512: never.
+    /// Copy a region of 2 MiB whole at a thaw if that saves so many page faults for each 512 pages
+    /// copied; over 512: never.
     #[arg(long)]
     pub dense_pages: Option<u32>,
 

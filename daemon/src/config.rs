@@ -65,9 +65,9 @@ pub struct Options {
     /// Most huge pages of 2 MiB that each of these shells keeps zeroed for what a thaw copies ahead.
     #[arg(long, default_value_t = 24, value_name = "COUNT")]
     pub spare_pages: u16,
-    /// Copy a region of 2 MiB ahead if clones write so many of each 512 pages there; over 512:
-    /// never. The lower, the faster a thaw, and the more memory until an instance is idle.
-    #[arg(long, default_value_t = 8, value_name = "PAGES")]
+    /// Copy a region of 2 MiB ahead if that saves so many page faults for each 512 pages copied; over
+    /// 512: never. The lower, the faster a thaw, and the more memory until an instance is idle.
+    #[arg(long, default_value_t = 21, value_name = "FAULTS")]
     pub dense_pages: u32,
     /// Seconds that invocations in flight get when the daemon is told to stop.
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]

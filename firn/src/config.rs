@@ -14,8 +14,8 @@ pub struct HostConfig {
     /// Most huge pages of 2 MiB that each shell keeps zeroed for what a thaw copies. It keeps no
     /// more than one of the last 16 thaws of its class has needed.
     pub spare_pages: u16,
-    /// A thaw copies a region of 2 MiB whole, into a huge page, if clones are known to write at
-    /// least so many of each 512 pages that it has to copy for that.
+    /// A thaw copies a region of 2 MiB that clones write to whole, into a huge page, if that is
+    /// known to save at least so many page faults for each 512 pages that it has to copy.
     pub dense_pages: u32,
     /// Give every guest a serial console whose output is logged at debug level.
     pub serial: bool,
@@ -38,7 +38,7 @@ impl HostConfig {
             state: state.into(),
             shells: 0,
             spare_pages: 24,
-            dense_pages: 8,
+            dense_pages: 21,
             serial: false,
             patience: 1,
             cpu_limits: true,

@@ -119,14 +119,14 @@ impl Memory {
             return Err(MemoryError::Size(mib));
         }
         let bytes = u64::from(mib) << 20;
-        let reserved = bytes as usize + ALIGNMENT;
+        let reserved = bytes as usize + 2 * ALIGNMENT;
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice overlaps
         // nothing. NORESERVE: the cgroup, not overcommit, limits what the guest can use.
         let pointer = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 reserved,
-                libc::PROT_READ | libc::PROT_WRITE,
+                libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
@@ -138,9 +138,20 @@ impl Memory {
             return Err(reserve_error());
         }
         let start = NonNull::new(pointer.cast::<u8>()).ok_or_else(reserve_error)?;
-        let padding = start.as_ptr().align_offset(ALIGNMENT);
-        // SAFETY: `padding < ALIGNMENT`, so the result and `bytes` behind it lie in the mapping.
+        // What is left over stays inaccessible, at least a page on either side: who runs off the
+        // guest's memory finds nothing of ours.
+        let padding =
+            PAGE as usize + start.as_ptr().wrapping_add(PAGE as usize).align_offset(ALIGNMENT);
+        // SAFETY: `padding <= ALIGNMENT`, so the result and `bytes` behind it lie in the mapping,
+        // which does not end there.
         let base = unsafe { start.add(padding) };
+        // SAFETY: the range is our own new mapping, to which nothing refers yet.
+        let opened = unsafe {
+            libc::mprotect(base.as_ptr().cast(), bytes as usize, libc::PROT_READ | libc::PROT_WRITE)
+        };
+        if opened != 0 {
+            return Err(reserve_error());
+        }
         let regions = layout(bytes);
         let mapped = regions
             .iter()
@@ -267,6 +278,22 @@ mod tests {
         let memory = Memory::reserve(16).unwrap();
         assert_eq!(memory.host_address(&memory.regions()[0]) % (2 << 20), 0);
         assert_eq!(memory.guest().num_regions(), 1);
+    }
+
+    #[test]
+    fn nothing_accessible_borders_on_it() {
+        let memory = Memory::reserve(16).unwrap();
+        let start = memory.host_address(&memory.regions()[0]);
+        let (mut before, mut after) = (false, false);
+        for line in std::fs::read_to_string("/proc/self/maps").unwrap().lines() {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (from, to) = range.split_once('-').unwrap();
+            let address = |text| u64::from_str_radix(text, 16).unwrap();
+            let closed = rest.starts_with("---");
+            before |= closed && address(to) == start;
+            after |= closed && address(from) == start + memory.bytes();
+        }
+        assert!(before && after);
     }
 
     #[test]

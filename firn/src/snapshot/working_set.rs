@@ -43,6 +43,13 @@ const SAMPLES: u32 = 2;
 
 const REGION_PAGES: u64 = REGION / PAGE;
 
+/// Pages that Linux maps around one that is read, at most: so many that were touched and not written
+/// count as one fault.
+const AROUND: u64 = 16;
+
+/// Making and moving a huge page costs about as much as copying so many pages.
+const MOVING: u64 = 256;
+
 /// Pages that are not worth a run of their own between two that are copied.
 const GAP: u64 = 16;
 
@@ -258,9 +265,9 @@ fn decode(bytes: &[u8], id: &Id, pages: u64) -> Result<Sets, String> {
     Ok(Sets { samples, written: next()?, always: next()?, touched: next()? })
 }
 
-/// A plan for clones of a snapshot that holds `content`: a region is copied whole if at least
-/// `dense` of each 512 pages that this takes are written; elsewhere written pages are copied one by
-/// one. With it comes how many regions are copied.
+/// A plan for clones of a snapshot that holds `content`: a region in which pages are written is
+/// copied whole if this saves at least `dense` faults for each 512 pages that it takes; elsewhere
+/// written pages are copied one by one. With it comes how many regions are copied.
 fn plan(sets: &Sets, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
     let mut plan = MemoryPlan::default();
     let mut regions = 0;
@@ -268,9 +275,12 @@ fn plan(sets: &Sets, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
         let region = start..start + REGION_PAGES;
         let written = sets.written.count_in(region.clone());
         let whole = region.end <= content.pages();
-        // The cost of copying is in proportion to what there is to copy.
-        let cost = content.count_in(region.clone()) * u64::from(dense.max(1));
-        if whole && written > 0 && written * REGION_PAGES >= cost && regions < MAX_SPARES {
+        // One page that is copied alone keeps the region from being mapped by a huge page, so that
+        // those that are only read fault, too.
+        let read = sets.touched.count_in(region.clone()).saturating_sub(written);
+        let faults = written + read / AROUND;
+        let cost = (content.count_in(region.clone()) + MOVING) * u64::from(dense.max(1));
+        if whole && written > 0 && faults * REGION_PAGES >= cost && regions < MAX_SPARES {
             regions += 1;
             plan.copied.extend(merged(content.runs_in(region)));
         } else if written > 0 {
@@ -358,7 +368,7 @@ mod tests {
 
     fn fresh(content: &PageSet) -> WorkingSet {
         let dir = tempfile::tempdir().unwrap();
-        WorkingSet::load(dir.path(), &[7; 32], content, 16)
+        WorkingSet::load(dir.path(), &[7; 32], content, 8)
     }
 
     #[test]
@@ -371,12 +381,12 @@ mod tests {
         let Use::Plan { plan, .. } = sets.next(true) else { panic!("a third clone is watched") };
         assert_eq!(*plan, MemoryPlan::default());
         // One of them dies: the next takes its place.
-        assert_eq!(sets.watched(None, &content, 16), None);
+        assert_eq!(sets.watched(None, &content, 8), None);
         assert!(matches!(sets.next(true), Use::Watch));
         let first = set((0..20).chain([600]));
         let second = set((0..18).chain([1100]));
-        assert!(sets.watched(Some(sample(&first)), &content, 16).is_some());
-        assert!(sets.watched(Some(sample(&second)), &content, 16).is_some());
+        assert!(sets.watched(Some(sample(&first)), &content, 8).is_some());
+        assert!(sets.watched(Some(sample(&second)), &content, 8).is_some());
         let Use::Plan { plan, .. } = sets.next(true) else { panic!("a fourth clone is watched") };
         assert_eq!(plan.copied, [PageRun { first: 0, pages: 512 }]);
         let alone = |first| PageRun { first, pages: 1 };
@@ -391,10 +401,10 @@ mod tests {
         let (dir, content, id) = (tempfile::tempdir().unwrap(), set(0..PAGES), [7; 32]);
         let sets = fresh(&content);
         assert!(matches!(sets.next(true), Use::Watch));
-        let bytes = sets.watched(Some(sample(&set(3..90))), &content, 16).unwrap();
+        let bytes = sets.watched(Some(sample(&set(3..90))), &content, 8).unwrap();
         keep(dir.path(), &id, &bytes).unwrap();
         let load =
-            |id: &Id, content: &PageSet| WorkingSet::load(dir.path(), id, content, 16).report();
+            |id: &Id, content: &PageSet| WorkingSet::load(dir.path(), id, content, 8).report();
         assert_eq!(load(&id, &content), sets.report());
         assert_eq!(load(&[8; 32], &content).samples, 0);
         assert_eq!(load(&id, &PageSet::empty(PAGES + 8)).samples, 0);
@@ -408,6 +418,18 @@ mod tests {
         }
         std::fs::write(&path, &good[1..]).unwrap();
         assert_eq!(load(&id, &content).samples, 0);
+    }
+
+    #[test]
+    fn pages_that_are_only_read_count_for_copying_where_one_is_written() {
+        let (content, written) = (set(0..PAGES), set([3, 600]));
+        let touched = written.union(&set(0..REGION_PAGES)).union(&set(1100..1400));
+        let sets = Sets { samples: 1, always: written.clone(), touched, written };
+        // One written and 31 times 16 others: 32 faults.
+        let (made, regions) = plan(&sets, &content, 21);
+        assert_eq!((made.copied, regions), (vec![PageRun { first: 0, pages: 512 }], 1));
+        assert_eq!(made.populated, [PageRun { first: 600, pages: 1 }]);
+        assert_eq!(plan(&sets, &content, 22).1, 0);
     }
 
     #[test]

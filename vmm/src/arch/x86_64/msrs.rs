@@ -16,20 +16,26 @@ use super::vcpu_state::{VcpuStateError, read_msrs, retain_prefix_failures, retai
 /// Enables asynchronous page faults.
 const ASYNC_PF_EN: u32 = 0x4b56_4d02;
 
-/// Where MSRs that KVM stores and does not list may be.
-const CANDIDATES: [RangeInclusive<u32>; 10] = [
+/// Its low byte says how many banks of machine-check registers there are. Only the host can set it.
+const MCG_CAP: u32 = 0x179;
+
+/// Where MSRs that KVM stores and does not list may be. Asking for one that is not there ends the
+/// ioctl, so gaps are left out: a shell should stand soon.
+const CANDIDATES: [RangeInclusive<u32>; 13] = [
     // Performance counters (AMD's: below) and their event selectors.
     0xc1..=0xc8,
     0x186..=0x18d,
-    // Machine check: MCG_CAP, MCG_STATUS, MCG_CTL.
-    0x179..=0x17b,
+    // Machine check: MCG_CAP, MCG_STATUS, MCG_CTL; banks: see `bank_registers`.
+    MCG_CAP..=0x17b,
     // Debug control, last branch.
     0x1d9..=0x1de,
     // Memory types: variable and fixed ranges, PAT, default.
     0x200..=0x20f,
-    0x250..=0x2ff,
-    // Machine check: CTL, STATUS, ADDR and MISC of 32 banks. (CTL2 is among 0x250 to 0x2ff.)
-    0x400..=0x47f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x277..=0x277,
+    0x2ff..=0x2ff,
     // KERNEL_GS_BASE, TSC_AUX and TSC_RATIO, which KVM lists only where the host's CPU has them.
     0xc000_0102..=0xc000_0104,
     // AMD: event selectors and counters, SYSCFG, HWCR, and errata that guests may know of.
@@ -37,14 +43,21 @@ const CANDIDATES: [RangeInclusive<u32>; 10] = [
     0xc001_1020..=0xc001_102f,
 ];
 
+/// Machine check: CTL, STATUS, ADDR, MISC and CTL2 of each bank.
+fn bank_registers(banks: u8) -> impl Iterator<Item = u32> {
+    let banks = u32::from(banks.min(32));
+    (0x400..0x400 + 4 * banks).chain(0x280..0x280 + banks)
+}
+
 /// What a reset sets before the MSRs that are `listed`: those beyond them that this KVM stores, with
 /// the values of a vCPU that has never run.
 ///
 /// # Errors
 /// KVM's.
 pub fn beyond(vcpu: &VcpuFd, listed: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
-    let mut indices: Vec<u32> =
-        CANDIDATES.into_iter().flatten().filter(|index| !listed.contains(index)).collect();
+    let banks = read_msrs(vcpu, &[MCG_CAP])?.first().map_or(0, |&(_, value)| value as u8);
+    let candidates = CANDIDATES.into_iter().flatten().chain(bank_registers(banks));
+    let mut indices: Vec<u32> = candidates.filter(|index| !listed.contains(index)).collect();
     retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
     let values = read_msrs(vcpu, &indices)?;
     let mut values = retain_writable(vcpu, values)?;
