@@ -62,6 +62,7 @@ pub fn main(command: Command) -> Result<()> {
 
 /// One thread: what is measured has the other CPUs, if there are any.
 fn wait(work: impl Future<Output = Result<()>>) -> Result<()> {
+    ::firn::raise_descriptor_limit().map_err(io_at("raise the limit of open descriptors"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(io_at("start the runtime"))?.block_on(work)
 }

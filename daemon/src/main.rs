@@ -52,6 +52,7 @@ fn start(options: Options) -> anyhow::Result<()> {
         .with_writer(io::stderr)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
+    firn::raise_descriptor_limit().context("can't raise the limit of open descriptors")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -21,6 +21,7 @@ mod cgroup;
 mod channel;
 pub mod code;
 mod config;
+mod descriptors;
 mod disk;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -44,6 +45,7 @@ mod vm;
 pub use firn_proto::{control, guest};
 
 pub use config::{HostConfig, ShellClass};
+pub use descriptors::raise_descriptor_limit;
 pub use disk::{Disk, DiskError};
 pub use host::Host;
 pub use image::{Image, ImageError};
