@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use firn_proto::control::{CONTROL_FD, ExitReason, KVM_FD, Phase};
-use firn_vmm::{control, stats::Clock};
+use firn_vmm::{control, seccomp, stats::Clock};
 
 fn main() {
+    seccomp::tame_allocator();
     let clock = Arc::new(Clock::default());
     clock.stamp(Phase::ProcessStart);
     if std::env::args().nth(1).as_deref() == Some("--version") {

@@ -244,7 +244,6 @@ impl Worker {
         if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu) {
             let detail = format!("seccomp of vCPU {}: {error}", self.id);
             self.end(Exit { reason: ExitReason::VmmError, detail });
-            return;
         }
         while let Ok(command) = inbox.recv() {
             let reply = match command {
@@ -261,16 +260,25 @@ impl Worker {
             };
             if let Reply::Ended(exit) = reply {
                 self.end(exit);
-                return;
             }
             let _ = self.outbox.send(reply);
         }
+        self.rest();
     }
 
-    /// Says that the guest is over, and rings the device thread's bell.
-    fn end(&self, exit: Exit) {
+    /// Says that the guest is over, and rings the device thread's bell. The process ends soon.
+    fn end(&self, exit: Exit) -> ! {
         let _ = self.outbox.send(Reply::Ended(exit));
         let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
+        self.rest()
+    }
+
+    /// Waits for the end of the process: to end itself a thread needs system calls that its filter
+    /// does not allow, and nothing joins it.
+    fn rest(&self) -> ! {
+        loop {
+            std::thread::park();
+        }
     }
 
     fn boot(&mut self, entry: Option<u64>, tsc_offset: i64) -> Reply {

@@ -15,7 +15,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, IoSlice, IoSliceMut},
     os::{
         fd::OwnedFd,
         unix::fs::{FileExt, MetadataExt},
@@ -348,16 +348,28 @@ impl CopyOnWrite {
         let mut bytes = [0; BLOCK as usize];
         let (file, at) = (self.file(layer)?, block * BLOCK);
         let mut done = 0;
+        // Vectors of one, as requests use vectors: one system call less for a vCPU thread.
         while done < bytes.len() {
+            let rest = &mut [IoSliceMut::new(&mut bytes[done..])];
             // The backing's last block may be short.
-            match file.read_at(&mut bytes[done..], at + done as u64) {
+            match rustix::io::preadv(file, rest, at + done as u64) {
                 Ok(0) => break,
                 Ok(n) => done += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
-        self.delta.write_all_at(&bytes, at)
+        let mut done = 0;
+        while done < bytes.len() {
+            let rest = &[IoSlice::new(&bytes[done..])];
+            match rustix::io::pwritev(&self.delta, rest, at + done as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 
