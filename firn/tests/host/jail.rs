@@ -104,7 +104,7 @@ pub async fn a_step_of_the_jailer_that_fails_is_named() {
     fs::remove_dir(install.path("state/run/root")).unwrap();
     match host.shell(CLASS).await {
         Err(ShellError::Died { exit }) => {
-            assert_eq!(exit.code, Some(49));
+            assert_eq!(exit.code, Some(50));
             assert!(exit.detail.contains("can't mount the empty root"), "{exit}");
         }
         other => panic!("{other:?}"),
