@@ -43,6 +43,9 @@ fn seccomp(available: io::Result<()>) -> Finding {
     }
 }
 
+/// The version of Landlock's interface that the jail has rules for; older ones refuse less.
+const LANDLOCK_USED: i64 = 6;
+
 /// The newest version of Landlock's interface that this kernel has.
 fn landlock_version() -> io::Result<i64> {
     const CREATE_RULESET_VERSION: u32 = 1;
@@ -56,9 +59,16 @@ fn landlock_version() -> io::Result<i64> {
 
 fn landlock(version: io::Result<i64>) -> Finding {
     let id = "host.landlock";
-    let why = "It can take files, connections and signals from a process that has no other way left \
-               to be confined: one more wall around a VMM.";
+    let why = "The jail refuses a VMM files, TCP, signals and sockets of others by it: one more wall, \
+               where another should fail.";
     let error = match version {
+        Ok(version) if version < LANDLOCK_USED => {
+            let what =
+                format!("Landlock is there, version {version} of its interface: it knows less");
+            return Finding::new(id, Severity::Note, what, why).fix(
+                "Run Linux 6.12 or newer, whose version 6 knows signals and abstract sockets.",
+            );
+        }
         Ok(version) => {
             let what = format!("Landlock is there, version {version} of its interface");
             return Finding::new(id, Severity::Ok, what, why);
@@ -125,6 +135,8 @@ mod tests {
     fn each_way_of_not_having_landlock_says_what_to_do() {
         let there = landlock(Ok(7));
         assert!(there.severity == Severity::Ok && there.what.contains("version 7"));
+        let old = landlock(Ok(2));
+        assert!(old.severity == Severity::Note && old.fix.unwrap().contains("6.12"));
         for (number, what, fix) in [
             (libc::ENOSYS, "no Landlock", "CONFIG_SECURITY_LANDLOCK"),
             (libc::EOPNOTSUPP, "switched off", "lsm="),

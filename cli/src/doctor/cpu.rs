@@ -116,7 +116,8 @@ fn vulnerabilities(states: &[(String, String)]) -> Vec<Finding> {
 /// of such CPUs have no such file.
 fn threads(active: &str) -> Option<Finding> {
     let id = "host.smt";
-    let why = "Functions of strangers on one core can spy on each other through its caches.";
+    let why = "What runs on one can spy on the other through caches. Core scheduling keeps other \
+               functions off it, not the host's kernel.";
     match active.trim() {
         "1" => {
             Some(Finding::new(id, Severity::Note, "two hardware threads share a core", why).fix(
@@ -148,7 +149,7 @@ fn core_cookie() -> io::Result<u64> {
 
 fn core_scheduling(cookie: io::Result<u64>) -> Finding {
     let id = "host.core-scheduling";
-    let why = "It keeps processes that don't trust each other off one core at the same time.";
+    let why = "Each VMM has a cookie by which it keeps others off its core's other threads.";
     let ok = |what| Finding::new(id, Severity::Ok, what, why);
     match cookie {
         Ok(_) => ok("the kernel can keep strangers off one core (core scheduling)"),
