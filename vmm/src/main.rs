@@ -8,6 +8,13 @@ use firn_vmm::{control, seccomp, stats::Clock};
 
 fn main() {
     seccomp::tame_allocator();
+    // Exec has set this to whatever the host's `fs.suid_dumpable` says: a guest's memory is nobody's
+    // core dump.
+    // SAFETY: takes no pointer.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        eprintln!("firn-vmm: can't forbid core dumps: {}", std::io::Error::last_os_error());
+        std::process::exit(ExitReason::VmmError.code());
+    }
     let clock = Arc::new(Clock::default());
     clock.stamp(Phase::ProcessStart);
     if std::env::args().nth(1).as_deref() == Some("--version") {

@@ -35,7 +35,15 @@ const LEAF_EXTENDED: u32 = 7;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_XSAVE: u32 = 0xd;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
+const LEAF_SVM: u32 = 0x8000_000a;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// VMX, in ECX of leaf 1.
+const VMX: u32 = 1 << 5;
+
+/// SVM, in ECX of leaf 0x80000001.
+const SVM: u32 = 1 << 2;
 
 /// AMX state (XTILECFG, XTILEDATA): 8 KiB a vCPU that only AMX code needs.
 const XCR0_AMX: u32 = 0b11 << 17;
@@ -137,6 +145,9 @@ fn normalise(leaf: &mut Leaf, deadline_timer: bool) {
             // Hypervisor present; x2APIC and the TSC-deadline timer are emulated by the in-kernel
             // LAPIC, and older kernels leave announcing them to user space.
             *ecx |= 1 << 31 | 1 << 21;
+            // No function needs virtual machines of its own, and KVM's nested code, which is large,
+            // stays out of a guest's reach.
+            *ecx &= !VMX;
             if deadline_timer {
                 *ecx |= 1 << 24;
             }
@@ -154,7 +165,8 @@ fn normalise(leaf: &mut Leaf, deadline_timer: bool) {
         }
         (LEAF_XSAVE, 1) => *ebx = 0,
         (LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2, _) => leaf.registers = [0; 4],
-        (LEAF_AMD_TOPOLOGY, _) => leaf.registers = [0; 4],
+        (LEAF_AMD_FEATURES, _) => *ecx &= !SVM,
+        (LEAF_SVM | LEAF_AMD_TOPOLOGY, _) => leaf.registers = [0; 4],
         _ => {}
     }
 }
@@ -211,6 +223,18 @@ mod tests {
         let text = a.difference(&b).unwrap();
         assert!(text.contains("0x7.0") && text.contains("ECX") && text.contains("0x00000009"));
         assert!(a.difference(&Signature { leaves: vec![] }).unwrap().contains("not on this host"));
+    }
+
+    #[test]
+    fn guests_have_no_virtual_machines_of_their_own() {
+        let of = |function, register: usize| {
+            let mut leaf = leaf(function, 0, [u32::MAX; 4]);
+            normalise(&mut leaf, true);
+            leaf.registers[register]
+        };
+        assert_eq!(of(1, 2) & VMX, 0);
+        assert_eq!(of(0x8000_0001, 2) & SVM, 0);
+        assert_eq!(of(0x8000_000a, 0), 0);
     }
 
     #[test]
