@@ -149,6 +149,72 @@ pub async fn real_guests_end_with_their_reason() {
     }
 }
 
+/// What a machine keeps of microVMs if nobody cleans up.
+#[derive(Debug, PartialEq, Eq)]
+struct Leftovers {
+    /// Of this process.
+    descriptors: usize,
+    children: usize,
+    /// Of the machine.
+    mounts: usize,
+    /// Of the state directory, apart from the host's own.
+    entries: usize,
+}
+
+impl Leftovers {
+    fn count(install: &Install) -> Self {
+        let entries = |path: &str| fs::read_dir(path).map_or(0, Iterator::count);
+        let pid = std::process::id();
+        let child = |stat: &String| {
+            let after_name = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+            after_name.split(' ').nth(1) == Some(&pid.to_string())
+        };
+        let stats = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            // Most of them are no processes, and some end meanwhile.
+            fs::read_to_string(entry.ok()?.path().join("stat")).ok()
+        });
+        let children = stats.filter(child).count();
+        let run = install.path("state/run");
+        Self {
+            descriptors: entries("/proc/self/fd"),
+            children,
+            mounts: proc(pid, "mountinfo").lines().count(),
+            entries: fs::read_dir(run).map_or(0, Iterator::count),
+        }
+    }
+}
+
+pub async fn a_thousand_crashes_leave_nothing() {
+    let Some(install) = Install::real() else { return };
+    let kernel = install.artifact("kernel/vmlinux");
+    // Half of them by a triple fault in the guest, the others by a signal.
+    fs::write(&kernel, elf(&[0x31, 0xc0, 0x0f, 0x22, 0xd8, 0xf4])).unwrap();
+    let host = install.open().await;
+    let image = host.image("test").unwrap();
+    let one = async |number: u32| {
+        if number.is_multiple_of(2) {
+            let error = host.boot(&image, CLASS).await.unwrap_err();
+            assert!(matches!(error, StartError::Died { .. }), "{error}");
+        } else {
+            let shell = host.shell(CLASS).await.unwrap();
+            let pid = rustix::process::Pid::from_raw(shell.pid() as i32).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            eventually("the crashed shell is gone", || !runs(shell.pid())).await;
+        }
+    };
+    // The first one opens what the host keeps open, and has the pool filled.
+    one(0).await;
+    let pool = install.config().shells;
+    eventually("the pool is full", || Leftovers::count(&install).children == pool).await;
+    let before = Leftovers::count(&install);
+    for number in 0..1000 {
+        one(number).await;
+    }
+    eventually("all is as before", || Leftovers::count(&install) == before).await;
+    host.shutdown().await;
+    install.assert_nothing_left();
+}
+
 /// A kernel of a few instructions: an ELF64 with one segment at 1 MiB.
 fn elf(code: &[u8]) -> Vec<u8> {
     const ENTRY: u64 = 0x10_0000;

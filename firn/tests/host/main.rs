@@ -38,6 +38,7 @@ const TESTS: &[Test] = tests![
     jail::a_real_shell_lives_in_a_whole_cage,
     jail::a_step_of_the_jailer_that_fails_is_named,
     jail::real_guests_end_with_their_reason,
+    jail::a_thousand_crashes_leave_nothing,
     life::boot_load_invoke_pause,
     life::nothing_is_left_after_kill_and_shutdown,
     life::nothing_is_left_of_a_host_that_was_killed,
