@@ -115,6 +115,9 @@ impl fmt::Display for VmmExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.reason, self.signal, self.code) {
             (Some(reason), ..) => write!(f, "{reason:?}")?,
+            (None, Some(libc::SIGSYS), _) => {
+                write!(f, "killed for a system call that its filter forbids (SIGSYS)")?;
+            }
             (None, Some(signal), _) => write!(f, "killed by signal {signal}")?,
             (None, None, Some(code)) => write!(f, "exit code {code}")?,
             (None, None, None) => write!(f, "unknown end")?,
@@ -541,4 +544,21 @@ pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<D
 pub(crate) fn report(done: Done, renewed: Option<guest::Renewed>, phases: Phases) -> InvokeReport {
     let Done { outcome, duration_us, init_us, max_memory_bytes, tsc, .. } = done;
     InvokeReport { outcome, duration_us, init_us, max_memory_bytes, tsc, renewed, phases }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_says_how() {
+        let said = |reason, code, signal, detail: &str| {
+            VmmExit { reason, code, signal, detail: detail.into() }.to_string()
+        };
+        assert!(said(None, None, Some(libc::SIGSYS), "").contains("its filter forbids"));
+        assert_eq!(said(None, None, Some(libc::SIGKILL), ""), "killed by signal 9");
+        assert_eq!(said(None, Some(44), None, "can't x"), "exit code 44: can't x");
+        let reason = Some(control::ExitReason::TripleFault);
+        assert_eq!(said(reason, Some(11), None, "RIP"), "TripleFault: RIP");
+    }
 }
