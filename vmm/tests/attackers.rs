@@ -159,7 +159,7 @@ fn everywhere(code: &mut Code, address: u64, count: u32) {
 }
 
 #[test]
-fn every_register_takes_reads_and_writes_of_every_width() {
+fn attack_every_register_takes_reads_and_writes_of_every_width() {
     let Some(kvm) = kvm() else { return };
     for device in DEVICES {
         for pattern in [0, 1, 0x0101_0101_0101_0101, u64::MAX] {
@@ -176,7 +176,7 @@ fn every_register_takes_reads_and_writes_of_every_width() {
 }
 
 #[test]
-fn chains_that_no_driver_makes_end_the_guest_at_worst() {
+fn attack_chains_that_no_driver_makes_end_the_guest_at_worst() {
     let Some(kvm) = kvm() else { return };
     let chains: [(&str, &[Descriptor]); 14] = [
         ("loops on itself", &[(BUFFER_AT, 16, NEXT | WRITE, 0)]),
@@ -206,7 +206,7 @@ fn chains_that_no_driver_makes_end_the_guest_at_worst() {
 }
 
 #[test]
-fn rings_that_lie_end_the_guest_at_worst() {
+fn attack_rings_that_lie_end_the_guest_at_worst() {
     let Some(kvm) = kvm() else { return };
     let good: &[Descriptor] = &[(BUFFER_AT, 16, WRITE, 0)];
     for device in DEVICES {
@@ -265,7 +265,7 @@ fn rings_that_lie_end_the_guest_at_worst() {
 }
 
 #[test]
-fn block_requests_past_the_end_and_unaligned_are_answered() {
+fn attack_block_requests_past_the_end_and_unaligned_are_answered() {
     let Some(kvm) = kvm() else { return };
     // Type, sector; a medium of 128 sectors.
     for (kind, sector) in
@@ -333,7 +333,7 @@ fn flood(operation: u16, flags: u32, length: u32) -> Attack {
 }
 
 #[test]
-fn floods_of_vsock_packets_are_bounded() {
+fn attack_floods_of_vsock_packets_are_bounded() {
     const REQUEST: u16 = 1;
     const RST: u16 = 3;
     const RW: u16 = 5;
@@ -361,7 +361,7 @@ fn floods_of_vsock_packets_are_bounded() {
 }
 
 #[test]
-fn a_guest_that_resets_its_devices_for_ever_can_be_stopped() {
+fn attack_a_guest_that_resets_its_devices_for_ever_can_be_stopped() {
     let Some(kvm) = kvm() else { return };
     let mut attack = Attack::new();
     let start = attack.code.0.len();
