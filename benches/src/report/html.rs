@@ -57,7 +57,7 @@ fn head(page: &mut String, results: &Results) {
     let kernel: Vec<&str> = kernel.split(' ').take(3).collect();
     let _ = writeln!(
         page,
-        "<p>{} {} on: {}. {} Page cache: {}.{}</p>",
+        "<p>{} {} on: {}. {}. Page cache: {}.{}</p>",
         results.manifests.len(),
         if results.manifests.len() == 1 { "run" } else { "runs" },
         escape(&first.rig),
