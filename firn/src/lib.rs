@@ -29,6 +29,7 @@ mod host;
 mod image;
 pub mod initramfs;
 mod instance;
+pub mod keys;
 mod launch;
 mod log;
 mod memfile;
