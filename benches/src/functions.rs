@@ -5,7 +5,7 @@
 //! host VM has no network.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -170,8 +170,12 @@ impl Source {
             }
         };
         let disk = directory.join(format!("{}.erofs", self.name));
-        firn::code::build_disk(&zip, &disk).map_err(of("firn", "build a code disk"))?;
-        let bytes = std::fs::read(&disk).map_err(io_with(&disk))?;
+        let built = firn::code::build_disk(&zip).map_err(of("firn", "build a code disk"))?;
+        let mut bytes = Vec::new();
+        let mut content = built.disk.reader().map_err(io_with(&disk))?;
+        content.read_to_end(&mut bytes).map_err(io_with(&disk))?;
+        // Peers open it by its name.
+        std::fs::write(&disk, &bytes).map_err(io_with(&disk))?;
         Ok(Function {
             name: self.name,
             memory_mb: self.memory_mb,

@@ -36,18 +36,20 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         first: Option<&Invocation>,
         log: Option<LogSink>,
     ) -> impl Future<Output = Result<(Self::Machine, Option<InvokeReport>), StartError>> + Send;
-    /// Verifies the snapshot in `dir` and brings it into memory.
+    /// Verifies the snapshot in `dir`, which must have been made with `key` in its
+    /// [`SnapshotMeta`], and brings it into memory.
     fn make_resident(
         &self,
         dir: &Path,
+        key: &str,
         base: Option<&Self::Resident>,
         code: Option<&Disk>,
     ) -> impl Future<Output = Result<Self::Resident, SnapshotError>> + Send;
     /// Turns a zip archive into a code disk. Blocks.
     ///
     /// # Errors
-    /// Any [`CodeError`]; nothing is left at `out` then.
-    fn build_disk(&self, zip: &[u8], out: &Path) -> Result<CodeDisk, CodeError>;
+    /// Any [`CodeError`].
+    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError>;
     /// Kills everything and waits until nothing is left.
     fn shutdown(&self) -> impl Future<Output = ()> + Send;
 }
@@ -118,14 +120,22 @@ impl Backend for Host {
     async fn make_resident(
         &self,
         dir: &Path,
+        key: &str,
         base: Option<&ResidentSnapshot>,
         code: Option<&Disk>,
     ) -> Result<ResidentSnapshot, SnapshotError> {
-        Snapshot::open(dir)?.make_resident(self, base, code).await
+        let (host, dir) = (self.clone(), dir.to_owned());
+        // It asks the key service.
+        let opening = tokio::task::spawn_blocking(move || Snapshot::open(&host, dir));
+        let opened = opening.await.map_err(|e| SnapshotError::Io {
+            what: "open the snapshot".into(),
+            source: std::io::Error::other(e),
+        })?;
+        opened?.expect(key)?.make_resident(self, base, code).await
     }
 
-    fn build_disk(&self, zip: &[u8], out: &Path) -> Result<CodeDisk, CodeError> {
-        firn::code::build_disk(zip, out)
+    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError> {
+        firn::code::build_disk(zip)
     }
 
     async fn shutdown(&self) {

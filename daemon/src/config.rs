@@ -5,11 +5,13 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
+use firn::keys::KeyService;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
@@ -33,6 +35,14 @@ pub struct Options {
     /// Where functions, code, snapshots and logs are kept.
     #[arg(long, default_value = "/var/lib/firn", value_name = "DIR")]
     pub state: PathBuf,
+    /// File with the master key that protects functions and snapshots, 32 bytes that only this user can
+    /// read; made if there is none. Without it they are lost. Default: master.key in the state directory;
+    /// better elsewhere, so that copies of that directory tell nothing.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Encrypt snapshots on disk, too. Functions' code and environments always are.
+    #[arg(long)]
+    pub encrypt_snapshots: bool,
     /// The installation: bin/, kernel/, images/.
     #[arg(long, default_value = "/usr/lib/firn", value_name = "DIR")]
     pub artifacts: PathBuf,
@@ -161,9 +171,16 @@ impl Options {
         }
     }
 
+    /// Where the master key lies.
+    pub fn key_file(&self) -> PathBuf {
+        self.key_file.clone().unwrap_or_else(|| self.state.join("master.key"))
+    }
+
     /// What the library is opened with.
-    pub fn host(&self) -> firn::HostConfig {
+    pub fn host(&self, keys: Arc<dyn KeyService>) -> firn::HostConfig {
         let mut config = firn::HostConfig::new(&self.artifacts, &self.state);
+        config.keys = Some(keys);
+        config.encrypt_snapshots = self.encrypt_snapshots;
         config.shells = self.shells;
         config.spare_pages = self.spare_pages;
         config.dense_pages = self.dense_pages;

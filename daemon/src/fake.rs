@@ -131,14 +131,19 @@ impl Backend for Fake {
     async fn make_resident(
         &self,
         dir: &Path,
+        key: &str,
         _base: Option<&String>,
         _code: Option<&Disk>,
     ) -> Result<String, SnapshotError> {
-        fs::read_to_string(dir.join("state"))
-            .map_err(|source| SnapshotError::Io { what: "state".into(), source })
+        let found = fs::read_to_string(dir.join("state"))
+            .map_err(|source| SnapshotError::Io { what: "state".into(), source })?;
+        match found == key {
+            true => Ok(found),
+            false => Err(SnapshotError::Purpose { expected: key.into(), found }),
+        }
     }
 
-    fn build_disk(&self, zip: &[u8], out: &Path) -> Result<CodeDisk, CodeError> {
+    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError> {
         if zip.len() as u64 > firn::code::MAX_ZIPPED {
             let (size, limit) = (zip.len() as u64, firn::code::MAX_ZIPPED);
             return Err(CodeError::ZippedTooLarge { size, limit });
@@ -146,9 +151,8 @@ impl Backend for Fake {
         if !zip.starts_with(b"PK") {
             return Err(CodeError::NotAZip { reason: "no signature".into() });
         }
-        fs::write(out, [0; 512])
-            .map_err(|source| CodeError::Io { what: "write".into(), source })?;
-        Ok(CodeDisk { entries: 1, unzipped_bytes: 1, disk_bytes: 512 })
+        let disk = Disk::copy(&mut &[0; 512][..], 512, "of a fake").expect("a memory file");
+        Ok(CodeDisk { disk, entries: 1, unzipped_bytes: 1 })
     }
 
     async fn shutdown(&self) {}

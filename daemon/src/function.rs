@@ -1,12 +1,12 @@
 //! What a function is: the record that the store keeps and everything that follows from it alone
 //! (its ARN, its environment, the fingerprint that decides which instances may serve it).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use time::{OffsetDateTime, macros::format_description};
 
-use crate::api::names::Place;
+use crate::{api::names::Place, envelope::Envelope};
 
 /// The only version that there is so far.
 pub const LATEST: &str = "$LATEST";
@@ -14,10 +14,12 @@ pub const LATEST: &str = "$LATEST";
 /// A function's code as it was uploaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Code {
-    /// SHA-256 of the zip file in lower-case hexadecimal: the name of its files.
+    /// SHA-256 of the zip file in lower-case hexadecimal.
     pub sha256: String,
     /// Length of the zip file in bytes.
     pub size: u64,
+    /// Names its files; another one for each upload.
+    pub blob: String,
 }
 
 impl Code {
@@ -31,7 +33,7 @@ impl Code {
 }
 
 /// What the owner of a function sets.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Config {
     /// Runtime, one of the images that are installed.
     pub runtime: String,
@@ -51,6 +53,20 @@ pub struct Config {
     pub tracing: String,
 }
 
+impl fmt::Debug for Config {
+    /// Without the values of the environment.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { runtime, handler, timeout_s, memory_mb, environment, .. } = self;
+        f.debug_struct("Config")
+            .field("runtime", runtime)
+            .field("handler", handler)
+            .field("timeout_s", timeout_s)
+            .field("memory_mb", memory_mb)
+            .field("variables", &environment.len())
+            .finish_non_exhaustive()
+    }
+}
+
 /// One function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
@@ -66,6 +82,8 @@ pub struct Function {
     pub last_modified_ms: i64,
     /// Changes with every update.
     pub revision: String,
+    /// Its keys.
+    pub envelope: Envelope,
 }
 
 impl Function {
@@ -88,9 +106,10 @@ impl Function {
 
     /// Hash of everything that a running instance has taken in: instances and snapshots with
     /// another fingerprint must not serve this function. Timeout, description, role and tags are
-    /// not part of it, for they take effect without a new instance.
+    /// not part of it, for they take effect without a new instance. It is keyed: it names files, and
+    /// must not tell whether a guess at the environment is right.
     pub fn fingerprint(&self, place: &Place) -> String {
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = blake3::Hasher::new_keyed(self.envelope.fingerprint.as_bytes());
         // Each field with its length, so that no two records run together.
         let mut field = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
@@ -159,9 +178,12 @@ pub fn now_ms() -> i64 {
 pub(crate) mod tests {
     use super::*;
 
+    use crate::envelope::tests::TestKeys;
+
     /// A function that is like any other.
     pub(crate) fn example(name: &str) -> Function {
         Function {
+            envelope: Envelope::generate(&TestKeys(1)).unwrap(),
             name: name.into(),
             config: Config {
                 runtime: "python3.11".into(),
@@ -173,7 +195,7 @@ pub(crate) mod tests {
                 environment: BTreeMap::from([("STAGE".into(), "test".into())]),
                 tracing: "PassThrough".into(),
             },
-            code: Code { sha256: "00".repeat(32), size: 300 },
+            code: Code { sha256: "00".repeat(32), size: 300, blob: format!("blob-{name}") },
             tags: BTreeMap::new(),
             last_modified_ms: 1_767_225_600_000,
             revision: "r1".into(),
@@ -191,6 +213,7 @@ pub(crate) mod tests {
         let code = Code {
             sha256: "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855".into(),
             size: 0,
+            blob: String::new(),
         };
         assert_eq!(code.sha256_base64(), "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=");
     }
@@ -212,6 +235,17 @@ pub(crate) mod tests {
         assert!(!changed(|f| f.config.description = "else".into()));
         assert!(!changed(|f| f.config.timeout_s = 900));
         assert!(!changed(|f| f.revision = "r2".into()));
+        assert!(!changed(|f| f.code.blob = "another upload of the same".into()));
+        assert!(changed(|f| f.envelope = Envelope::generate(&TestKeys(2)).unwrap()));
+    }
+
+    #[test]
+    fn environments_do_not_print() {
+        let mut function = example("f");
+        function.config.environment.insert("TOKEN".into(), "planted-secret".into());
+        let text = format!("{function:?} {function:#?}");
+        assert!(!text.contains("planted-secret"), "{text}");
+        assert!(text.contains("lambda_handler"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod api;
 mod backend;
 mod code;
 mod config;
+mod envelope;
 #[cfg(test)]
 mod fake;
 mod function;
@@ -24,6 +25,8 @@ use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
+use firn::keys::{KeyService, LocalKeyFile};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
 
 fn start(options: Options) -> anyhow::Result<()> {
     options.check()?;
+    harden().context("can't keep this process's memory out of core dumps")?;
     let filter = EnvFilter::try_new(&options.log)
         .with_context(|| format!("--log {:?} is no filter; try `info`", options.log))?;
     tracing_subscriber::fmt()
@@ -58,6 +62,15 @@ fn start(options: Options) -> anyhow::Result<()> {
         .build()
         .context("can't start the threads of the daemon")?;
     runtime.block_on(run(options))
+}
+
+/// Keys, code and environments lie in this process's memory: no core dump of it is written, and nobody
+/// without the right to trace everything can look into it.
+fn harden() -> io::Result<()> {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::setrlimit(Resource::Core, none)?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    Ok(())
 }
 
 async fn run(options: Options) -> anyhow::Result<()> {
@@ -89,7 +102,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("can't listen on {}: {error}; {hint}", options.listen)
     })?;
-    let host = firn::Host::open(options.host()).await.map_err(|error| {
+    let keys = LocalKeyFile::open_or_create(&options.key_file()).context("no master key")?;
+    let keys: Arc<dyn KeyService> = Arc::new(keys);
+    let host = firn::Host::open(options.host(keys.clone())).await.map_err(|error| {
         let hint = match &error {
             firn::OpenError::Artifact { .. }
             | firn::OpenError::NoImages { .. }
@@ -107,7 +122,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("{error}{hint}")
     })?;
-    let result = daemon(&options, host.clone(), listener, stop).await;
+    let result = daemon(&options, keys, host.clone(), listener, stop).await;
     // Also when start-up failed half way: nothing may stay behind.
     host.shutdown().await;
     result
@@ -115,19 +130,20 @@ async fn run(options: Options) -> anyhow::Result<()> {
 
 async fn daemon<B: Backend>(
     options: &Options,
+    keys: Arc<dyn KeyService>,
     backend: B,
     listener: TcpListener,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let state = &options.state;
-    let store = store::Store::open(&state.join("store.sqlite"))?;
+    let store = store::Store::open(&state.join("store.sqlite"), keys)?;
     let store = Arc::new(store);
     let functions = store.all();
     let dir = |name| config::private_dir(state.join(name));
     let workshop = Workshop {
         backend,
         place: options.place(),
-        code: code::CodeStore::open(dir("code")?, |sha256| store.uses_code(sha256))
+        code: code::CodeStore::open(dir("code")?, |blob| store.uses_code(blob))
             .context("can't use the directory of code")?,
         logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
             .context("can't use the directory of logs")?,
@@ -149,4 +165,16 @@ async fn daemon<B: Backend>(
     tracing::info!("stopping");
     scheduler.close(patience).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn no_core_dump_is_written() {
+        super::harden().unwrap();
+        let limits = rustix::process::getrlimit(rustix::process::Resource::Core);
+        assert_eq!((limits.current, limits.maximum), (Some(0), Some(0)));
+        let dumpable = rustix::process::dumpable_behavior().unwrap();
+        assert_eq!(dumpable, rustix::process::DumpableBehavior::NotDumpable);
+    }
 }

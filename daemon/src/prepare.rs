@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Bases are made once for each runtime and size class, function snapshots once for each
-//! fingerprint; both stay on disk and are reused after a restart if [`firn`] finds them to fit this
-//! kernel, image and CPU. One preparation runs at a time. A preparation that fails is logged and
+//! fingerprint; both stay on disk and are reused after a restart if [`firn`] finds them to be its own, to
+//! be what their names say, and to fit this kernel, image and CPU. One preparation runs at a time. A preparation that fails is logged and
 //! leaves the function as it was: it starts by booting. Requests never wait here.
 
 use std::{
@@ -229,7 +229,16 @@ impl<B: Backend> Preparer<B> {
             }
             Err(_) if self.gate.is_closed() => {}
             Err(error) => {
-                tracing::warn!(function = name, %error, "no snapshot: the function will be booted");
+                // What the function itself says is in its own log, and may be a secret.
+                let shown = match &error {
+                    PrepareError::Init(_) => "the function fails to initialise".to_owned(),
+                    other => other.to_string(),
+                };
+                tracing::warn!(
+                    function = name,
+                    error = shown,
+                    "no snapshot: the function will be booted"
+                );
                 entry.status = Status::Failed(error.to_string());
             }
         }
@@ -241,14 +250,15 @@ impl<B: Backend> Preparer<B> {
         dir: &Path,
     ) -> Result<B::Resident, PrepareError> {
         let Workshop { backend, place, .. } = &self.workshop;
+        let key = function.fingerprint(place);
         let class = ShellClass::for_memory(function.config.memory_mb);
         let base = self.base(&function.config.runtime, class).await?;
         let code = self.workshop.disk(function).await.map_err(PrepareError::Other)?;
         if dir.exists() {
-            match backend.make_resident(dir, Some(&base), Some(&code)).await {
+            match backend.make_resident(dir, &key, Some(&base), Some(&code)).await {
                 Ok(resident) => return Ok(resident),
                 Err(error) => {
-                    tracing::info!(function = function.name, %error, "making a new snapshot");
+                    tracing::warn!(function = function.name, %error, "making a new snapshot");
                     remove(dir);
                 }
             }
@@ -267,10 +277,10 @@ impl<B: Backend> Preparer<B> {
             machine.retire().await;
             return Err(failure);
         }
-        let meta = SnapshotMeta { label: function.name.clone(), key: function.fingerprint(place) };
+        let meta = SnapshotMeta { label: function.name.clone(), key: key.clone() };
         output.during(machine.snapshot(dir, meta)).await?;
         output.stream.flush().await;
-        Ok(backend.make_resident(dir, Some(&base), Some(&code)).await?)
+        Ok(backend.make_resident(dir, &key, Some(&base), Some(&code)).await?)
     }
 
     /// The base for a runtime and class: from memory, from disk, or made. Only called with the
@@ -282,6 +292,7 @@ impl<B: Backend> Preparer<B> {
             return Err(PrepareError::Other(format!("there is no image for runtime {runtime:?}")));
         };
         let ShellClass { vcpus, memory_mib } = class;
+        let key = format!("base {runtime} {vcpus}x{memory_mib}{suffix}");
         let dir = self.dir.join(format!("base-{runtime}-{vcpus}x{memory_mib}{suffix}"));
         let known = {
             let bases = self.bases.lock().unwrap_or_else(PoisonError::into_inner);
@@ -292,10 +303,10 @@ impl<B: Backend> Preparer<B> {
         }
         let mut reused = None;
         if dir.exists() {
-            match backend.make_resident(&dir, None, None).await {
+            match backend.make_resident(&dir, &key, None, None).await {
                 Ok(base) => reused = Some(base),
                 Err(error) => {
-                    tracing::info!(runtime, memory_mib, %error, "making a new base snapshot");
+                    tracing::warn!(runtime, memory_mib, %error, "making a new base snapshot");
                     remove(&dir);
                 }
             }
@@ -305,9 +316,9 @@ impl<B: Backend> Preparer<B> {
             None => {
                 let machine = backend.boot(runtime, class).await?;
                 let label = format!("{runtime} {vcpus}x{memory_mib}");
-                let meta = SnapshotMeta { label, key: hash.unwrap_or_default() };
+                let meta = SnapshotMeta { label, key: key.clone() };
                 machine.snapshot(&dir, meta).await?;
-                let base = backend.make_resident(&dir, None, None).await?;
+                let base = backend.make_resident(&dir, &key, None, None).await?;
                 tracing::info!(runtime, vcpus, memory_mib, "base snapshot ready");
                 base
             }

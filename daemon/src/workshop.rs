@@ -81,9 +81,10 @@ impl<B: Backend> Workshop<B> {
     /// In plain words.
     pub async fn disk(&self, function: &Function) -> Result<Disk, String> {
         let (code, backend) = (self.code.clone(), self.backend.clone());
-        let sha256 = function.code.sha256.clone();
-        let open = move || code.disk(&sha256, |zip, out| backend.build_disk(zip, out));
-        tokio::task::spawn_blocking(open).await.map_err(|e| e.to_string())?
+        let function = function.clone();
+        let open = move || code.disk(&function, |zip| backend.build_disk(zip));
+        let opened = tokio::task::spawn_blocking(open).await.map_err(|e| e.to_string())?;
+        opened.map_err(|e| e.to_string())
     }
 
     /// What to load into an instance.

@@ -16,11 +16,11 @@ use std::{
 };
 
 use crate::{
-    Disk, DiskError, Image, ImageError, OpenError,
+    Disk, Image, ImageError, OpenError,
     image::ImageInner,
     initramfs, memfile,
     open::at,
-    snapshot::{hash_file, hash_sparse},
+    snapshot::{copy_sparse, hash_file},
 };
 
 /// The version of KVM's interface that every kernel since 2007 has.
@@ -39,8 +39,8 @@ pub(crate) struct Artifacts {
     pub(crate) kernel: OwnedFd,
     pub(crate) kernel_hash: blake3::Hash,
     pub(crate) initramfs: OwnedFd,
-    /// Backing of every `/tmp`.
-    pub(crate) tmp: Disk,
+    /// Backing of every `/tmp`, in sealed memory.
+    pub(crate) tmp: OwnedFd,
     pub(crate) tmp_bytes: u64,
     pub(crate) tmp_hash: blake3::Hash,
     pub(crate) images: BTreeMap<String, Image>,
@@ -61,7 +61,7 @@ impl Artifacts {
         let mut init = executable(&dir, "firn-init")?;
         let mut kernel = part(&dir, "kernel", "kernel/vmlinux")?;
         let tmp_path = dir.join("images/tmp.ext4");
-        part(&dir, "/tmp disk", "images/tmp.ext4")?;
+        let tmp = part(&dir, "/tmp disk", "images/tmp.ext4")?;
         let images = images(&dir.join("images"))?;
         let kvm = open_kvm()?;
 
@@ -86,16 +86,13 @@ impl Artifacts {
             .map(File::from)
             .and_then(|sealed| hash_file(&sealed).map(|hash| (OwnedFd::from(sealed), hash)))
             .map_err(artifact("kernel", dir.join("kernel/vmlinux")))?;
-        let tmp = Disk::open_read_only(&tmp_path).map_err(|e| OpenError::Artifact {
-            what: "/tmp disk",
-            path: tmp_path.clone(),
-            source: io::Error::other(e),
-        })?;
-        let (tmp_bytes, tmp_hash) = tmp
-            .file()
-            .metadata()
-            .and_then(|m| Ok((m.len(), hash_sparse(tmp.file(), m.len())?)))
-            .map_err(artifact("/tmp disk", tmp_path))?;
+        let seal_tmp = || {
+            let length = tmp.metadata()?.len();
+            let copy = memfile::create("firn-tmp")?;
+            let hash = copy_sparse(&tmp, &copy, length)?;
+            Ok((memfile::seal(copy)?, length, hash))
+        };
+        let (tmp, tmp_bytes, tmp_hash) = seal_tmp().map_err(artifact("/tmp disk", tmp_path))?;
         let null = Path::new("/dev/null");
         Ok(Self {
             jailer: CString::new(dir.join("bin/firn-jailer").as_os_str().as_bytes()).map_err(
@@ -189,13 +186,12 @@ fn image(dir: &Path, runtime: &str) -> Result<Image, ImageError> {
         return Err(wrong(format!("names runtime {named:?}, but its directory is {runtime:?}")));
     }
     let rootfs_path = dir.join("rootfs.erofs");
-    let rootfs = Disk::open_read_only(&rootfs_path)?;
-    let hash = rootfs.hash().map_err(io(&rootfs_path))?;
+    let rootfs = Disk::load(&rootfs_path)?;
     Ok(Image(Arc::new(ImageInner {
         runtime: description.runtime,
         description: description.description,
+        hash: rootfs.hash(),
         rootfs,
-        hash,
     })))
 }
 
@@ -213,15 +209,6 @@ fn open_kvm() -> Result<OwnedFd, OpenError> {
         KVM_API_VERSION => Ok(kvm.into()),
         -1 => Err(OpenError::Kvm(io::Error::last_os_error())),
         other => Err(OpenError::Kvm(io::Error::other(format!("interface version {other}")))),
-    }
-}
-
-impl From<DiskError> for io::Error {
-    fn from(error: DiskError) -> Self {
-        match error {
-            DiskError::Open { source, .. } => source,
-            other => Self::other(other),
-        }
     }
 }
 
@@ -261,7 +248,7 @@ mod tests {
         fs::write(dir.join("images/x1/image.json"), r#"{"runtime":"y"}"#).unwrap();
         assert!(missing().contains("names runtime"), "{}", missing());
         fs::write(dir.join("images/x1/image.json"), r#"{"runtime":"x1"}"#).unwrap();
-        assert!(missing().contains("can't open disk"), "{}", missing());
+        assert!(missing().contains("can't read disk"), "{}", missing());
         install(dir, "images/x1/rootfs.erofs", 0o644);
         let rest = missing();
         assert!(rest == "nothing" || rest.contains("/dev/kvm"), "{rest}");

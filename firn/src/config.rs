@@ -1,6 +1,8 @@
 //! What a host is made with: directories, limits and the size classes of its microVMs.
 
-use std::{ops::Range, path::PathBuf};
+use std::{ops::Range, path::PathBuf, sync::Arc};
+
+use crate::keys::KeyService;
 
 /// How a [`Host`](crate::Host) runs.
 #[derive(Debug, Clone)]
@@ -26,12 +28,20 @@ pub struct HostConfig {
     pub cpu_limits: bool,
     /// Run although the host has no control groups to limit microVMs with. Never in production.
     pub allow_no_cgroups: bool,
+    /// What authenticates snapshots, and encrypts them if that is asked for. `None`: a
+    /// [`LocalKeyFile`](crate::keys::LocalKeyFile), `master.key` in the state directory, made if it is
+    /// not there.
+    pub keys: Option<Arc<dyn KeyService>>,
+    /// Encrypt what snapshots write to disk, and take only such that are encrypted. Costs time when
+    /// they are made and made resident, none when they are thawed.
+    pub encrypt_snapshots: bool,
     /// Users that VMMs run as, one each; nothing else on the machine may use them.
     pub uids: Range<u32>,
 }
 
 impl HostConfig {
-    /// The defaults: no shells kept ready, no serial console, all limits enforced.
+    /// The defaults: no shells kept ready, no serial console, all limits enforced, a key file in the
+    /// state directory, snapshots authenticated and not encrypted.
     pub fn new(artifacts: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
         Self {
             artifacts: artifacts.into(),
@@ -43,6 +53,8 @@ impl HostConfig {
             patience: 1,
             cpu_limits: true,
             allow_no_cgroups: false,
+            keys: None,
+            encrypt_snapshots: false,
             uids: 1_769_000_000..1_769_060_000,
         }
     }

@@ -1,37 +1,44 @@
-//! Read-only disks that a guest may be given: a function's code.
+//! Read-only disks that guests are given: images, and functions' code.
 
 use std::{
+    fmt,
     fs::File,
-    io,
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Weak},
 };
 
-/// A read-only disk. Clones share one open file; its content must not change while it is in use.
-#[derive(Debug, Clone)]
+use crate::memfile;
+
+/// A read-only disk in sealed memory, so that what guests read is what was hashed, whatever becomes of
+/// the file that it came from. Clones share it.
+#[derive(Clone)]
 pub struct Disk(Arc<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     file: File,
-    path: PathBuf,
-    hash: OnceLock<blake3::Hash>,
+    bytes: u64,
+    hash: blake3::Hash,
 }
+
+/// A [`Disk`] that goes when nobody else has it.
+#[derive(Clone)]
+pub struct WeakDisk(Weak<Inner>);
 
 /// Why a file can't be a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// It could not be opened.
-    #[error("can't open disk {}: {source}", path.display())]
-    Open {
-        /// The file.
+    /// It could not be read.
+    #[error("can't read disk {}: {source}", path.display())]
+    Read {
+        /// The file, or what else it comes from.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It is neither a regular file nor a block device.
-    #[error("disk {} is neither a file nor a block device", path.display())]
+    /// It is no regular file.
+    #[error("disk {} is not a regular file", path.display())]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -46,47 +53,91 @@ pub enum DiskError {
     },
 }
 
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { bytes, hash, .. } = &*self.0;
+        f.debug_struct("Disk").field("bytes", bytes).field("hash", hash).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for WeakDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WeakDisk")
+    }
+}
+
 impl Disk {
-    /// Opens the file at `path`.
+    /// Copies the file at `path` into sealed memory. Blocks.
     ///
     /// # Errors
     /// Any [`DiskError`].
-    pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, DiskError> {
-        let path = path.as_ref().to_owned();
-        let open = |path: &Path| {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, DiskError> {
+        let path = path.as_ref();
+        let open = || {
             // O_NONBLOCK: a pipe must not hang the open.
             let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
             let metadata = file.metadata()?;
             Ok((file, metadata))
         };
-        let (file, metadata) =
-            open(&path).map_err(|source| DiskError::Open { path: path.clone(), source })?;
-        if !metadata.is_file() && !metadata.file_type().is_block_device() {
-            return Err(DiskError::NotAFile { path });
+        let (mut file, metadata) =
+            open().map_err(|source| DiskError::Read { path: path.to_owned(), source })?;
+        if !metadata.is_file() {
+            return Err(DiskError::NotAFile { path: path.to_owned() });
         }
-        let size = metadata.size();
-        if metadata.is_file() && (size == 0 || size % 512 != 0) {
-            return Err(DiskError::Size { path, size });
-        }
-        Ok(Self(Arc::new(Inner { file, path, hash: OnceLock::new() })))
+        Self::copy(&mut file, metadata.len(), path)
     }
 
-    /// Where it was opened.
-    pub fn path(&self) -> &Path {
-        &self.0.path
+    /// Copies the next `length` bytes of `source` into sealed memory; `what` names it in errors.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// [`DiskError::Read`], [`DiskError::Size`].
+    pub fn copy(
+        source: &mut impl Read,
+        length: u64,
+        what: impl AsRef<Path>,
+    ) -> Result<Self, DiskError> {
+        let path = what.as_ref();
+        if length == 0 || length % 512 != 0 {
+            return Err(DiskError::Size { path: path.to_owned(), size: length });
+        }
+        let (file, hash) = memfile::sealed_copy("firn-disk", source, length)
+            .map_err(|source| DiskError::Read { path: path.to_owned(), source })?;
+        Ok(Self(Arc::new(Inner { file, bytes: length, hash })))
+    }
+
+    /// Its content, from the start.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn reader(&self) -> io::Result<impl Read + use<>> {
+        memfile::reopen(&self.0.file).map(File::from)
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.0.bytes
+    }
+
+    /// A reference that does not keep it in memory.
+    pub fn downgrade(&self) -> WeakDisk {
+        WeakDisk(Arc::downgrade(&self.0))
     }
 
     pub(crate) fn file(&self) -> &File {
         &self.0.file
     }
 
-    /// Hash of the whole content; the first call reads it all.
-    pub(crate) fn hash(&self) -> io::Result<blake3::Hash> {
-        if let Some(hash) = self.0.hash.get() {
-            return Ok(*hash);
-        }
-        let hash = crate::snapshot::hash_file(&self.0.file)?;
-        Ok(*self.0.hash.get_or_init(|| hash))
+    /// Hash of the whole content.
+    pub(crate) fn hash(&self) -> blake3::Hash {
+        self.0.hash
+    }
+}
+
+impl WeakDisk {
+    /// The disk, if somebody still has it.
+    pub fn upgrade(&self) -> Option<Disk> {
+        self.0.upgrade().map(Disk)
     }
 }
 
@@ -98,12 +149,29 @@ mod tests {
     fn refuses_by_name_what_is_no_disk() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        assert!(matches!(Disk::open_read_only(&path), Err(DiskError::Open { .. })));
-        assert!(matches!(Disk::open_read_only(dir.path()), Err(DiskError::NotAFile { .. })));
-        std::fs::write(&path, [0; 100]).unwrap();
-        assert!(matches!(Disk::open_read_only(&path), Err(DiskError::Size { size: 100, .. })));
+        assert!(matches!(Disk::load(&path), Err(DiskError::Read { .. })));
+        assert!(matches!(Disk::load(dir.path()), Err(DiskError::NotAFile { .. })));
+        for size in [0, 100] {
+            std::fs::write(&path, vec![0; size]).unwrap();
+            let error = Disk::load(&path).unwrap_err();
+            assert!(matches!(error, DiskError::Size { size: s, .. } if s == size as u64));
+        }
+    }
+
+    #[test]
+    fn what_becomes_of_the_file_does_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
         std::fs::write(&path, [7; 1024]).unwrap();
-        let disk = Disk::open_read_only(&path).unwrap();
-        assert_eq!(disk.hash().unwrap(), blake3::hash(&[7; 1024]));
+        let disk = Disk::load(&path).unwrap();
+        std::fs::write(&path, [8; 512]).unwrap();
+        let mut content = Vec::new();
+        disk.reader().unwrap().read_to_end(&mut content).unwrap();
+        assert_eq!((content, disk.bytes()), (vec![7; 1024], 1024));
+        assert_eq!(disk.hash(), blake3::hash(&[7; 1024]));
+        let weak = disk.downgrade();
+        assert_eq!(weak.upgrade().unwrap().hash(), disk.hash());
+        drop(disk);
+        assert!(weak.upgrade().is_none());
     }
 }

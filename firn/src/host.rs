@@ -16,6 +16,7 @@ use crate::{
     HostConfig, Image, ImageError, Instance, OpenError, Phases, Shell, ShellClass, ShellError,
     artifacts::Artifacts,
     cgroup::Cgroups,
+    keys::{KeyService, LocalKeyFile},
     open::{self, State},
     shell,
 };
@@ -45,6 +46,7 @@ pub(crate) struct Inner {
     pub(crate) artifacts: Artifacts,
     pub(crate) cgroups: Option<Cgroups>,
     pub(crate) state: State,
+    pub(crate) keys: Arc<dyn KeyService>,
     pub(crate) uids: Arc<Uids>,
     pub(crate) live: Live,
     pool: Mutex<HashMap<ShellClass, Pool>>,
@@ -76,12 +78,17 @@ impl Host {
             let artifacts = Artifacts::open(&config.artifacts)?;
             open::check_config(&config)?;
             let state = State::open(&config.state)?;
+            let keys = match &config.keys {
+                Some(keys) => keys.clone(),
+                None => Arc::new(LocalKeyFile::open_or_create(&config.state.join("master.key"))?),
+            };
             let cgroups = open::open_cgroups(&config, &state.host_id)?;
             let inner = Inner {
                 uids: Arc::new(Uids::new(config.uids.clone())),
                 artifacts,
                 cgroups,
                 state,
+                keys,
                 live: Live::default(),
                 pool: Mutex::default(),
                 copied: Mutex::default(),

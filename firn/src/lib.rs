@@ -10,7 +10,7 @@
 //! This crate talks to `firn-vmm` ([`control`]) and to `firn-init` in the guest ([`guest`]), and
 //! trusts neither: every length, identity and hash that they report is checked here. Only this
 //! crate starts VMMs, always through `firn-jailer`. It knows nothing of HTTP, ARNs or accounts; it
-//! never reads guest memory except to copy and hash a snapshot's pages.
+//! never reads guest memory except to copy, hash and encrypt a snapshot's pages.
 //!
 //! All of it needs a tokio runtime with time and I/O enabled. Nothing outlives a [`Host`]:
 //! [`Host::shutdown`] waits until every process, control group and file of this life is gone, and
@@ -47,7 +47,7 @@ pub use firn_proto::{control, guest};
 
 pub use config::{HostConfig, ShellClass};
 pub use descriptors::raise_descriptor_limit;
-pub use disk::{Disk, DiskError};
+pub use disk::{Disk, DiskError, WeakDisk};
 pub use host::Host;
 pub use image::{Image, ImageError};
 pub use instance::{

@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::Path,
 };
 
@@ -40,6 +43,32 @@ pub(crate) fn sealed(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
     let mut file = create(name)?;
     io::Write::write_all(&mut file, content)?;
     seal(file)
+}
+
+/// A sealed memory file with the next `length` bytes of `source`, and their hash. Pages of zeroes stay
+/// holes.
+pub(crate) fn sealed_copy(
+    name: &str,
+    source: &mut impl io::Read,
+    length: u64,
+) -> io::Result<(File, blake3::Hash)> {
+    let file = create(name)?;
+    file.set_len(length)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut offset = 0;
+    while offset < length {
+        let want = buffer.len().min(usize::try_from(length - offset).unwrap_or(usize::MAX));
+        source.read_exact(&mut buffer[..want])?;
+        hasher.update(&buffer[..want]);
+        for (index, page) in buffer[..want].chunks(4096).enumerate() {
+            if page.iter().any(|byte| *byte != 0) {
+                file.write_all_at(page, offset + 4096 * index as u64)?;
+            }
+        }
+        offset += want as u64;
+    }
+    Ok((seal(file)?.into(), hasher.finalize()))
 }
 
 /// A sealed memory file with the next `length` bytes of `source`, in huge pages where the system
@@ -144,6 +173,22 @@ mod tests {
         let empty = sealed_huge("empty", &mut io::empty(), 0).unwrap();
         assert_eq!(File::from(empty).metadata().unwrap().len(), 0);
         assert!(sealed_huge("short", &mut &content[..], length + 1).is_err());
+    }
+
+    #[test]
+    fn a_sealed_copy_has_content_and_hash_of_its_source_and_its_holes() {
+        let mut content = vec![0; (3 << 20) + 77];
+        content[5000] = 1;
+        content[(3 << 20) + 76] = 2;
+        let length = content.len() as u64;
+        let (mut copy, hash) = sealed_copy("copy", &mut &content[..], length).unwrap();
+        let mut found = Vec::new();
+        copy.read_to_end(&mut found).unwrap();
+        assert!(found == content);
+        assert_eq!(hash, blake3::hash(&content));
+        assert!(rustix::fs::fcntl_get_seals(&copy).unwrap().contains(SEALS));
+        assert_eq!(rustix::fs::fstat(&copy).unwrap().st_blocks, 16, "two pages");
+        assert!(sealed_copy("short", &mut &content[..], length + 1).is_err());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  <state>/lock         held as long as the host lives
+//!  <state>/master.key   unless the configuration brings a key service of its own
 //!  <state>/run/         of one life only
 //!  <state>/run/root/    mount point of every jail's root; always empty from outside
 //!  <state>/run/pids/    a file a VMM: its name the pid, its content when it was started
@@ -78,6 +79,9 @@ pub enum OpenError {
         /// The state directory.
         path: PathBuf,
     },
+    /// There is no usable master key.
+    #[error(transparent)]
+    Key(#[from] crate::keys::KeyError),
     /// A value of the configuration makes no sense.
     #[error("{field}: {reason}")]
     Config {

@@ -164,7 +164,7 @@ impl Host {
             initramfs.as_fd(),
             theirs.as_fd(),
             image.0.rootfs.file().as_fd(),
-            artifacts.tmp.file().as_fd(),
+            artifacts.tmp.as_fd(),
             delta.as_fd(),
         ];
         watch.mark("sent");
@@ -224,7 +224,7 @@ impl Host {
 
         let delta =
             vm.delta.take().ok_or_else(|| StartError::Protocol("shell used twice".into()))?;
-        let tmp = inner.artifacts.tmp.file();
+        let tmp = &inner.artifacts.tmp;
         let code = snapshot.code();
         let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
         let (plan, watch_clone) = match snapshot.next_use(first.is_some()) {

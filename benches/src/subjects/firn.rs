@@ -153,7 +153,7 @@ impl Firn {
     ) -> Result<(FirnFunction, Vec<(&'static str, Trip)>)> {
         let (host, image) = self.home(function.guest).await?;
         let class = ShellClass::for_memory(function.memory_mb);
-        let code = Disk::open_read_only(&function.disk).map_err(of(NAME, "open the code disk"))?;
+        let code = Disk::load(&function.disk).map_err(of(NAME, "open the code disk"))?;
         host.stock(class, 2).await.map_err(of(NAME, "make shells"))?;
 
         let mut base = Trip { start_ns: now_ns(), ..Trip::default() };

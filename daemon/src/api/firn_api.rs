@@ -51,11 +51,9 @@ pub async fn code<B: Backend>(
     Target(reference): Target,
 ) -> Result<Response<Body>, ApiError> {
     let function = app.find(&reference)?;
-    let path = app.code.zip(&function.code.sha256);
-    let zip = blocking(move || {
-        std::fs::read(&path).map_err(|e| ApiError::Service(format!("The code can't be read: {e}")))
-    })
-    .await?;
+    let code = app.code.clone();
+    let zip = blocking(move || code.zip(&function).map_err(|e| ApiError::Service(e.to_string())));
+    let zip = zip.await?;
     let mut response = Response::new(Body::from(zip));
     let value = HeaderValue::from_static("application/zip");
     response.headers_mut().insert(header::CONTENT_TYPE, value);

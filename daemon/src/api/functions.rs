@@ -30,7 +30,8 @@ use super::{
 };
 use crate::{
     backend::Backend,
-    code::Pin,
+    code::Upload,
+    envelope::Envelope,
     function::{Function, LATEST, now_ms},
     store::{StoreError, check_revision},
 };
@@ -78,20 +79,19 @@ pub async fn create<B: Backend>(
         if work.store.get(&name).is_some() {
             return Err(StoreError::Exists(name).into());
         }
-        let pin = store_code(&work, input.code.unwrap_or_default())?;
-        let function = Function {
+        let envelope = work.store.envelope()?;
+        let upload = store_code(&work, &name, &envelope, input.code.unwrap_or_default())?;
+        let function = work.store.create(Function {
             name,
             config,
-            code: pin.code.clone(),
+            code: upload.code.clone(),
             tags,
             last_modified_ms: now_ms(),
             revision: uuid::Uuid::new_v4().to_string(),
-        };
-        let result = work.store.create(function);
-        let sha256 = pin.code.sha256.clone();
-        drop(pin);
-        work.code.collect(&sha256, || work.store.uses_code(&sha256));
-        Ok(result?)
+            envelope,
+        })?;
+        upload.keep();
+        Ok(function)
     })
     .await?;
     tracing::info!(function = function.name, "function created");
@@ -197,26 +197,27 @@ pub async fn update_code<B: Backend>(
                 )));
             }
         }
-        let pin = store_code(&work, input.code)?;
-        let change = |function: &Function| Function {
-            code: pin.code.clone(),
-            last_modified_ms: now_ms(),
-            revision: uuid::Uuid::new_v4().to_string(),
-            ..function.clone()
+        let upload = store_code(&work, &current.name, &current.envelope, input.code)?;
+        let change = |function: &Function| {
+            // Another function of the same name by now: its key would not open this code.
+            if function.envelope != current.envelope {
+                let name = &function.name;
+                return Err(ApiError::ResourceConflict(format!("{name} was replaced meanwhile.")));
+            }
+            Ok(Function {
+                code: upload.code.clone(),
+                last_modified_ms: now_ms(),
+                revision: uuid::Uuid::new_v4().to_string(),
+                ..function.clone()
+            })
         };
-        let result = if input.dry_run {
-            Ok((current.clone(), Arc::new(change(&current))))
-        } else {
-            work.store.update(&current.name, revision, |f| Ok::<_, ApiError>(change(f)))
-        };
-        let fresh = pin.code.sha256.clone();
-        drop(pin);
-        let before = result.as_ref().map_or(&current, |(old, _)| old).code.sha256.clone();
-        for sha256 in [fresh, before] {
-            work.code.collect(&sha256, || work.store.uses_code(&sha256));
+        if input.dry_run {
+            return Ok((current.clone(), Arc::new(change(&current)?), true));
         }
-        let (old, new) = result?;
-        Ok((old, new, input.dry_run))
+        let (old, new) = work.store.update(&current.name, revision, change)?;
+        upload.keep();
+        work.code.remove(&old.code);
+        Ok((old, new, false))
     })
     .await?;
     if !dry_run {
@@ -270,8 +271,7 @@ pub async fn delete<B: Backend>(
     let work = app.clone();
     let old = blocking(move || {
         let old = work.store.delete(&function.name)?;
-        let sha256 = &old.code.sha256;
-        work.code.collect(sha256, || work.store.uses_code(sha256));
+        work.code.remove(&old.code);
         Ok(old)
     })
     .await?;
@@ -338,7 +338,12 @@ fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiError> {
 }
 
 /// Decodes, checks and stores uploaded code.
-fn store_code<B: Backend>(app: &App<B>, upload: CodeUpload<'_>) -> Result<Pin, ApiError> {
+fn store_code<B: Backend>(
+    app: &App<B>,
+    function: &str,
+    envelope: &Envelope,
+    upload: CodeUpload<'_>,
+) -> Result<Upload, ApiError> {
     let refuse = |message: &str| Err(ApiError::InvalidParameterValue(message.into()));
     if upload.image_uri.is_some() {
         return refuse("Firn does not support ImageUri yet. Use ZipFile.");
@@ -352,7 +357,8 @@ fn store_code<B: Backend>(app: &App<B>, upload: CodeUpload<'_>) -> Result<Pin, A
     let Ok(zip) = STANDARD.decode(blob.0.as_bytes()) else {
         return Err(ApiError::Serialization("ZipFile is not valid base64".into()));
     };
-    app.code.put(&zip, |zip, out| app.backend.build_disk(zip, out)).map_err(code_error)
+    let build = |zip: &[u8]| app.backend.build_disk(zip);
+    app.code.put(function, envelope, &zip, build).map_err(code_error)
 }
 
 fn code_error(error: CodeError) -> ApiError {

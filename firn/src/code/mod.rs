@@ -1,8 +1,11 @@
 //! Code disks: a function's zip archive as a read-only file system.
 //!
 //! The archive is hostile. Its own numbers (sizes, counts) are only used to refuse it early; what
-//! counts is what comes out. Nothing is written outside a private directory, no link is ever made,
+//! counts is what comes out. Nothing is written outside a private tree, no link is ever made,
 //! and the guest gets a file system that the host has made, never one that a caller uploaded.
+//!
+//! Nothing of it gets to a disk on the way: the tree lies in a file system in memory that only the thread
+//! sees that works on it, and what comes out in sealed memory. Whoever keeps that decides how.
 
 mod archive;
 
@@ -11,11 +14,18 @@ use std::{
     io,
     os::unix::fs::PermissionsExt,
     path::Path,
-    process::{Command, Stdio},
+    process::Command,
+    thread,
+};
+
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, MountPropagationFlags},
+    thread::UnshareFlags,
 };
 
 use self::archive::Extracted;
-use crate::open::TEMPORARY;
+use crate::{Disk, memfile, open::TEMPORARY};
 
 /// Largest archive in bytes.
 pub const MAX_ZIPPED: u64 = 52_428_800;
@@ -27,14 +37,14 @@ pub const MAX_UNZIPPED: u64 = 262_144_000;
 pub const MAX_ENTRIES: usize = 100_000;
 
 /// What [`build_disk`] made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct CodeDisk {
+    /// The file system.
+    pub disk: Disk,
     /// Number of files and directories in the archive.
     pub entries: usize,
     /// Bytes of all files together.
     pub unzipped_bytes: u64,
-    /// Length of the disk in bytes.
-    pub disk_bytes: u64,
 }
 
 /// Why an archive can't become a code disk.
@@ -103,35 +113,54 @@ pub enum CodeError {
     },
 }
 
-/// Checks `zip` and writes it as a read-only file system to `out`, atomically. The same archive
-/// always gives the same bytes. Blocks: call it where blocking is allowed.
+/// Checks `zip` and makes a read-only file system of it. The same archive always gives the same bytes.
+/// Takes about twice the unzipped size in memory meanwhile. Where mounting is not permitted, which
+/// nothing that can build jails has to fear, the tree lies in a temporary directory until it is done.
+/// Blocks: call it where blocking is allowed.
 ///
 /// # Errors
 /// Any [`CodeError`]; nothing is left behind then.
-pub fn build_disk(zip: &[u8], out: &Path) -> Result<CodeDisk, CodeError> {
-    let parent = match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    // Beside the target, so that renaming does not cross file systems. Mode 0700: nobody else sees
-    // a tree that is half there.
-    let dir = tempfile::Builder::new()
-        .prefix(TEMPORARY)
-        .tempdir_in(parent)
-        .map_err(io_at("make a temporary directory"))?;
+pub fn build_disk(zip: &[u8]) -> Result<CodeDisk, CodeError> {
+    // Mode 0700: nobody else sees a tree that is half there.
+    let dir = tempfile::Builder::new().prefix(TEMPORARY).tempdir();
+    let dir = dir.map_err(io_at("make a temporary directory"))?;
     let tree = dir.path().join("tree");
-    let disk = dir.path().join("disk");
-    fs::create_dir(&tree).map_err(io_at("make a temporary directory"))?;
-    fs::set_permissions(&tree, fs::Permissions::from_mode(0o755))
+    fs::create_dir(&tree)
+        .and_then(|()| fs::set_permissions(&tree, fs::Permissions::from_mode(0o755)))
         .map_err(io_at("make a temporary directory"))?;
-    let Extracted { entries, unzipped_bytes } = archive::extract(zip, &tree)?;
-    make_file_system(&tree, &disk)?;
-    let file = File::open(&disk).map_err(io_at("open the disk"))?;
-    let disk_bytes = file.metadata().map_err(io_at("open the disk"))?.len();
-    file.sync_all().map_err(io_at("flush the disk"))?;
-    fs::rename(&disk, out).map_err(io_at("name the disk"))?;
-    File::open(parent).and_then(|dir| dir.sync_all()).map_err(io_at("flush the directory"))?;
-    Ok(CodeDisk { entries, unzipped_bytes, disk_bytes })
+    // In a thread of its own, because only that one and its children see the tree.
+    let built = thread::scope(|scope| scope.spawn(|| build(zip, &tree)).join());
+    built.unwrap_or_else(|_| {
+        Err(io_at("build a code disk")(io::Error::other("a bug: its thread panicked")))
+    })
+}
+
+fn build(zip: &[u8], tree: &Path) -> Result<CodeDisk, CodeError> {
+    match mount_memory(tree) {
+        Err(Errno::PERM) => tracing::warn!("not permitted to mount: code is extracted to a disk"),
+        other => other.map_err(|e| io_at("mount a file system in memory")(e.into()))?,
+    }
+    let Extracted { entries, unzipped_bytes } = archive::extract(zip, tree)?;
+    let file = memfile::create("firn-code").map_err(io_at("make a memory file"))?;
+    make_file_system(tree, &file)?;
+    let disk_bytes = file.metadata().map_err(io_at("read the disk"))?.len();
+    let mut made = File::from(memfile::reopen(&file).map_err(io_at("read the disk"))?);
+    let disk = Disk::copy(&mut made, disk_bytes, "of code")
+        .map_err(|e| CodeError::Mkfs { reason: e.to_string() })?;
+    Ok(CodeDisk { disk, entries, unzipped_bytes })
+}
+
+/// Mounts a file system in memory on the directory `tree`, for this thread and its children alone; it
+/// goes with the last of them.
+fn mount_memory(tree: &Path) -> Result<(), Errno> {
+    // SAFETY: the new namespace is this thread's; no descriptor table is unshared, so no other thread
+    // loses what it has open.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)? };
+    let quiet = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", quiet)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    // As many files as an archive may have, and the directories that it does not name.
+    rustix::mount::mount(c"none", tree, c"tmpfs", flags, c"mode=0755,nr_inodes=0")
 }
 
 /// Identity of every code disk: the same input must give the same bytes.
@@ -139,14 +168,16 @@ const UUID: &str = "6669726e-636f-6465-8000-000000000000";
 
 /// Makes an uncompressed EROFS: code is read once, and a decompressor in the guest would cost more
 /// than the bytes.
-fn make_file_system(tree: &Path, disk: &Path) -> Result<(), CodeError> {
+fn make_file_system(tree: &Path, disk: &File) -> Result<(), CodeError> {
     let mut command = Command::new("mkfs.erofs");
     // Owners, times and attributes are the same whoever builds it.
     command.args(["-T0", "--all-root", "-x-1", "--quiet"]).arg(format!("-U{UUID}"));
-    command.arg(disk).arg(tree);
+    // The disk has no name but this.
+    command.arg("/proc/self/fd/0").arg(tree);
+    let stdin = disk.try_clone().map_err(io_at("make the disk"))?;
     let path = std::env::var("PATH").unwrap_or_default();
     let path = format!("{path}:/usr/sbin:/usr/bin:/sbin:/bin");
-    command.env_clear().env("PATH", path).env("LC_ALL", "C").stdin(Stdio::null());
+    command.env_clear().env("PATH", path).env("LC_ALL", "C").stdin(stdin);
     let output = command.output().map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
             CodeError::Mkfs { reason: "not found: install the package erofs-utils".into() }

@@ -22,7 +22,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-pub use self::seal::{SealReader, SealWriter, sealed_length};
+pub use self::seal::{SealReader, SealWriter, plain_length, sealed_length};
 
 /// Bytes of a key.
 const BYTES: usize = 32;

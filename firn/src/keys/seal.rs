@@ -92,6 +92,12 @@ pub fn sealed_length(plain: u64) -> u64 {
     HEAD as u64 + plain + plain.div_ceil(CHUNK as u64).max(1) * TAG as u64
 }
 
+/// Length of what comes out of a sealed file of `sealed` bytes, if it is whole.
+pub fn plain_length(sealed: u64) -> u64 {
+    let body = sealed.saturating_sub(HEAD as u64);
+    body.saturating_sub(body.div_ceil((CHUNK + TAG) as u64) * TAG as u64)
+}
+
 /// The chunks of one file: their cipher, and where they are.
 struct Chunks {
     stream: StreamBE32<XChaCha20Poly1305>,
@@ -299,7 +305,8 @@ mod tests {
             Ok(_) => return false,
             Err(error) => error,
         };
-        error.kind() == io::ErrorKind::InvalidData && error.get_ref().is_some_and(|e| e.is::<KeyError>())
+        error.kind() == io::ErrorKind::InvalidData
+            && error.get_ref().is_some_and(|e| e.is::<KeyError>())
     }
 
     fn plain(length: usize) -> Vec<u8> {
@@ -311,6 +318,7 @@ mod tests {
         for length in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5] {
             let sealed = sealed(&plain(length));
             assert_eq!(sealed.len() as u64, sealed_length(length as u64));
+            assert_eq!(plain_length(sealed.len() as u64), length as u64);
             assert!(opened(&sealed, &key(), CONTEXT).unwrap() == plain(length), "{length}");
             let short = key().seal(CONTEXT, &plain(length)).unwrap();
             assert!(**key().open(CONTEXT, &short).unwrap() == plain(length), "{length}");
@@ -330,7 +338,8 @@ mod tests {
         let (file, short) = (sealed(b"secret"), key().seal(CONTEXT, b"secret").unwrap());
         let other = Key::from_bytes([8; 32]);
         // The same bytes, cut into other parts, are another context.
-        let contexts: [&[&[u8]]; 4] = [&[b"testfile"], &[b"test", b"fil"], &[b"tes", b"tfile"], &[]];
+        let contexts: [&[&[u8]]; 4] =
+            [&[b"testfile"], &[b"test", b"fil"], &[b"tes", b"tfile"], &[]];
         assert!(opened(&file, &other, CONTEXT).is_err() && other.open(CONTEXT, &short).is_err());
         for context in contexts {
             assert!(opened(&file, &key(), context).is_err());
@@ -348,7 +357,8 @@ mod tests {
             [head, &body.concat()].concat()
         };
         assert!(!refused(&made(&[0, 1, 2])));
-        for order in [&[1, 0, 2][..], &[0, 2, 1], &[0, 0, 2], &[0, 1], &[0, 2], &[2], &[], &[0, 1, 2, 2]]
+        for order in
+            [&[1, 0, 2][..], &[0, 2, 1], &[0, 0, 2], &[0, 1], &[0, 2], &[2], &[], &[0, 1, 2, 2]]
         {
             assert!(refused(&made(order)), "{order:?}");
         }

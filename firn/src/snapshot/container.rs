@@ -3,28 +3,42 @@
 //! ```text
 //!  0   8  "FIRNSNAP"
 //!  8   4  format version, u32 little-endian
-//!  12  4  number of sections
-//!  16     sections: tag u32, length u64, content; in the order of their tags
-//!         1 manifest   what it is and what it needs (postcard)
-//!         2 vm state   the VMM's own, opaque here
-//!         3 pages      bitmap of the pages that `memory` holds
-//!  -32    blake3 of everything before
+//!  12  4  protection: 1 authenticated, 2 encrypted, too
+//!  16  4  length of the wrapped data key
+//!  20  8  length of the body
+//!  28     data key, as the host's key service wrapped it
+//!         body; encrypted, if the snapshot is, as a sealed file (keys/seal.rs)
+//!  -32    keyed BLAKE3 of everything before: the snapshot's id
+//!
+//!  body:  0  4  number of sections
+//!         4     sections: tag u32, length u64, content; in the order of their tags
+//!               1 manifest   what it is and what it needs (postcard)
+//!               2 vm state   the VMM's own, opaque here
+//!               3 pages      bitmap of the pages that `memory` holds
 //! ```
 //!
-//! The checksum is verified before any section is looked at, and lengths before any content; the
-//! file names the hashes of its companions, so its own checksum identifies the whole snapshot.
+//! The tag is verified before anything of the body is looked at, lengths before any content. Its key
+//! comes from the data key, so only a host with the same master key can have made it. The file names the
+//! hashes of its companions: the tag authenticates the whole snapshot, and identifies it.
+
+use std::{
+    fmt,
+    io::{Read, Write},
+};
 
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use super::{
-    SnapshotError, SnapshotMeta,
+    SnapshotError, SnapshotMeta, at,
     pages::{PAGE, PageSet},
 };
+use crate::keys::{Key, KeyService, MAX_WRAPPED, SealReader, SealWriter, sealed_length};
 
 const MAGIC: &[u8; 8] = b"FIRNSNAP";
 
 /// Version of this format.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Most bytes of a VMM's state: a few KiB a vCPU, queues, and block bitmaps.
 pub(crate) const MAX_VM_STATE: u64 = 16 << 20;
@@ -36,20 +50,26 @@ const MAX_MANIFEST: u64 = 64 << 10;
 const MAX_PAGES: u64 = 2 << 20;
 
 /// Most bytes of a whole file.
-pub(crate) const MAX_FILE: u64 = MAX_VM_STATE + MAX_MANIFEST + MAX_PAGES + 4096;
+pub(crate) const MAX_FILE: u64 =
+    MAX_VM_STATE + MAX_MANIFEST + MAX_PAGES + MAX_WRAPPED as u64 + 64 * 1024;
 
-const HEAD: usize = 16;
+const HEAD: usize = 28;
+const BODY_HEAD: usize = 4;
 const SECTION_HEAD: usize = 12;
-const CHECKSUM: usize = blake3::OUT_LEN;
+const TAG: usize = blake3::OUT_LEN;
+
+/// Values of the field `protection`.
+const AUTHENTICATED: u32 = 1;
+const ENCRYPTED: u32 = 2;
 
 /// Name, tag and longest content of each section, in order.
 const SECTIONS: [(&str, u32, u64); 3] =
     [("manifest", 1, MAX_MANIFEST), ("vm state", 2, MAX_VM_STATE), ("pages", 3, MAX_PAGES)];
 
 // Tripwires: whoever changes one of these changes the format and must raise VERSION.
-const _: () = assert!(HEAD == MAGIC.len() + 4 + 4);
+const _: () = assert!(HEAD == MAGIC.len() + 4 + 4 + 4 + 8);
 const _: () = assert!(SECTION_HEAD == 4 + 8);
-const _: () = assert!(CHECKSUM == 32);
+const _: () = assert!(TAG == 32);
 const _: () = assert!(PAGE == 4096);
 
 /// What a snapshot is and what it needs.
@@ -84,14 +104,21 @@ impl Manifest {
 }
 
 /// The content of a state file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct State {
     pub(crate) manifest: Manifest,
     pub(crate) vm_state: Vec<u8>,
     pub(crate) pages: PageSet,
 }
 
-/// Checksum of a state file: the identity of a snapshot.
+impl fmt::Debug for State {
+    /// Without the VM's state: a function's secrets may lie in registers.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").field("manifest", &self.manifest).finish_non_exhaustive()
+    }
+}
+
+/// Tag of a state file: the identity of a snapshot.
 pub(crate) type Id = [u8; 32];
 
 /// An id in hexadecimal.
@@ -99,70 +126,177 @@ pub(crate) fn hex(hash: &Id) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
 }
 
+/// What protects one snapshot: a data key of its own.
+#[derive(Debug)]
+pub(crate) struct Protection {
+    wrapped: Vec<u8>,
+    authentication: Key,
+    /// Encrypts what is written, if anything is to be encrypted.
+    pub(crate) encryption: Option<Key>,
+    /// Authenticates the working set.
+    pub(crate) working_set: Key,
+}
+
+impl Protection {
+    /// For a new snapshot.
+    pub(crate) fn generate(keys: &dyn KeyService, encrypted: bool) -> Result<Self, SnapshotError> {
+        let (key, wrapped) = keys.generate_data_key()?;
+        if wrapped.len() > MAX_WRAPPED {
+            let reason = format!("{} bytes exceed the limit of {MAX_WRAPPED}", wrapped.len());
+            return Err(SnapshotError::Malformed { section: "wrapped key", reason });
+        }
+        Ok(Self::of(&key, wrapped, encrypted))
+    }
+
+    /// The tag of what has been written.
+    pub(crate) fn tag(&self, bytes: &[u8]) -> Id {
+        *self.authentication.tag(bytes).as_bytes()
+    }
+
+    fn of(key: &Key, wrapped: Vec<u8>, encrypted: bool) -> Self {
+        Self {
+            wrapped,
+            authentication: key.derive("firn 2026-11 authentication of a snapshot"),
+            encryption: encrypted.then(|| key.derive("firn 2026-11 encryption of a snapshot")),
+            working_set: key.derive("firn 2026-11 authentication of a working set"),
+        }
+    }
+}
+
 /// Writes a state file's content, and says its id.
-pub(crate) fn encode(state: &State) -> Result<(Vec<u8>, Id), SnapshotError> {
+pub(crate) fn encode(
+    state: &State,
+    protection: &Protection,
+) -> Result<(Vec<u8>, Id), SnapshotError> {
     let manifest = postcard::to_stdvec(&state.manifest)
         .map_err(|e| SnapshotError::Malformed { section: "manifest", reason: e.to_string() })?;
     let contents: [&[u8]; 3] = [&manifest, &state.vm_state, state.pages.bits()];
-    let mut bytes = Vec::with_capacity(
-        HEAD + CHECKSUM + contents.iter().map(|c| c.len() + SECTION_HEAD).sum::<usize>(),
+    let mut body = Vec::with_capacity(
+        BODY_HEAD + contents.iter().map(|c| c.len() + SECTION_HEAD).sum::<usize>(),
     );
-    bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
-    bytes.extend_from_slice(&(SECTIONS.len() as u32).to_le_bytes());
+    body.extend_from_slice(&(SECTIONS.len() as u32).to_le_bytes());
     for ((section, tag, limit), content) in SECTIONS.into_iter().zip(contents) {
         if content.len() as u64 > limit {
             let reason = format!("{} bytes exceed the limit of {limit}", content.len());
             return Err(SnapshotError::Malformed { section, reason });
         }
-        bytes.extend_from_slice(&tag.to_le_bytes());
-        bytes.extend_from_slice(&(content.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(content);
+        body.extend_from_slice(&tag.to_le_bytes());
+        body.extend_from_slice(&(content.len() as u64).to_le_bytes());
+        body.extend_from_slice(content);
     }
-    let id = *blake3::hash(&bytes).as_bytes();
+    let kind = match &protection.encryption {
+        Some(key) => {
+            let sealed = Vec::with_capacity(sealed_length(body.len() as u64) as usize);
+            let mut writer = SealWriter::new(sealed, key, BODY).map_err(at("encrypt the state"))?;
+            writer.write_all(&body).map_err(at("encrypt the state"))?;
+            body = writer.finish().map_err(at("encrypt the state"))?;
+            ENCRYPTED
+        }
+        None => AUTHENTICATED,
+    };
+    let mut bytes = Vec::with_capacity(HEAD + protection.wrapped.len() + body.len() + TAG);
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&kind.to_le_bytes());
+    bytes.extend_from_slice(&(protection.wrapped.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(&protection.wrapped);
+    bytes.extend_from_slice(&body);
+    let id = protection.tag(&bytes);
     bytes.extend_from_slice(&id);
     Ok((bytes, id))
 }
 
-/// Reads a state file's content.
-pub(crate) fn decode(bytes: &[u8], path: &std::path::Path) -> Result<(State, Id), SnapshotError> {
-    let truncated = |expected: usize| SnapshotError::Truncated {
+/// What the encrypted body is, among all that is encrypted with a snapshot's key.
+const BODY: &[&[u8]] = &[b"state"];
+
+/// A state file whose parts are where its head says, and of which nothing is verified yet.
+struct Parts<'a> {
+    encrypted: bool,
+    wrapped: &'a [u8],
+    body: &'a [u8],
+    /// All that the tag authenticates.
+    signed: &'a [u8],
+    tag: Id,
+}
+
+fn split<'a>(bytes: &'a [u8], path: &std::path::Path) -> Result<Parts<'a>, SnapshotError> {
+    let truncated = |expected: u64| SnapshotError::Truncated {
         what: "state",
-        expected: expected as u64,
+        expected,
         found: bytes.len() as u64,
     };
     // A file that is cut within its magic is still ours, cut.
     if bytes.is_empty() || !bytes.iter().zip(MAGIC).all(|(a, b)| a == b) {
         return Err(SnapshotError::NotASnapshot { path: path.to_owned() });
     }
-    if bytes.len() < HEAD + CHECKSUM {
-        return Err(truncated(HEAD + CHECKSUM));
+    if bytes.len() < HEAD + TAG {
+        return Err(truncated((HEAD + TAG) as u64));
     }
-    // Before the checksum: another version may have another one.
+    // First: another version may look different from here on.
     let found = u32_at(bytes, 8);
     if found != VERSION {
         return Err(SnapshotError::Version { found, supported: VERSION });
     }
-    let (body, checksum) = bytes.split_at(bytes.len() - CHECKSUM);
-    let computed = *blake3::hash(body).as_bytes();
-    if computed != *checksum {
-        // The lengths tell whether the end is missing; they are not trusted beyond that.
-        return Err(match whole_length(bytes) {
-            Some(expected) if expected > bytes.len() => truncated(expected),
-            _ => {
-                let mut expected = Id::default();
-                expected.copy_from_slice(checksum);
-                let (expected, found) = (hex(&expected), hex(&computed));
-                SnapshotError::Altered { what: "state", expected, found }
-            }
-        });
+    let malformed = |reason| SnapshotError::Malformed { section: "head", reason };
+    let encrypted = match u32_at(bytes, 12) {
+        AUTHENTICATED => false,
+        ENCRYPTED => true,
+        other => return Err(malformed(format!("protection {other} is unknown"))),
+    };
+    let (wrapped, body) = (u64::from(u32_at(bytes, 16)), u64_at(bytes, 20));
+    if wrapped > MAX_WRAPPED as u64 || body > MAX_FILE {
+        return Err(malformed(format!("claims a key of {wrapped} and a body of {body} bytes")));
     }
-    let mut rest = &body[HEAD..];
+    let expected = (HEAD + TAG) as u64 + wrapped + body;
+    if (bytes.len() as u64) < expected {
+        return Err(truncated(expected));
+    }
+    if bytes.len() as u64 > expected {
+        return Err(malformed(format!("{} bytes follow", bytes.len() as u64 - expected)));
+    }
+    let (signed, last) = bytes.split_at(bytes.len() - TAG);
+    let mut tag = Id::default();
+    tag.copy_from_slice(last);
+    let (wrapped, body) = signed[HEAD..].split_at(wrapped as usize);
+    Ok(Parts { encrypted, wrapped, body, signed, tag })
+}
+
+/// Reads a state file's content, if `keys` protects it.
+pub(crate) fn decode(
+    bytes: &[u8],
+    path: &std::path::Path,
+    keys: &dyn KeyService,
+) -> Result<(State, Id, Protection), SnapshotError> {
+    let Parts { encrypted, wrapped, body, signed, tag } = split(bytes, path)?;
+    let protection = Protection::of(&keys.unwrap(wrapped)?, wrapped.to_vec(), encrypted);
+    let computed = protection.authentication.tag(signed);
+    // Compared in constant time, which `Id` would not be.
+    if computed != blake3::Hash::from_bytes(tag) {
+        return Err(SnapshotError::Forged);
+    }
+    let state = match &protection.encryption {
+        None => sections(body)?,
+        Some(key) => {
+            let mut opened = Zeroizing::new(Vec::with_capacity(body.len()));
+            let mut reader = SealReader::new(body, key, BODY).map_err(at("decrypt the state"))?;
+            reader.read_to_end(&mut opened).map_err(at("decrypt the state"))?;
+            sections(&opened)?
+        }
+    };
+    Ok((state, tag, protection))
+}
+
+/// Reads an authentic body: its tag is right, and still every length is checked.
+fn sections(body: &[u8]) -> Result<State, SnapshotError> {
+    let malformed = |reason| SnapshotError::Malformed { section: "body", reason };
+    let Some((head, mut rest)) = body.split_at_checked(BODY_HEAD) else {
+        return Err(malformed(format!("{} bytes", body.len())));
+    };
+    if u32_at(head, 0) as usize != SECTIONS.len() {
+        return Err(malformed(format!("{} sections, not {}", u32_at(head, 0), SECTIONS.len())));
+    }
     let mut contents = Vec::with_capacity(SECTIONS.len());
-    if u32_at(bytes, 12) as usize != SECTIONS.len() {
-        let reason = format!("{} sections instead of {}", u32_at(bytes, 12), SECTIONS.len());
-        return Err(SnapshotError::Malformed { section: "head", reason });
-    }
     for (section, tag, limit) in SECTIONS {
         let malformed = |reason| SnapshotError::Malformed { section, reason };
         let Some((head, after)) = rest.split_at_checked(SECTION_HEAD) else {
@@ -182,14 +316,12 @@ pub(crate) fn decode(bytes: &[u8], path: &std::path::Path) -> Result<(State, Id)
         rest = after;
     }
     if !rest.is_empty() {
-        let reason = format!("{} bytes follow", rest.len());
-        return Err(SnapshotError::Malformed { section: "pages", reason });
+        return Err(malformed(format!("{} bytes follow", rest.len())));
     }
     let [manifest, vm_state, pages] = contents[..] else {
-        return Err(SnapshotError::Malformed { section: "head", reason: "sections".into() });
+        return Err(malformed("sections".into()));
     };
-    let state = parse(manifest, vm_state, pages)?;
-    Ok((state, computed))
+    parse(manifest, vm_state, pages)
 }
 
 fn parse(manifest: &[u8], vm_state: &[u8], pages: &[u8]) -> Result<State, SnapshotError> {
@@ -202,19 +334,6 @@ fn parse(manifest: &[u8], vm_state: &[u8], pages: &[u8]) -> Result<State, Snapsh
     let pages = PageSet::from_bits(pages.to_vec(), manifest.memory_bytes() / PAGE)
         .map_err(|reason| malformed("pages", reason))?;
     Ok(State { manifest, vm_state: vm_state.to_vec(), pages })
-}
-
-/// How long the file says that it is, as far as its section heads are there.
-fn whole_length(bytes: &[u8]) -> Option<usize> {
-    let mut at = HEAD;
-    for _ in SECTIONS {
-        let Some(head) = bytes.get(at..at.checked_add(SECTION_HEAD)?) else {
-            return at.checked_add(SECTION_HEAD + CHECKSUM);
-        };
-        let length = usize::try_from(u64_at(head, 4)).ok()?;
-        at = at.checked_add(SECTION_HEAD)?.checked_add(length)?;
-    }
-    at.checked_add(CHECKSUM)
 }
 
 /// Reads what the caller has made sure is there.
@@ -238,6 +357,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::keys::KeyError;
 
     fn state() -> State {
         let mut bits = vec![0; 32];
@@ -263,75 +383,132 @@ mod tests {
         }
     }
 
-    fn read(bytes: &[u8]) -> Result<(State, Id), SnapshotError> {
-        decode(bytes, Path::new("state"))
+    /// A key service whose keys all are the same, so that what it protects is, too.
+    #[derive(Debug)]
+    struct Same(u8);
+
+    impl KeyService for Same {
+        fn generate_data_key(&self) -> Result<(Key, Vec<u8>), KeyError> {
+            Ok((Key::from_bytes([self.0; 32]), b"wrapped".to_vec()))
+        }
+
+        fn unwrap(&self, wrapped: &[u8]) -> Result<Key, KeyError> {
+            match wrapped {
+                b"wrapped" => Ok(Key::from_bytes([self.0; 32])),
+                _ => Err(KeyError::Altered { what: "a wrapped key" }),
+            }
+        }
     }
 
-    /// If this fails, the format has changed: raise VERSION, then write the new hash here.
+    fn read(bytes: &[u8]) -> Result<(State, Id), SnapshotError> {
+        decode(bytes, Path::new("state"), &Same(1)).map(|(state, id, _)| (state, id))
+    }
+
+    fn write(encrypted: bool) -> (Vec<u8>, Id) {
+        encode(&state(), &Protection::generate(&Same(1), encrypted).unwrap()).unwrap()
+    }
+
+    /// If this fails, the format has changed: raise VERSION, then write the new tag here.
     #[test]
     fn golden() {
-        let (bytes, id) = encode(&state()).unwrap();
-        assert_eq!((VERSION, bytes.len(), hex(&id).as_str()), (1, GOLDEN.0, GOLDEN.1));
+        let (bytes, id) = write(false);
+        assert_eq!((VERSION, bytes.len(), hex(&id).as_str()), (2, GOLDEN.0, GOLDEN.1));
     }
 
     const GOLDEN: (usize, &str) =
-        (343, "5737a3cfa32cda29124a5d69da8b42fa950aefebd5d61f34acefa3be85c2f2c8");
+        (366, "10f8d8b2919565b9709457d3d152ed173a07739b16bd9fd1d5215bf22fdc8020");
 
     #[test]
     fn what_is_written_is_read() {
-        let (bytes, id) = encode(&state()).unwrap();
-        assert_eq!(read(&bytes).unwrap(), (state(), id));
+        for encrypted in [false, true] {
+            let (bytes, id) = write(encrypted);
+            assert_eq!(read(&bytes).unwrap(), (state(), id));
+            let clear = |needle: &[u8]| bytes.windows(needle.len()).any(|w| w == needle);
+            assert_eq!((clear(b"opaque"), clear(b"golden")), (!encrypted, !encrypted));
+        }
     }
 
     #[test]
     fn other_versions_and_other_files_are_named() {
-        let (mut bytes, _) = encode(&state()).unwrap();
+        let (mut bytes, _) = write(false);
         bytes[8] = 9;
-        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 9, supported: 1 })));
+        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 9, supported: 2 })));
+        bytes[8] = 1;
+        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 1, supported: 2 })));
         assert!(matches!(read(b"PK\x03\x04"), Err(SnapshotError::NotASnapshot { .. })));
         assert!(matches!(read(b""), Err(SnapshotError::NotASnapshot { .. })));
     }
 
-    /// A file with a right checksum whose inside is wrong: made by someone who knows the format.
-    fn forged(change: impl FnOnce(&mut Vec<u8>)) -> Result<(State, Id), SnapshotError> {
-        let (mut bytes, _) = encode(&state()).unwrap();
-        bytes.truncate(bytes.len() - CHECKSUM);
+    #[test]
+    fn what_another_key_protects_is_refused() {
+        for encrypted in [false, true] {
+            let (mut bytes, _) = write(encrypted);
+            let other = decode(&bytes, Path::new("state"), &Same(2));
+            assert!(matches!(other, Err(SnapshotError::Forged)), "{other:?}");
+            // Whoever has no key can still compute every hash that needs none.
+            let at = bytes.len() - TAG;
+            let (body, tag) = bytes.split_at_mut(at);
+            tag.copy_from_slice(blake3::hash(body).as_bytes());
+            assert!(matches!(read(&bytes), Err(SnapshotError::Forged)));
+        }
+    }
+
+    #[test]
+    fn the_vms_state_does_not_print() {
+        let secret = State { vm_state: vec![0xab; 9], ..state() };
+        assert!(!format!("{secret:?}").contains("171"));
+    }
+
+    /// An authentic file whose inside is wrong: made by a Firn with a mistake.
+    fn wrong(change: impl FnOnce(&mut Vec<u8>)) -> Result<(State, Id), SnapshotError> {
+        let (mut bytes, _) = write(false);
+        bytes.truncate(bytes.len() - TAG);
         change(&mut bytes);
-        let id = *blake3::hash(&bytes).as_bytes();
-        bytes.extend_from_slice(&id);
+        let body = (bytes.len() - HEAD - 7) as u64;
+        bytes[20..28].copy_from_slice(&body.to_le_bytes());
+        let protection = Protection::generate(&Same(1), false).unwrap();
+        let tag = protection.tag(&bytes);
+        bytes.extend_from_slice(&tag);
         read(&bytes)
     }
 
     #[test]
-    fn forgeries_are_refused() {
+    fn mistakes_are_refused() {
+        const BODY: usize = HEAD + 7;
         let refused = |result: Result<_, _>| matches!(result, Err(SnapshotError::Malformed { .. }));
-        assert!(refused(forged(|bytes| bytes[12] = 2)));
-        assert!(refused(forged(|bytes| bytes[16] = 7)));
-        assert!(refused(forged(|bytes| bytes[20..28].fill(0xff))));
-        assert!(refused(forged(|bytes| bytes[20..28].copy_from_slice(&60_000u64.to_le_bytes()))));
-        assert!(refused(forged(|bytes| bytes.push(0))));
-        assert!(refused(forged(|bytes| bytes.truncate(HEAD))));
+        assert!(wrong(|_| ()).is_ok());
+        assert!(refused(wrong(|bytes| bytes[BODY] = 2)));
+        assert!(refused(wrong(|bytes| bytes[BODY + 4] = 7)));
+        assert!(refused(wrong(|bytes| bytes[BODY + 8..BODY + 16].fill(0xff))));
+        let length = 60_000u64.to_le_bytes();
+        assert!(refused(wrong(|bytes| bytes[BODY + 8..BODY + 16].copy_from_slice(&length))));
+        assert!(refused(wrong(|bytes| bytes.push(0))));
+        assert!(refused(wrong(|bytes| bytes.truncate(BODY + 2))));
+        assert!(refused(wrong(|bytes| bytes.truncate(BODY))));
         // memory_mib, the second field: the bitmap no longer fits.
-        assert!(refused(forged(|bytes| bytes[29] = 2)));
+        assert!(refused(wrong(|bytes| bytes[BODY + 17] = 2)));
     }
 
     proptest! {
         #[test]
-        fn every_altered_byte_is_noticed(at in any::<prop::sample::Index>(), bit in 0u8..8) {
-            let (mut bytes, _) = encode(&state()).unwrap();
+        fn every_altered_byte_is_noticed(
+            at in any::<prop::sample::Index>(), bit in 0u8..8, encrypted in any::<bool>()
+        ) {
+            let (mut bytes, _) = write(encrypted);
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
-            let noticed = matches!(
-                read(&bytes),
-                Err(SnapshotError::Altered { .. } | SnapshotError::Version { .. }
-                    | SnapshotError::NotASnapshot { .. } | SnapshotError::Truncated { .. })
-            );
-            prop_assert!(noticed);
+            prop_assert!(read(&bytes).is_err());
+            // Behind the lengths there is only one thing to say.
+            if at >= HEAD + 7 {
+                prop_assert!(matches!(read(&bytes), Err(SnapshotError::Forged)));
+            }
         }
 
         #[test]
-        fn every_truncation_is_named(at in any::<prop::sample::Index>()) {
-            let (bytes, _) = encode(&state()).unwrap();
+        fn every_truncation_is_named(
+            at in any::<prop::sample::Index>(), encrypted in any::<bool>()
+        ) {
+            let (bytes, _) = write(encrypted);
             let at = at.index(bytes.len() - 1) + 1;
             let result = read(&bytes[..at]);
             let named = matches!(result, Err(SnapshotError::Truncated { what: "state", .. }));
@@ -344,10 +521,15 @@ mod tests {
         ) {
             let mut bytes = MAGIC.to_vec();
             bytes.extend_from_slice(&VERSION.to_le_bytes());
+            bytes.extend_from_slice(&AUTHENTICATED.to_le_bytes());
+            bytes.extend_from_slice(&7u32.to_le_bytes());
+            bytes.extend_from_slice(&(tail.len() as u64).to_le_bytes());
+            bytes.extend_from_slice(b"wrapped");
             bytes.extend_from_slice(&tail);
             if right {
-                let id = *blake3::hash(&bytes).as_bytes();
-                bytes.extend_from_slice(&id);
+                let protection = Protection::generate(&Same(1), false).unwrap();
+                let tag = protection.tag(&bytes);
+                bytes.extend_from_slice(&tag);
             }
             let _ = read(&bytes);
         }

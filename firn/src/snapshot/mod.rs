@@ -8,7 +8,10 @@
 //! ```
 //!
 //! Neither these files nor the VMM that wrote them are trusted: nothing is thawed that was not
-//! copied into sealed memory and hashed there.
+//! copied into sealed memory and hashed there. `state` is authenticated with a key of the host's
+//! [`KeyService`](crate::keys::KeyService) and names the hashes of the others, so nothing is thawed
+//! either that this installation did not save. With
+//! [`encrypt_snapshots`](crate::HostConfig::encrypt_snapshots) they are encrypted, too.
 
 mod container;
 mod pages;
@@ -18,7 +21,7 @@ mod working_set;
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io::{self, BufReader, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -26,10 +29,13 @@ use std::{
 use firn_proto::control;
 use serde::{Deserialize, Serialize};
 
-use self::container::{Id, Manifest};
-use crate::{InstanceError, ShellClass};
+use self::container::{Id, Manifest, Protection};
+use crate::{
+    Host, InstanceError, ShellClass,
+    keys::{KeyError, SealReader},
+};
 
-pub(crate) use self::pages::{PAGE, hash_file, hash_sparse};
+pub(crate) use self::pages::{PAGE, copy_sparse, hash_file};
 pub use self::resident::ResidentSnapshot;
 pub use self::working_set::WorkingSetReport;
 pub(crate) use self::working_set::{Sample, Use, observe};
@@ -52,6 +58,7 @@ struct Opened {
     dir: PathBuf,
     id: Id,
     state: container::State,
+    protection: Protection,
 }
 
 /// Why a snapshot could not be made, opened or made resident.
@@ -82,11 +89,29 @@ pub enum SnapshotError {
     /// The content is not what was written.
     #[error("{what} was altered: its hash is {found}, not {expected}")]
     Altered {
-        /// `state`, `memory` or `tmp.delta`.
+        /// `memory` or `tmp.delta`.
         what: &'static str,
         /// Hash that it should have.
         expected: String,
         /// Hash that it has.
+        found: String,
+    },
+    /// Its tag is wrong: it was altered, or never made by this installation.
+    #[error("state was altered or forged: its tag is not this host's")]
+    Forged,
+    /// Its key can't be had, or does not open it: of another installation, altered, or the key service
+    /// fails.
+    #[error("the snapshot's key or data: {0}")]
+    Key(#[from] KeyError),
+    /// It is not encrypted, and this host wants snapshots to be.
+    #[error("the snapshot is not encrypted; this host takes only such that are")]
+    NotEncrypted,
+    /// It is authentic, but not what it is taken for.
+    #[error("the snapshot was made for {found:?}, not for {expected:?}")]
+    Purpose {
+        /// [`SnapshotMeta::key`] that was expected.
+        expected: String,
+        /// The snapshot's.
         found: String,
     },
     /// Another format version.
@@ -97,7 +122,7 @@ pub enum SnapshotError {
         /// Ours.
         supported: u32,
     },
-    /// A section makes no sense although the checksum is right.
+    /// A section makes no sense although it is authentic.
     #[error("snapshot section {section}: {reason}")]
     Malformed {
         /// Which.
@@ -188,29 +213,46 @@ pub enum SnapshotError {
     },
 }
 
-/// Adds what was being done to an I/O error, and tells a full disk apart.
+/// Adds what was being done to an I/O error, and tells a full disk and altered encrypted files apart.
 pub(crate) fn at(what: &'static str) -> impl Fn(io::Error) -> SnapshotError {
     move |source| match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             SnapshotError::NoSpace { what: what.to_owned() }
         }
-        _ => SnapshotError::Io { what: what.to_owned(), source },
+        _ => match source.downcast::<KeyError>() {
+            Ok(error) => SnapshotError::Key(error),
+            Err(source) => SnapshotError::Io { what: what.to_owned(), source },
+        },
     }
 }
 
 /// See [`crate::fuzzing::snapshot_state`].
 #[cfg(feature = "fuzzing")]
-pub(crate) fn reencode(bytes: &[u8]) -> Result<Vec<u8>, SnapshotError> {
-    let (state, _) = container::decode(bytes, Path::new("state"))?;
-    Ok(container::encode(&state)?.0)
+pub(crate) fn reencode(
+    bytes: &[u8],
+    keys: &dyn crate::keys::KeyService,
+) -> Result<Vec<u8>, SnapshotError> {
+    let (state, ..) = container::decode(bytes, Path::new("state"), keys)?;
+    // Not encrypted, whatever it was: no two encryptions are alike.
+    Ok(container::encode(&state, &Protection::generate(keys, false)?)?.0)
+}
+
+/// See [`crate::fuzzing::sign`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn sign(bytes: &[u8], keys: &dyn crate::keys::KeyService) -> Result<Id, SnapshotError> {
+    Ok(Protection::generate(keys, false)?.tag(bytes))
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `dir`: reads and checks its description, but not yet its memory.
+    /// Opens the snapshot in `dir`: reads its description and authenticates it with the key service of
+    /// `host`, but does not read its memory yet. Blocks.
+    ///
+    /// An authentic snapshot may still be another one than the path promises: who can write the
+    /// directory can move snapshots about. See [`Snapshot::expect`].
     ///
     /// # Errors
     /// Any [`SnapshotError`].
-    pub fn open(dir: impl AsRef<Path>) -> Result<Self, SnapshotError> {
+    pub fn open(host: &Host, dir: impl AsRef<Path>) -> Result<Self, SnapshotError> {
         let dir = dir.as_ref().to_owned();
         let path = dir.join("state");
         let reading = |source| SnapshotError::Io { what: path.display().to_string(), source };
@@ -222,11 +264,33 @@ impl Snapshot {
             let reason = format!("over {} bytes", container::MAX_FILE);
             return Err(SnapshotError::Malformed { section: "head", reason });
         }
-        let (state, id) = container::decode(&bytes, &path)?;
-        Ok(Self(Arc::new(Opened { dir, id, state })))
+        let inner = host.inner();
+        let (state, id, protection) = container::decode(&bytes, &path, &*inner.keys)?;
+        if inner.config.encrypt_snapshots && protection.encryption.is_none() {
+            return Err(SnapshotError::NotEncrypted);
+        }
+        Ok(Self(Arc::new(Opened { dir, id, state, protection })))
     }
 
-    /// Its identity: a hash over everything in it.
+    /// Takes the snapshot only if its [`SnapshotMeta::key`] is `key`.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Purpose`].
+    pub fn expect(self, key: &str) -> Result<Self, SnapshotError> {
+        let found = &self.meta().key;
+        if found != key {
+            let (expected, found) = (key.to_owned(), found.clone());
+            return Err(SnapshotError::Purpose { expected, found });
+        }
+        Ok(self)
+    }
+
+    /// Whether it is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.0.protection.encryption.is_some()
+    }
+
+    /// Its identity: an authentication tag over everything in it.
     pub fn id(&self) -> String {
         container::hex(&self.0.id)
     }
@@ -260,6 +324,16 @@ impl Snapshot {
     /// What its maker noted.
     pub fn meta(&self) -> &SnapshotMeta {
         &self.0.state.manifest.meta
+    }
+
+    /// What decrypts the file `name`; `None`: it is not encrypted.
+    fn open_sealed(
+        &self,
+        name: &'static str,
+    ) -> Result<Option<SealReader<BufReader<File>>>, SnapshotError> {
+        let Some(key) = &self.0.protection.encryption else { return Ok(None) };
+        let file = BufReader::with_capacity(1 << 20, self.open_file(name)?);
+        SealReader::new(file, key, &[name.as_bytes()]).map(Some).map_err(at(name))
     }
 
     fn open_file(&self, name: &'static str) -> Result<File, SnapshotError> {

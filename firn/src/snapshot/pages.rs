@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read, Write},
     ops::Range,
     os::{fd::AsFd, unix::fs::FileExt},
 };
@@ -135,6 +135,15 @@ pub(crate) fn hash_file(file: &File) -> io::Result<blake3::Hash> {
 
 /// Hash of the pages of `set` in `file`, one after the other.
 pub(crate) fn hash_pages(file: &File, set: &PageSet) -> io::Result<blake3::Hash> {
+    write_pages(file, set, &mut io::sink())
+}
+
+/// Writes the pages of `set` in `file`, one after the other, and hashes them.
+pub(crate) fn write_pages(
+    file: &File,
+    set: &PageSet,
+    target: &mut impl Write,
+) -> io::Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 20];
     for run in set.runs() {
@@ -143,6 +152,7 @@ pub(crate) fn hash_pages(file: &File, set: &PageSet) -> io::Result<blake3::Hash>
             let want = buffer.len().min((end - offset) as usize);
             file.read_exact_at(&mut buffer[..want], offset)?;
             hasher.update(&buffer[..want]);
+            target.write_all(&buffer[..want])?;
             offset += want as u64;
         }
     }
@@ -160,6 +170,50 @@ pub(crate) fn hash_sparse(file: &File, length: u64) -> io::Result<blake3::Hash> 
 pub(crate) fn copy_sparse(source: &File, target: &File, length: u64) -> io::Result<blake3::Hash> {
     target.set_len(length)?;
     walk_sparse(source, length, |page, offset| target.write_all_at(page, offset))
+}
+
+/// Writes what is not zero of a sparse file of `length` bytes as a list, each page behind its position
+/// (u64 little-endian), and hashes as [`hash_sparse`] does.
+pub(crate) fn write_sparse(
+    file: &File,
+    length: u64,
+    target: &mut impl Write,
+) -> io::Result<blake3::Hash> {
+    walk_sparse(file, length, |page, offset| {
+        target.write_all(&offset.to_le_bytes())?;
+        target.write_all(page)
+    })
+}
+
+/// Makes the empty `target` what [`write_sparse`] has listed in `source`, and hashes as it does.
+pub(crate) fn read_sparse(
+    source: &mut impl Read,
+    target: &File,
+    length: u64,
+) -> io::Result<blake3::Hash> {
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "no list of pages in order");
+    target.set_len(length)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&length.to_le_bytes());
+    let mut page = vec![0; PAGE as usize];
+    let mut next = 0;
+    loop {
+        let mut head = Vec::with_capacity(8);
+        source.by_ref().take(8).read_to_end(&mut head)?;
+        if head.is_empty() {
+            return Ok(hasher.finalize());
+        }
+        let offset = u64::from_le_bytes(head.try_into().map_err(|_| invalid())?);
+        if offset < next || offset >= length || offset % PAGE != 0 {
+            return Err(invalid());
+        }
+        let page = &mut page[..PAGE.min(length - offset) as usize];
+        source.read_exact(page)?;
+        hasher.update(&offset.to_le_bytes());
+        hasher.update(page);
+        target.write_all_at(page, offset)?;
+        next = offset + PAGE;
+    }
 }
 
 fn walk_sparse(
@@ -254,8 +308,28 @@ mod tests {
             let hash = hash_sparse(&a, length).unwrap();
             prop_assert_eq!(copy_sparse(&a, &b, length).unwrap(), hash);
             prop_assert_eq!(hash_sparse(&b, length).unwrap(), hash);
+            let c = tempfile::tempfile().unwrap();
+            let mut list = Vec::new();
+            prop_assert_eq!(write_sparse(&a, length, &mut list).unwrap(), hash);
+            prop_assert_eq!(read_sparse(&mut &list[..], &c, length).unwrap(), hash);
             let read = |f: &File| { let mut v = vec![0; length as usize]; f.read_exact_at(&mut v, 0).unwrap(); v };
             prop_assert_eq!(read(&a), read(&b));
+            prop_assert_eq!(read(&a), read(&c));
+        }
+    }
+
+    #[test]
+    fn lists_of_pages_that_are_none_are_refused() {
+        let read = |list: &[u8], length| {
+            read_sparse(&mut &list[..], &tempfile::tempfile().unwrap(), length).map(drop)
+        };
+        let at = |offset: u64| [offset.to_le_bytes().as_slice(), &[1; 4096]].concat();
+        read(&[at(0), at(8192)].concat(), 12_288).unwrap();
+        for list in [&at(1)[..], &at(12_288), &at(u64::MAX - 4095), &at(0)[..9], &at(0)[..3]] {
+            read(list, 12_288).unwrap_err();
+        }
+        for list in [[at(4096), at(0)], [at(0), at(0)]] {
+            read(&list.concat(), 12_288).unwrap_err();
         }
     }
 

@@ -1,9 +1,10 @@
-//! Making a snapshot resident: everything that is thawed is copied into sealed memory, and what is
-//! verified is the copy. From then on no file can change it, and a thaw verifies nothing.
+//! Making a snapshot resident: everything that is thawed is copied into sealed memory (and decrypted on
+//! the way), and what is verified is the copy. From then on no file can change it, and a thaw verifies
+//! nothing.
 
 use std::{
     fs::File,
-    io,
+    io::{self, BufReader, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
@@ -17,10 +18,15 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use super::{
     Snapshot, SnapshotError, SnapshotMeta, at,
     container::{Manifest, hex},
-    pages::{PAGE, PageSet, copy_sparse},
+    pages::{PAGE, PageSet, copy_sparse, read_sparse},
     working_set::{self, Sample, Use, WorkingSet, WorkingSetReport},
 };
-use crate::{Disk, Host, Image, ShellClass, host::Inner, memfile};
+use crate::{
+    Disk, Host, Image, ShellClass,
+    host::Inner,
+    keys::{Key, SealReader, sealed_length},
+    memfile,
+};
 
 /// Pages of a huge page.
 const HUGE: u64 = 512;
@@ -42,6 +48,8 @@ struct Resident {
     code: Option<Disk>,
     dir: PathBuf,
     working_set: WorkingSet,
+    /// Authenticates the working set's file.
+    working_set_key: Key,
     /// [`HostConfig::dense_pages`](crate::HostConfig::dense_pages).
     dense: u32,
 }
@@ -80,10 +88,10 @@ impl ResidentSnapshot {
 
     /// A watched clone has been looked at, or is gone.
     pub(crate) fn watched(&self, sample: Option<Sample>) {
-        let Resident { working_set, pages, dense, dir, id, .. } = &*self.0;
+        let Resident { working_set, working_set_key: key, pages, dense, dir, id, .. } = &*self.0;
         // A snapshot that has been deleted meanwhile needs no advice.
         if let Some(sets) = working_set.watched(sample, pages, *dense)
-            && let Err(error) = working_set::keep(dir, id, &sets)
+            && let Err(error) = working_set::keep(dir, id, key, &sets)
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(%error, dir = %dir.display(), "can't keep a snapshot's working set");
@@ -160,7 +168,9 @@ fn make(
     }
     let (memory, pages) = flatten(snapshot, pages, base.as_ref())?;
     let dense = inner.config.dense_pages;
-    let working_set = WorkingSet::load(&snapshot.0.dir, &snapshot.0.id, &pages, dense);
+    let working_set_key = snapshot.0.protection.working_set.clone();
+    let working_set =
+        WorkingSet::load(&snapshot.0.dir, &snapshot.0.id, &working_set_key, &pages, dense);
     let class = ShellClass { vcpus: manifest.vcpus, memory_mib: manifest.memory_mib };
     inner.copies(class, working_set.report().copied_regions);
     let state = memfile::sealed("firn-vm-state", vm_state).map_err(at("keep the VM's state"))?;
@@ -176,6 +186,7 @@ fn make(
         code,
         dir: snapshot.0.dir.clone(),
         working_set,
+        working_set_key,
         dense,
     })))
 }
@@ -206,8 +217,7 @@ fn check_environment(
     if manifest.tmp_disk != *tmp {
         return Err(SnapshotError::TmpDisk { expected: hex(&manifest.tmp_disk), found: hex(tmp) });
     }
-    let found = code.map(Disk::hash).transpose().map_err(at("read the code disk"))?;
-    let found = found.map(|hash| *hash.as_bytes());
+    let found = code.map(|disk| *disk.hash().as_bytes());
     if found != manifest.code {
         let name = |hash: Option<[u8; 32]>| hash.map_or_else(|| "none".into(), |h| hex(&h));
         return Err(SnapshotError::Code { expected: name(manifest.code), found: name(found) });
@@ -224,14 +234,7 @@ fn flatten(
 ) -> Result<(OwnedFd, PageSet), SnapshotError> {
     let manifest = &snapshot.0.state.manifest;
     let length = manifest.memory_bytes();
-    let source = snapshot.open_file("memory")?;
-    let found = source.metadata().map_err(at("read memory"))?.len();
-    if found < length {
-        return Err(SnapshotError::Truncated { what: "memory", expected: length, found });
-    }
-    if found > length {
-        return Err(SnapshotError::Memory { expected: length, found });
-    }
+    let mut source = Source::open(snapshot, length, pages)?;
 
     let target = memfile::create("firn-memory").map_err(at("make a memory file"))?;
     target.set_len(length).map_err(at("make a memory file"))?;
@@ -253,9 +256,10 @@ fn flatten(
         for run in pages.runs() {
             let offset = run.start * PAGE;
             let target = map.pages(run);
-            source.read_exact_at(target, offset).map_err(at("copy memory"))?;
+            source.read(target, offset).map_err(at("copy memory"))?;
             hasher.update(target);
         }
+        source.finish().map_err(at("copy memory"))?;
         let found = *hasher.finalize().as_bytes();
         if found != manifest.memory {
             let (expected, found) = (hex(&manifest.memory), hex(&found));
@@ -266,16 +270,64 @@ fn flatten(
     Ok((memory, all))
 }
 
+/// Where pages come from, in their order.
+enum Source {
+    /// A file as large as the memory, each page where it belongs.
+    Clear(File),
+    /// The pages alone, one after the other, encrypted.
+    Sealed(SealReader<BufReader<File>>),
+}
+
+impl Source {
+    fn open(snapshot: &Snapshot, length: u64, pages: &PageSet) -> Result<Self, SnapshotError> {
+        let sealed = snapshot.open_sealed("memory")?;
+        let expected = match sealed {
+            Some(_) => sealed_length(pages.count() * PAGE),
+            None => length,
+        };
+        let file = snapshot.open_file("memory")?;
+        let found = file.metadata().map_err(at("read memory"))?.len();
+        if found < expected {
+            return Err(SnapshotError::Truncated { what: "memory", expected, found });
+        }
+        if found > expected {
+            return Err(SnapshotError::Memory { expected, found });
+        }
+        Ok(sealed.map_or(Self::Clear(file), Self::Sealed))
+    }
+
+    fn read(&mut self, target: &mut [u8], offset: u64) -> io::Result<()> {
+        match self {
+            Self::Clear(file) => file.read_exact_at(target, offset),
+            Self::Sealed(reader) => reader.read_exact(target),
+        }
+    }
+
+    fn finish(self) -> io::Result<()> {
+        match self {
+            Self::Clear(_) => Ok(()),
+            Self::Sealed(reader) => reader.finish(),
+        }
+    }
+}
+
 fn read_delta(snapshot: &Snapshot) -> Result<OwnedFd, SnapshotError> {
     let manifest = &snapshot.0.state.manifest;
-    let source = snapshot.open_file("tmp.delta")?;
-    let found = source.metadata().map_err(at("read tmp.delta"))?.len();
-    let expected = manifest.delta_bytes;
-    if found < expected {
-        return Err(SnapshotError::Truncated { what: "tmp.delta", expected, found });
-    }
+    let length = manifest.delta_bytes;
     let target = memfile::create("firn-tmp-delta").map_err(at("make a memory file"))?;
-    let found = *copy_sparse(&source, &target, expected).map_err(at("copy tmp.delta"))?.as_bytes();
+    let found = match snapshot.open_sealed("tmp.delta")? {
+        Some(mut reader) => read_sparse(&mut reader, &target, length),
+        None => {
+            let source = snapshot.open_file("tmp.delta")?;
+            let found = source.metadata().map_err(at("read tmp.delta"))?.len();
+            if found < length {
+                let (what, expected) = ("tmp.delta", length);
+                return Err(SnapshotError::Truncated { what, expected, found });
+            }
+            copy_sparse(&source, &target, length)
+        }
+    };
+    let found = *found.map_err(at("copy tmp.delta"))?.as_bytes();
     if found != manifest.delta {
         let (expected, found) = (hex(&manifest.delta), hex(&found));
         return Err(SnapshotError::Altered { what: "tmp.delta", expected, found });

@@ -2,7 +2,8 @@
 //!
 //! The VMM writes memory, its state and the `/tmp` delta into files that it is given; firn reads
 //! them back, hashes them, writes the state file, and gives the directory its name last:
-//! a snapshot is there whole or not at all.
+//! a snapshot is there whole or not at all. If it is to be encrypted, the VMM's files lie in memory, and
+//! only their encryption gets to the disk.
 
 use std::{
     fs::{self, File},
@@ -20,13 +21,14 @@ use tempfile::TempDir;
 
 use super::{
     Opened, Snapshot, SnapshotError, SnapshotMeta, at,
-    container::{self, Manifest},
-    pages::{PAGE, PageSet, hash_pages, hash_sparse},
+    container::{self, Manifest, Protection},
+    pages::{PAGE, PageSet, hash_pages, hash_sparse, write_pages, write_sparse},
 };
 use crate::{
     Instance, InstanceError,
     channel::name as message_name,
     instance::Origin,
+    keys::SealWriter,
     memfile,
     open::TEMPORARY,
     shell,
@@ -55,7 +57,7 @@ struct Files {
 
 impl Files {
     /// Makes them beside `target`, so that renaming does not cross file systems.
-    fn create(target: &Path) -> Result<Self, SnapshotError> {
+    fn create(target: &Path, encrypted: bool) -> Result<Self, SnapshotError> {
         if target.exists() {
             return Err(SnapshotError::Exists { path: target.to_owned() });
         }
@@ -65,18 +67,24 @@ impl Files {
             .prefix(TEMPORARY)
             .tempdir_in(&parent)
             .map_err(at("make a directory for the snapshot"))?;
-        let create = |name: &str| {
-            File::options()
-                .create_new(true)
-                .read(true)
-                .write(true)
-                .open(dir.path().join(name))
-                .map_err(at("make a file of the snapshot"))
+        let create = |name: &str| match encrypted {
+            true => memfile::create("firn-save").map_err(at("make a memory file")),
+            false => create(&dir, name),
         };
         let (memory, delta) = (create("memory")?, create("tmp.delta")?);
-        let vm_state = memfile::nameless(dir.path()).map_err(at("make a file for the state"))?;
-        Ok(Self { memory, delta, vm_state: vm_state.into(), dir })
+        let vm_state = match encrypted {
+            true => memfile::create("firn-save"),
+            false => memfile::nameless(dir.path()).map(File::from),
+        };
+        let vm_state = vm_state.map_err(at("make a file for the state"))?;
+        Ok(Self { memory, delta, vm_state, dir })
     }
+}
+
+fn create(dir: &TempDir, name: &str) -> Result<File, SnapshotError> {
+    let mut options = File::options();
+    let file = options.create_new(true).read(true).write(true).open(dir.path().join(name));
+    file.map_err(at("make a file of the snapshot"))
 }
 
 fn parent(target: &Path) -> PathBuf {
@@ -98,20 +106,19 @@ impl Instance {
         meta: SnapshotMeta,
     ) -> Result<Snapshot, SnapshotError> {
         let target = dir.to_owned();
-        let files = blocking(move || Files::create(&target)).await?;
+        let encrypted = self.inner.config.encrypt_snapshots;
+        let files = blocking(move || Files::create(&target, encrypted)).await?;
         self.freeze().await?;
         let report = self.save(&files).await?;
 
         let target = dir.to_owned();
         let manifest = self.manifest(meta);
-        let code = self.code.clone();
+        let inner = self.inner.clone();
         // Its work is done; cleaning up goes on beside the writing.
         self.retire().await;
         blocking(move || {
-            let mut manifest = manifest;
-            let code = code.map(|disk| disk.hash()).transpose();
-            manifest.code = code.map_err(at("read the code disk"))?.map(|hash| *hash.as_bytes());
-            finish(files, &report, manifest, &target)
+            let protection = Protection::generate(&*inner.keys, encrypted)?;
+            finish(files, &report, manifest, protection, &target)
         })
         .await
     }
@@ -194,7 +201,7 @@ impl Instance {
             image: *image.0.hash.as_bytes(),
             kernel: *artifacts.kernel_hash.as_bytes(),
             tmp_disk: *artifacts.tmp_hash.as_bytes(),
-            code: None,
+            code: self.code.as_ref().map(|disk| *disk.hash().as_bytes()),
             base: match &self.origin {
                 Origin::Thawed { snapshot } => Some(snapshot.raw_id()),
                 Origin::Booted { .. } => None,
@@ -219,6 +226,7 @@ fn finish(
     files: Files,
     report: &SaveReport,
     mut manifest: Manifest,
+    protection: Protection,
     target: &Path,
 ) -> Result<Snapshot, SnapshotError> {
     let memory_bytes = manifest.memory_bytes();
@@ -228,21 +236,36 @@ fn finish(
         return Err(SnapshotError::Memory { expected: memory_bytes, found });
     }
     let (vm_state, pages) = read_state(&files.vm_state, report, memory_bytes / PAGE)?;
-    manifest.memory = *hash_pages(&files.memory, &pages).map_err(at("hash memory"))?.as_bytes();
     manifest.delta_bytes = files.delta.metadata().map_err(at("read tmp.delta"))?.len();
-    let delta = hash_sparse(&files.delta, manifest.delta_bytes).map_err(at("hash tmp.delta"))?;
-    manifest.delta = *delta.as_bytes();
+    let delta_bytes = manifest.delta_bytes;
+    let (memory, delta, written) = match &protection.encryption {
+        None => {
+            let memory = hash_pages(&files.memory, &pages).map_err(at("hash memory"))?;
+            let delta = hash_sparse(&files.delta, delta_bytes).map_err(at("hash tmp.delta"))?;
+            (memory, delta, [files.memory, files.delta])
+        }
+        Some(key) => {
+            let create = |name: &'static str| {
+                SealWriter::new(create(&files.dir, name)?, key, &[name.as_bytes()])
+                    .map_err(at(name))
+            };
+            let (mut memory, mut delta) = (create("memory")?, create("tmp.delta")?);
+            let hashes = (
+                write_pages(&files.memory, &pages, &mut memory).map_err(at("memory"))?,
+                write_sparse(&files.delta, delta_bytes, &mut delta).map_err(at("tmp.delta"))?,
+            );
+            let written =
+                [memory.finish().map_err(at("memory"))?, delta.finish().map_err(at("tmp.delta"))?];
+            (hashes.0, hashes.1, written)
+        }
+    };
+    (manifest.memory, manifest.delta) = (*memory.as_bytes(), *delta.as_bytes());
 
     let state = container::State { manifest, vm_state, pages };
-    let (bytes, id) = container::encode(&state)?;
-    let path = files.dir.path().join("state");
-    let file = File::options()
-        .create_new(true)
-        .write(true)
-        .open(&path)
-        .map_err(at("make the state file"))?;
+    let (bytes, id) = container::encode(&state, &protection)?;
+    let file = create(&files.dir, "state")?;
     file.write_all_at(&bytes, 0).map_err(at("write the state file"))?;
-    for file in [&file, &files.memory, &files.delta] {
+    for file in written.iter().chain([&file]) {
         file.sync_all().map_err(at("flush the snapshot"))?;
     }
     sync_dir(files.dir.path())?;
@@ -256,7 +279,7 @@ fn finish(
     // Nothing to remove any more.
     let _ = files.dir.keep();
     sync_dir(&parent(target))?;
-    Ok(Snapshot(std::sync::Arc::new(Opened { dir: target.to_owned(), id, state })))
+    Ok(Snapshot(std::sync::Arc::new(Opened { dir: target.to_owned(), id, state, protection })))
 }
 
 /// The two parts of the VMM's state file, whose lengths are its own claims.

@@ -4,7 +4,8 @@
 //! paused after its first invocations, the host reads from its page tables which pages it has
 //! written: those are private copies by then. Later clones get these pages copied before they run
 //! ([`MemoryPlan`]). The sets are kept beside the snapshot, in `working-set`; they are advice, and
-//! no content depends on them.
+//! no content depends on them. Still they are
+//! authenticated like the snapshot: forged ones could make every thaw slow and large.
 //!
 //! ```text
 //! 0    "FIRN-WS\0"           magic
@@ -12,7 +13,7 @@
 //! 12   32 bytes              id of the snapshot
 //! 44   u32, u64              samples, pages of guest memory
 //! 56   three bitmaps         written in any sample, in every sample, touched in any
-//! …    32 bytes              BLAKE3 of all before
+//! …    32 bytes              keyed BLAKE3 of all before
 //! ```
 
 use std::{
@@ -29,11 +30,12 @@ use super::{
     container::Id,
     pages::{PAGE, PageSet},
 };
+use crate::keys::Key;
 
 const MAGIC: [u8; 8] = *b"FIRN-WS\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 56;
-const HASH: usize = 32;
+const TAG: usize = 32;
 
 /// File beside the snapshot.
 const FILE: &str = "working-set";
@@ -123,8 +125,8 @@ pub(crate) enum Use {
 
 impl WorkingSet {
     /// What is known of the snapshot in `dir`; nothing, if there is nothing or it is damaged.
-    pub(super) fn load(dir: &Path, id: &Id, content: &PageSet, dense: u32) -> Self {
-        let sets = match read(dir, id, content.pages()) {
+    pub(super) fn load(dir: &Path, id: &Id, key: &Key, content: &PageSet, dense: u32) -> Self {
+        let sets = match read(dir, id, key, content.pages()) {
             Ok(sets) => sets,
             Err(error) => {
                 tracing::warn!(%error, dir = %dir.display(), "ignoring what is known of a snapshot's working set");
@@ -203,13 +205,13 @@ impl WorkingSet {
 }
 
 /// Writes the sets of the snapshot `id` beside it: whole or not at all.
-pub(super) fn keep(dir: &Path, id: &Id, sets: &[u8]) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(HEADER + sets.len() + HASH);
+pub(super) fn keep(dir: &Path, id: &Id, key: &Key, sets: &[u8]) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(HEADER + sets.len() + TAG);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
     bytes.extend(id);
     bytes.extend(sets);
-    bytes.extend(blake3::hash(&bytes).as_bytes());
+    bytes.extend(key.tag(&bytes).as_bytes());
     let mut file = tempfile::Builder::new().prefix(crate::open::TEMPORARY).tempfile_in(dir)?;
     io::Write::write_all(&mut file, &bytes)?;
     file.persist(dir.join(FILE))?;
@@ -227,32 +229,33 @@ fn encode(sets: &Sets) -> Vec<u8> {
     bytes
 }
 
-fn read(dir: &Path, id: &Id, pages: u64) -> Result<Option<Sets>, String> {
+fn read(dir: &Path, id: &Id, key: &Key, pages: u64) -> Result<Option<Sets>, String> {
     let file = match File::open(dir.join(FILE)) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.to_string()),
     };
     let bitmap = pages.div_ceil(8) as usize;
-    let expected = HEADER + 3 * bitmap + HASH;
+    let expected = HEADER + 3 * bitmap + TAG;
     let found = file.metadata().map_err(|e| e.to_string())?.len();
     if found != expected as u64 {
         return Err(format!("{found} bytes instead of {expected}"));
     }
     let mut bytes = vec![0; expected];
     file.read_exact_at(&mut bytes, 0).map_err(|e| e.to_string())?;
-    decode(&bytes, id, pages).map(Some)
+    decode(&bytes, id, key, pages).map(Some)
 }
 
 /// `bytes` are as long as they must be for `pages`.
-fn decode(bytes: &[u8], id: &Id, pages: u64) -> Result<Sets, String> {
-    let (content, hash) = bytes.split_at(bytes.len() - HASH);
-    if blake3::hash(content).as_bytes() != hash {
-        return Err("it was altered".into());
-    }
+fn decode(bytes: &[u8], id: &Id, key: &Key, pages: u64) -> Result<Sets, String> {
+    let (content, tag) = bytes.split_at(bytes.len() - TAG);
     let (header, bitmaps) = content.split_at(HEADER);
     if header[..8] != MAGIC || header[8..12] != VERSION.to_le_bytes() {
         return Err("it is of another version".into());
+    }
+    // As hashes, which are compared in constant time.
+    if !blake3::Hash::from_slice(tag).is_ok_and(|tag| tag == key.tag(content)) {
+        return Err("it was altered or forged".into());
     }
     if header[12..44] != id[..] || header[48..56] != pages.to_le_bytes() {
         return Err("it belongs to another snapshot".into());
@@ -362,13 +365,17 @@ mod tests {
         set
     }
 
+    fn key() -> Key {
+        Key::from_bytes([1; 32])
+    }
+
     fn sample(written: &PageSet) -> Sample {
         Sample { written: written.clone(), touched: written.clone() }
     }
 
     fn fresh(content: &PageSet) -> WorkingSet {
         let dir = tempfile::tempdir().unwrap();
-        WorkingSet::load(dir.path(), &[7; 32], content, 8)
+        WorkingSet::load(dir.path(), &[7; 32], &key(), content, 8)
     }
 
     #[test]
@@ -402,9 +409,12 @@ mod tests {
         let sets = fresh(&content);
         assert!(matches!(sets.next(true), Use::Watch));
         let bytes = sets.watched(Some(sample(&set(3..90))), &content, 8).unwrap();
-        keep(dir.path(), &id, &bytes).unwrap();
-        let load =
-            |id: &Id, content: &PageSet| WorkingSet::load(dir.path(), id, content, 8).report();
+        keep(dir.path(), &id, &key(), &bytes).unwrap();
+        let load = |id: &Id, content: &PageSet| {
+            WorkingSet::load(dir.path(), id, &key(), content, 8).report()
+        };
+        let other = Key::from_bytes([2; 32]);
+        assert_eq!(WorkingSet::load(dir.path(), &id, &other, &content, 8).report().samples, 0);
         assert_eq!(load(&id, &content), sets.report());
         assert_eq!(load(&[8; 32], &content).samples, 0);
         assert_eq!(load(&id, &PageSet::empty(PAGES + 8)).samples, 0);

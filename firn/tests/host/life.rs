@@ -69,7 +69,7 @@ pub async fn boot_load_invoke_pause() {
 
     let code = install.path("code");
     fs::write(&code, [1; 4096]).unwrap();
-    let (spec, mut lines) = spec(3, "hello", Some(Disk::open_read_only(&code).unwrap()));
+    let (spec, mut lines) = spec(3, "hello", Some(Disk::load(&code).unwrap()));
     let report = instance.load(&spec, false).await.unwrap();
     assert_eq!((report.init_us, report.error), (7, None));
     assert_eq!(answer(&mut instance, b"page").await, "hello");

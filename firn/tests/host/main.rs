@@ -56,6 +56,8 @@ const TESTS: &[Test] = tests![
     snapshots::base_and_function_snapshots_thaw,
     snapshots::a_guest_that_keeps_its_old_identity_never_serves,
     snapshots::every_alteration_is_named,
+    snapshots::encrypted_snapshots_thaw_and_hold_nothing_in_the_clear,
+    snapshots::snapshots_of_other_installations_and_for_other_purposes_are_refused,
     snapshots::other_surroundings_are_named,
     snapshots::a_long_first_event_does_not_keep_the_pool_empty,
     snapshots::a_full_disk_leaves_nothing,

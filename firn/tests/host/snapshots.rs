@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use firn::{Disk, Host, Snapshot, SnapshotError, SnapshotMeta, StartError};
+use firn::{Disk, Host, Snapshot, SnapshotError, SnapshotMeta, StartError, keys::KeyError};
 
 use crate::{
     install::{CLASS, Install, eventually},
@@ -38,7 +38,7 @@ pub async fn base_and_function_snapshots_thaw() {
     // A function on top of it, with code, and another page.
     let code_path = install.path("code");
     fs::write(&code_path, [9; 8192]).unwrap();
-    let code = Disk::open_read_only(&code_path).unwrap();
+    let code = Disk::load(&code_path).unwrap();
     let (mut instance, report) = host.thaw(&base, None, None).await.unwrap();
     assert!(report.is_none());
     assert_eq!(answer(&mut instance, b"page").await, "base");
@@ -49,7 +49,7 @@ pub async fn base_and_function_snapshots_thaw() {
     assert_eq!(written.memory_bytes(), 4096, "only what differs");
     assert_eq!(written.base(), Some(base.id()));
 
-    let opened = Snapshot::open(&dir).unwrap();
+    let opened = Snapshot::open(&host, &dir).unwrap();
     assert_eq!((opened.id(), opened.meta()), (written.id(), &meta("function")));
     let resident = opened.make_resident(&host, Some(&base), Some(&code)).await.unwrap();
     assert_eq!(resident.resident_bytes(), 8192);
@@ -100,8 +100,16 @@ pub async fn a_guest_that_keeps_its_old_identity_never_serves() {
 }
 
 pub async fn every_alteration_is_named() {
+    for encrypted in [false, true] {
+        alterations(encrypted).await;
+    }
+}
+
+async fn alterations(encrypted: bool) {
     let install = Install::stand_in();
-    let host = install.open().await;
+    let mut config = install.config();
+    config.encrypt_snapshots = encrypted;
+    let host = Host::open(config).await.unwrap();
     let dir = install.path("s");
     base(&host, &dir).await;
     assert!(matches!(
@@ -113,28 +121,41 @@ pub async fn every_alteration_is_named() {
         let path = dir.join(name);
         let saved = fs::read(&path).unwrap();
         change(&File::options().read(true).write(true).open(&path).unwrap());
-        let result = match Snapshot::open(&dir) {
+        let result = match Snapshot::open(&host, &dir) {
             Ok(snapshot) => snapshot.make_resident(&host, None, None).await.map(|_| ()),
             Err(error) => Err(error),
         };
         fs::write(&path, saved).unwrap();
         result
     };
-    let altered = |result, name: &str| match result {
-        Err(SnapshotError::Altered { what, .. }) => assert_eq!(what, name),
-        other => panic!("{name}: {other:?}"),
-    };
     let truncated = |result, name: &str| match result {
         Err(SnapshotError::Truncated { what, .. }) => assert_eq!(what, name),
         other => panic!("{name}: {other:?}"),
     };
     let half = |file: &File| file.set_len(file.metadata().unwrap().len() / 2).unwrap();
-    altered(attempt("state", |f| f.write_all_at(b"!", 60).unwrap()).await, "state");
-    altered(attempt("memory", |f| f.write_all_at(b"!", 3 * 4096 + 9).unwrap()).await, "memory");
+    let forged = attempt("state", |f| f.write_all_at(b"!", 130).unwrap()).await;
+    assert!(matches!(forged, Err(SnapshotError::Forged)), "{forged:?}");
+    let key = attempt("state", |f| f.write_all_at(b"!", 60).unwrap()).await;
+    assert!(matches!(key, Err(SnapshotError::Key(KeyError::Altered { .. }))), "{key:?}");
+    let altered = |result, name: &str| match (encrypted, result) {
+        (false, Err(SnapshotError::Altered { what, .. })) => assert_eq!(what, name),
+        (true, Err(SnapshotError::Key(KeyError::Altered { .. }))) => {}
+        (_, other) => panic!("{name}: {other:?}"),
+    };
+    // An encrypted file holds the pages alone.
+    let memory: fn(&File) = match encrypted {
+        false => |f| f.write_all_at(b"!", 3 * 4096 + 9).unwrap(),
+        true => |f| f.write_all_at(b"!", 99).unwrap(),
+    };
+    altered(attempt("memory", memory).await, "memory");
     altered(attempt("tmp.delta", |f| f.write_all_at(b"!", 0).unwrap()).await, "tmp.delta");
     truncated(attempt("state", half).await, "state");
     truncated(attempt("memory", half).await, "memory");
-    truncated(attempt("tmp.delta", half).await, "tmp.delta");
+    if !encrypted {
+        truncated(attempt("tmp.delta", half).await, "tmp.delta");
+    } else {
+        altered(attempt("tmp.delta", half).await, "tmp.delta");
+    }
     let longer = attempt("memory", |f| f.set_len((128 << 20) + 4096).unwrap()).await;
     assert!(matches!(longer, Err(SnapshotError::Memory { .. })), "{longer:?}");
     let version = attempt("state", |f| f.write_all_at(&[7], 8).unwrap()).await;
@@ -142,8 +163,84 @@ pub async fn every_alteration_is_named() {
     let other = attempt("state", |f| f.write_all_at(b"ELF", 0).unwrap()).await;
     assert!(matches!(other, Err(SnapshotError::NotASnapshot { .. })), "{other:?}");
     attempt("state", |_| ()).await.unwrap();
-    // Where the snapshot has no page, bytes of the file are not looked at and not thawed.
-    attempt("memory", |f| f.write_all_at(b"!", 50 * 4096).unwrap()).await.unwrap();
+    if !encrypted {
+        // Where the snapshot has no page, bytes of the file are not looked at and not thawed.
+        attempt("memory", |f| f.write_all_at(b"!", 50 * 4096).unwrap()).await.unwrap();
+    }
+    host.shutdown().await;
+}
+
+pub async fn encrypted_snapshots_thaw_and_hold_nothing_in_the_clear() {
+    let install = Install::stand_in();
+    let mut config = install.config();
+    config.encrypt_snapshots = true;
+    let host = Host::open(config).await.unwrap();
+    let dir = install.path("s");
+    let holds = |needle: &[u8]| {
+        ["state", "memory", "tmp.delta"].map(|name| {
+            let bytes = fs::read(dir.join(name)).unwrap();
+            bytes.windows(needle.len()).any(|window| window == needle)
+        })
+    };
+    let mut instance = boot(&host).await;
+    let (spec, _lines) = spec(3, "planted in memory", None);
+    instance.load(&spec, true).await.unwrap();
+    let snapshot = instance.snapshot(&dir, meta("planted in meta")).await.unwrap();
+    assert!(snapshot.is_encrypted());
+    assert_eq!((holds(b"planted"), holds(b"test")), ([false; 3], [false; 3]));
+    assert!(fs::metadata(dir.join("memory")).unwrap().len() < 8192, "the pages that it has, alone");
+    let resident = Snapshot::open(&host, &dir).unwrap().make_resident(&host, None, None).await;
+    let (_, report) = host.thaw(&resident.unwrap(), Some(&event(b"page")), None).await.unwrap();
+    assert_eq!(text(&report.unwrap().outcome), "planted in memory");
+    host.shutdown().await;
+    install.assert_nothing_left();
+
+    // It says itself that it is encrypted; one that is not is refused where that is asked for.
+    let host = install.open().await;
+    Snapshot::open(&host, &dir).unwrap().make_resident(&host, None, None).await.unwrap();
+    let clear = install.path("clear");
+    base(&host, &clear).await;
+    host.shutdown().await;
+    let mut config = install.config();
+    config.encrypt_snapshots = true;
+    let host = Host::open(config).await.unwrap();
+    let refused = Snapshot::open(&host, &clear);
+    assert!(matches!(refused, Err(SnapshotError::NotEncrypted)), "{refused:?}");
+    host.shutdown().await;
+}
+
+pub async fn snapshots_of_other_installations_and_for_other_purposes_are_refused() {
+    let (ours, theirs) = (Install::stand_in(), Install::stand_in());
+    let host = theirs.open().await;
+    base(&host, &theirs.path("s")).await;
+    host.shutdown().await;
+    let host = ours.open().await;
+    let refused = Snapshot::open(&host, theirs.path("s"));
+    assert!(matches!(refused, Err(SnapshotError::Key(KeyError::OtherKey { .. }))), "{refused:?}");
+    base(&host, &ours.path("s")).await;
+    // A companion of another snapshot, whose own hash is right.
+    let dir = ours.path("s");
+    let mut instance = boot(&host).await;
+    let (spec, _lines) = spec(3, "other", None);
+    instance.load(&spec, true).await.unwrap();
+    instance.snapshot(&ours.path("other"), meta("other")).await.unwrap();
+    fs::copy(ours.path("other/memory"), dir.join("memory")).unwrap();
+    let snapshot = Snapshot::open(&host, &dir).unwrap();
+    let refused = snapshot.make_resident(&host, None, None).await;
+    assert!(matches!(refused, Err(SnapshotError::Altered { what: "memory", .. })), "{refused:?}");
+    // A whole other one.
+    let refused = Snapshot::open(&host, ours.path("other")).unwrap().expect("another purpose");
+    assert!(matches!(refused, Err(SnapshotError::Purpose { .. })), "{refused:?}");
+    Snapshot::open(&host, ours.path("other")).unwrap().expect("k").unwrap();
+    // Another life finds its key, and without it nothing is its own.
+    host.shutdown().await;
+    let host = ours.open().await;
+    Snapshot::open(&host, ours.path("other")).unwrap();
+    host.shutdown().await;
+    fs::remove_file(ours.path("state/master.key")).unwrap();
+    let host = ours.open().await;
+    let refused = Snapshot::open(&host, ours.path("other"));
+    assert!(matches!(refused, Err(SnapshotError::Key(KeyError::OtherKey { .. }))), "{refused:?}");
     host.shutdown().await;
 }
 
@@ -154,7 +251,7 @@ pub async fn other_surroundings_are_named() {
     let resident = snapshot.make_resident(&host, None, None).await.unwrap();
     let code_path = install.path("code");
     fs::write(&code_path, [1; 512]).unwrap();
-    let code = Disk::open_read_only(&code_path).unwrap();
+    let code = Disk::load(&code_path).unwrap();
     let error = snapshot.make_resident(&host, None, Some(&code)).await.unwrap_err();
     assert!(matches!(error, SnapshotError::Code { .. }), "{error}");
     let error = snapshot.make_resident(&host, Some(&resident), None).await.unwrap_err();
@@ -210,7 +307,7 @@ pub async fn a_long_first_event_does_not_keep_the_pool_empty() {
     let mut config = install.config();
     config.shells = 1;
     let host = Host::open(config).await.unwrap();
-    let snapshot = Snapshot::open(install.path("base")).unwrap();
+    let snapshot = Snapshot::open(&host, install.path("base")).unwrap();
     let resident = snapshot.make_resident(&host, None, None).await.unwrap();
     host.prepare(CLASS).await.unwrap();
     let running = || fs::read_dir(install.path("state/run/pids")).unwrap().count();

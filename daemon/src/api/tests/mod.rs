@@ -21,6 +21,7 @@ use super::{App, router};
 use crate::{
     api::names::Place,
     code::CodeStore,
+    envelope::tests::TestKeys,
     fake::{Counters, Fake},
     logs::{Bounds, Logs},
     prepare::Preparer,
@@ -81,12 +82,12 @@ fn limits() -> Limits {
 /// Starts a daemon on the state in `dir`.
 async fn start(dir: &std::path::Path, limits: Limits, port: u16) -> Daemon {
     let fake = Fake::default();
-    let store = Arc::new(Store::open(&dir.join("store.sqlite")).unwrap());
+    let store = Arc::new(Store::open(&dir.join("store.sqlite"), Arc::new(TestKeys(1))).unwrap());
     let functions = store.all();
     let workshop = Workshop {
         backend: fake.clone(),
         place: Place { region: "us-east-1".into(), account: "000000000000".into() },
-        code: CodeStore::open(dir.join("code"), |sha| store.uses_code(sha)).unwrap(),
+        code: CodeStore::open(dir.join("code"), |blob| store.uses_code(blob)).unwrap(),
         logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
         patience: 1,
     };
