@@ -2,6 +2,8 @@
 //!
 //! All of these are HTTP 200; `X-Amz-Function-Error` says that the payload is an error document.
 
+use std::fmt;
+
 use bytes::Bytes;
 use firn_proto::guest::{FunctionError, MAX_PAYLOAD, Outcome};
 use serde_json::json;
@@ -10,7 +12,7 @@ use time::{OffsetDateTime, macros::format_description};
 use crate::report::Status;
 
 /// An invocation's result as the caller sees it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Answer {
     /// The response, or the error document.
     pub payload: Bytes,
@@ -20,6 +22,18 @@ pub struct Answer {
     pub log: Option<String>,
     /// How the REPORT line ends.
     pub status: Status,
+}
+
+impl fmt::Debug for Answer {
+    /// Without what the function said.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { payload, function_error, status, .. } = self;
+        f.debug_struct("Answer")
+            .field("payload_bytes", &payload.len())
+            .field("function_error", function_error)
+            .field("status", status)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Answer {

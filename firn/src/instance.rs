@@ -34,7 +34,7 @@ const RESTART: Duration = Duration::from_secs(10);
 const MAX_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// What to run in an instance.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct FunctionSpec {
     /// Whole environment of the runtime but `AWS_LAMBDA_RUNTIME_API`, which the guest adds.
     pub environment: Vec<(String, String)>,
@@ -48,8 +48,21 @@ pub struct FunctionSpec {
     pub log: LogSink,
 }
 
+impl fmt::Debug for FunctionSpec {
+    /// Without the environment.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { environment, memory_mb, init_timeout, code, .. } = self;
+        f.debug_struct("FunctionSpec")
+            .field("variables", &environment.len())
+            .field("memory_mb", memory_mb)
+            .field("init_timeout", init_timeout)
+            .field("code", code)
+            .finish_non_exhaustive()
+    }
+}
+
 /// One event for a function.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Invocation {
     /// Id of the request.
     pub request_id: String,
@@ -65,6 +78,19 @@ pub struct Invocation {
     pub timeout: Duration,
     /// The event, at most [`guest::MAX_PAYLOAD`] bytes.
     pub payload: Bytes,
+}
+
+impl fmt::Debug for Invocation {
+    /// Without the event and what comes with it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { request_id, function_arn, timeout, payload, .. } = self;
+        f.debug_struct("Invocation")
+            .field("request_id", request_id)
+            .field("function_arn", function_arn)
+            .field("timeout", timeout)
+            .field("payload_bytes", &payload.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// How initialisation went.
@@ -560,5 +586,18 @@ mod tests {
         assert_eq!(said(None, Some(44), None, "can't x"), "exit code 44: can't x");
         let reason = Some(control::ExitReason::TripleFault);
         assert_eq!(said(reason, Some(11), None, "RIP"), "TripleFault: RIP");
+    }
+
+    #[test]
+    fn environments_do_not_print() {
+        let spec = FunctionSpec {
+            environment: vec![("TOKEN".into(), "planted".into())],
+            memory_mb: 128,
+            init_timeout: Duration::from_secs(1),
+            code: None,
+            log: tokio::sync::mpsc::channel(1).0,
+        };
+        let text = format!("{spec:?} {spec:#?}");
+        assert!(!text.contains("planted"), "{text}");
     }
 }

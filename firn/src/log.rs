@@ -1,10 +1,12 @@
 //! Output of a function on its way to whoever keeps logs.
 
+use std::fmt;
+
 use firn_proto::guest;
 use tokio::sync::mpsc;
 
 /// A piece of a function's output.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct LogLine {
     /// Where it came from.
     pub stream: guest::Stream,
@@ -12,6 +14,18 @@ pub struct LogLine {
     pub line: Vec<u8>,
     /// The line goes on in the next piece of the same stream.
     pub partial: bool,
+}
+
+impl fmt::Debug for LogLine {
+    /// Without the line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { stream, line, partial } = self;
+        f.debug_struct("LogLine")
+            .field("stream", stream)
+            .field("bytes", &line.len())
+            .field("partial", partial)
+            .finish()
+    }
 }
 
 /// Where output goes. The channel is bounded on purpose: a function that prints faster than its

@@ -5,7 +5,7 @@
 //! with backpressure.
 
 use std::{
-    io,
+    fmt, io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream as StdStream,
@@ -32,7 +32,6 @@ pub(crate) enum StreamError {
 }
 
 /// The host's end.
-#[derive(Debug)]
 pub(crate) struct Stream {
     socket: UnixStream,
     received: BytesMut,
@@ -41,6 +40,17 @@ pub(crate) struct Stream {
     line: Option<LogLine>,
     log: Option<LogSink>,
     first_byte_ns: Option<u64>,
+}
+
+impl fmt::Debug for Stream {
+    /// Without what is on its way.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream")
+            .field("socket", &self.socket)
+            .field("received_bytes", &self.received.len())
+            .field("unsent_bytes", &self.unsent.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Stream {

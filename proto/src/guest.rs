@@ -12,6 +12,8 @@
 //! message. The stream survives a snapshot: a thawed guest continues where its snapshot was taken,
 //! which is always between two frames.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::CodecError;
@@ -78,7 +80,7 @@ pub struct Ready {
 }
 
 /// What function to run and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
     /// Whole environment of the runtime but what the guest alone knows
     /// (`AWS_LAMBDA_RUNTIME_API`).
@@ -104,7 +106,7 @@ pub struct Loaded {
 }
 
 /// What a thawed guest needs to become someone else.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Renew {
     /// Wall-clock time in nanoseconds since the epoch when the message was made.
     pub wall_clock_ns: u64,
@@ -131,7 +133,7 @@ pub struct Renewed {
 }
 
 /// One event.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invoke {
     /// `Lambda-Runtime-Aws-Request-Id`.
     pub request_id: String,
@@ -164,7 +166,7 @@ pub enum Stream {
 }
 
 /// A piece of output.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Log {
     /// Where it came from.
     pub stream: Stream,
@@ -193,7 +195,7 @@ pub struct Done {
 }
 
 /// Result of an invocation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// The runtime answered.
     Response {
@@ -208,7 +210,7 @@ pub enum Outcome {
 }
 
 /// Why a function has no answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FunctionError {
     /// The runtime posted an error.
     Reported {
@@ -238,6 +240,99 @@ pub enum FunctionError {
         /// What was tried and why it failed.
         message: String,
     },
+}
+
+/// Stands for what may be a secret where a message is printed: messages end in logs and panics.
+struct Hidden(usize);
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "<{}>", self.0)
+    }
+}
+
+impl fmt::Debug for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { environment, memory_bytes, init_timeout_ms, snapshot, code } = self;
+        f.debug_struct("Load")
+            .field("environment", &Hidden(environment.len()))
+            .field("memory_bytes", memory_bytes)
+            .field("init_timeout_ms", init_timeout_ms)
+            .field("snapshot", snapshot)
+            .field("code", code)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Renew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { wall_clock_ns, entropy, instance_id, hook_timeout_ms } = self;
+        f.debug_struct("Renew")
+            .field("wall_clock_ns", wall_clock_ns)
+            .field("entropy", &Hidden(entropy.len()))
+            .field("instance_id", instance_id)
+            .field("hook_timeout_ms", hook_timeout_ms)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Invoke {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { request_id, function_arn, deadline_ms, timeout_ms, payload, .. } = self;
+        f.debug_struct("Invoke")
+            .field("request_id", request_id)
+            .field("function_arn", function_arn)
+            .field("deadline_ms", deadline_ms)
+            .field("timeout_ms", timeout_ms)
+            .field("payload", &Hidden(payload.len()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { stream, line, partial } = self;
+        f.debug_struct("Log")
+            .field("stream", stream)
+            .field("line", &Hidden(line.len()))
+            .field("partial", partial)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Response { payload, content_type } => f
+                .debug_struct("Response")
+                .field("payload", &Hidden(payload.len()))
+                .field("content_type", content_type)
+                .finish(),
+            Self::Error(error) => f.debug_tuple("Error").field(error).finish(),
+        }
+    }
+}
+
+impl fmt::Debug for FunctionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reported { error_type, payload } => f
+                .debug_struct("Reported")
+                .field("error_type", error_type)
+                .field("payload", &Hidden(payload.len()))
+                .finish(),
+            Self::Exited { status } => f.debug_struct("Exited").field("status", status).finish(),
+            Self::TimedOut { limit_ms } => {
+                f.debug_struct("TimedOut").field("limit_ms", limit_ms).finish()
+            }
+            Self::ResponseTooLarge { size } => {
+                f.debug_struct("ResponseTooLarge").field("size", size).finish()
+            }
+            Self::InvalidEntrypoint { message } => {
+                f.debug_struct("InvalidEntrypoint").field("message", message).finish()
+            }
+        }
+    }
 }
 
 /// Encodes one frame, length prefix and all.
@@ -296,6 +391,59 @@ mod tests {
             timeout_ms: 3000,
             payload,
         })
+    }
+
+    #[test]
+    fn environments_events_and_entropy_do_not_print() {
+        let secret = || "planted".to_owned();
+        let bytes = || b"planted".to_vec();
+        let reported = || FunctionError::Reported { error_type: "E".into(), payload: bytes() };
+        let texts = [
+            format!(
+                "{:?}",
+                ToGuest::Load(Load {
+                    environment: vec![("KEY".into(), secret())],
+                    memory_bytes: 1,
+                    init_timeout_ms: 2,
+                    snapshot: false,
+                    code: true,
+                })
+            ),
+            format!(
+                "{:?}",
+                ToGuest::Renew(Renew {
+                    wall_clock_ns: 1,
+                    entropy: bytes(),
+                    instance_id: "i".into(),
+                    hook_timeout_ms: 2,
+                })
+            ),
+            format!(
+                "{:?}",
+                ToGuest::Invoke(Invoke {
+                    request_id: "r".into(),
+                    function_arn: "f".into(),
+                    trace_id: "t".into(),
+                    client_context: secret(),
+                    cognito_identity: secret(),
+                    deadline_ms: 1,
+                    timeout_ms: 2,
+                    payload: bytes(),
+                })
+            ),
+            format!("{:?}", Log { stream: Stream::Stdout, line: bytes(), partial: false }),
+            format!(
+                "{:?}",
+                Outcome::Response { payload: bytes(), content_type: "text/plain".into() }
+            ),
+            format!("{:?}", Outcome::Error(reported())),
+            format!("{:?}", FromGuest::Loaded(Loaded { init_us: 1, error: Some(reported()) })),
+        ];
+        for text in texts {
+            // As text or as a list of numbers: 112 is `p`.
+            assert!(!text.contains("planted") && !text.contains("112"), "{text}");
+            assert!(text.contains("<7>") || text.contains("<1>"), "{text}");
+        }
     }
 
     #[test]

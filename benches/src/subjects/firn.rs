@@ -12,8 +12,10 @@ use std::{
 use async_trait::async_trait;
 use firn::{
     Disk, FunctionSpec, Host, HostConfig, Image, Instance, Invocation, InvokeReport, LogSink,
-    Phases, ResidentSnapshot, ShellClass, SnapshotMeta, control::Phase, control::Stats,
-    guest::Outcome,
+    Phases, ResidentSnapshot, ShellClass, SnapshotMeta,
+    control::Phase,
+    control::Stats,
+    guest::{FunctionError, Outcome},
 };
 use serde_json::{Value, json};
 use tokio::sync::{OnceCell, mpsc};
@@ -178,8 +180,8 @@ impl Firn {
         let renewed = now_ns();
         let spec = self.spec(function, &code, true);
         let report = instance.load(&spec, true).await.map_err(of(NAME, "load"))?;
-        if let Some(error) = report.error {
-            return Err(Error::Function { subject: NAME, answer: format!("{error:?}") });
+        if let Some(error) = &report.error {
+            return Err(Error::Function { subject: NAME, answer: words(error) });
         }
         let loaded = now_ns();
         let snapshot = instance
@@ -554,12 +556,18 @@ fn guest_stamps(
     trip.stamp(stamp::ANSWERED, at(report.tsc.1));
 }
 
+/// What a function said of its failure: it is one of this program's own, and has no secrets.
+fn words(error: &FunctionError) -> String {
+    match error {
+        FunctionError::Reported { payload, .. } => String::from_utf8_lossy(payload).into_owned(),
+        other => format!("{other:?}"),
+    }
+}
+
 fn check(report: &InvokeReport) -> Result<()> {
     match &report.outcome {
         Outcome::Response { .. } => Ok(()),
-        Outcome::Error(error) => {
-            Err(Error::Function { subject: NAME, answer: format!("{error:?}") })
-        }
+        Outcome::Error(error) => Err(Error::Function { subject: NAME, answer: words(error) }),
     }
 }
 

@@ -4,7 +4,7 @@
 //! ignored as Lambda ignores them; members that it knows and can't honour are kept as raw values
 //! for [`super::validate`] to refuse.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,10 +46,17 @@ pub struct Settings {
 }
 
 /// `Environment`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Environment {
     pub(crate) variables: Option<BTreeMap<String, String>>,
+}
+
+impl fmt::Debug for Environment {
+    /// Without names and values.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Environment(<{}>)", self.variables.as_ref().map_or(0, BTreeMap::len))
+    }
 }
 
 /// `EphemeralStorage`.
@@ -127,8 +134,15 @@ pub struct CodeUpload<'a> {
 }
 
 /// Base64 text. A type of its own because serde borrows a `Cow` only where it stands alone.
-#[derive(Debug, Deserialize)]
+#[derive(Deserialize)]
 pub struct Blob<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
+
+impl fmt::Debug for Blob<'_> {
+    /// Without the code.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blob(<{}>)", self.0.len())
+    }
+}
 
 fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
@@ -139,7 +153,7 @@ where
 }
 
 /// `FunctionConfiguration`.
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct FunctionConfiguration<'a> {
     function_name: &'a str,
@@ -208,6 +222,42 @@ impl<'a> FunctionConfiguration<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn environments_code_and_answers_do_not_print() {
+        let body = br#"{"FunctionName": "f", "Code": {"ZipFile": "cGxhbnRlZA=="},
+            "Environment": {"Variables": {"TOKEN": "planted"}}}"#;
+        let create: CreateFunction = serde_json::from_slice(body).unwrap();
+        let update: UpdateFunctionConfiguration = serde_json::from_slice(body).unwrap();
+        let answer = crate::outcome::Answer::of(
+            firn::guest::Outcome::Response {
+                payload: b"planted".to_vec(),
+                content_type: "t".into(),
+            },
+            "r",
+        );
+        let invocation = firn::Invocation {
+            payload: bytes::Bytes::from_static(b"planted"),
+            client_context: "planted".into(),
+            ..Default::default()
+        };
+        let line = firn::LogLine {
+            stream: firn::guest::Stream::Stdout,
+            line: b"planted".to_vec(),
+            partial: false,
+        };
+        for text in [
+            format!("{create:?} {create:#?}"),
+            format!("{update:?}"),
+            format!("{answer:?}"),
+            format!("{invocation:?}"),
+            format!("{line:?}"),
+        ] {
+            let hidden = !text.contains("planted") && !text.contains("cGxhbnRlZA");
+            // A list of numbers would begin with that of `p`.
+            assert!(hidden && !text.contains("112"), "{text}");
+        }
+    }
 
     #[test]
     fn zip_files_are_borrowed_even_through_flatten() {

@@ -18,6 +18,7 @@ mod trace;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -115,7 +116,6 @@ pub struct Request {
 }
 
 /// A request that was served.
-#[derive(Debug)]
 pub struct Served {
     /// How its instance came to be.
     pub kind: StartKind,
@@ -125,6 +125,14 @@ pub struct Served {
     pub tail: Vec<u8>,
     /// When what happened.
     pub trace: Trace,
+}
+
+impl fmt::Debug for Served {
+    /// Without what the function said.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, answer, .. } = self;
+        f.debug_struct("Served").field("kind", kind).field("answer", answer).finish_non_exhaustive()
+    }
 }
 
 /// Why a request was not served.
