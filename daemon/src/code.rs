@@ -298,7 +298,7 @@ mod tests {
         names
     }
 
-    fn content(disk: &Disk) -> Vec<u8> {
+    fn content_of(disk: &Disk) -> Vec<u8> {
         let mut bytes = Vec::new();
         disk.reader().unwrap().read_to_end(&mut bytes).unwrap();
         bytes
@@ -359,7 +359,7 @@ mod tests {
         }
         assert_eq!(store.zip(&function).unwrap(), b"planted in an archive");
         let disk = store.disk(&function, no_build).unwrap();
-        assert_eq!(content(&disk), CONTENT);
+        assert_eq!(content_of(&disk), CONTENT);
         // The second one is the same memory.
         fs::remove_dir_all(dir.path()).unwrap();
         store.disk(&function, no_build).unwrap();
@@ -373,12 +373,12 @@ mod tests {
         let function = deployed(&store, "f", b"zip");
         let path = store.path(&function.code, DISK);
         fs::remove_file(&path).unwrap();
-        assert_eq!(content(&store.disk(&function, build).unwrap()), CONTENT);
+        assert_eq!(content_of(&store.disk(&function, build).unwrap()), CONTENT);
         let mut bytes = fs::read(&path).unwrap();
         bytes[100] ^= 1;
         fs::write(&path, bytes).unwrap();
-        assert_eq!(content(&store.disk(&function, build).unwrap()), CONTENT);
-        assert_eq!(content(&store.disk(&function, no_build).unwrap()), CONTENT);
+        assert_eq!(content_of(&store.disk(&function, build).unwrap()), CONTENT);
+        assert_eq!(content_of(&store.disk(&function, no_build).unwrap()), CONTENT);
     }
 
     #[test]
@@ -433,5 +433,53 @@ mod tests {
         let Function { name, envelope, code, .. } = &function;
         store.write(name, envelope, code, ZIP, &mut &b"zip"[..]).unwrap();
         assert!(matches!(store.disk(&function, build), Err(LoadError::Hash { .. })));
+    }
+
+    /// What encryption adds to an upload and to a load:
+    /// `cargo test --release -p firnd throughput -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn throughput_of_uploads() {
+        let (dir, store) = store();
+        let mut seed = 1u64;
+        let content: Vec<u8> = std::iter::repeat_with(|| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 56) as u8
+        })
+        .take(40 << 20)
+        .collect();
+        let path = dir.path().join("index.bin");
+        fs::write(&path, &content).unwrap();
+        let zipping = std::process::Command::new("python3")
+            .args(["-m", "zipfile", "-c", "code.zip", "index.bin"])
+            .current_dir(dir.path())
+            .status();
+        assert!(zipping.unwrap().success());
+        let zip = fs::read(dir.path().join("code.zip")).unwrap();
+        let time = |what: &str, work: &mut dyn FnMut()| {
+            let start = std::time::Instant::now();
+            work();
+            println!("{what}: {:.0} ms", start.elapsed().as_secs_f64() * 1000.0);
+        };
+        let mut function = example("f");
+        for _ in 0..3 {
+            time("build, write and flush both files in the clear", &mut || {
+                let disk = firn::code::build_disk(&zip).unwrap().disk;
+                for (name, bytes) in [("zip", zip.clone()), ("erofs", content_of(&disk))] {
+                    let mut file = File::create(dir.path().join(name)).unwrap();
+                    file.write_all(&bytes).unwrap();
+                    file.sync_all().unwrap();
+                }
+            });
+            time("build, encrypt, write and flush", &mut || {
+                let build = |zip: &[u8]| firn::code::build_disk(zip);
+                let upload = store.put("f", &function.envelope, &zip, build).unwrap();
+                function.code = upload.code.clone();
+                upload.keep();
+            });
+            time("load: read both, decrypt, check SHA-256", &mut || {
+                store.disk(&function, no_build).unwrap();
+            });
+        }
     }
 }

@@ -14,7 +14,7 @@ mod seal;
 
 use std::{
     fmt::{self, Debug},
-    fs::{self, File},
+    fs::File,
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -167,7 +167,7 @@ pub struct LocalKeyFile {
 }
 
 impl LocalKeyFile {
-    /// Reads the key file at `path`, and makes it first if there is none.
+    /// Reads the key file at `path`, and makes it first if there is none. Its directory must be there.
     ///
     /// # Errors
     /// [`KeyError::File`] if others can read it, it belongs to somebody else or has another length;
@@ -218,7 +218,6 @@ fn create(path: &Path) -> Result<(), KeyError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    fs::create_dir_all(dir).map_err(at)?;
     let key = Key::random()?;
     // Mode 0600 from its first moment.
     let mut file =
@@ -255,13 +254,13 @@ impl KeyService for LocalKeyFile {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{fs, os::unix::fs::PermissionsExt};
 
     use super::*;
 
     fn temporary() -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("keys/master.key");
+        let path = dir.path().join("master.key");
         (dir, path)
     }
 
@@ -299,9 +298,8 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         assert!(matches!(LocalKeyFile::open_or_create(&path), Err(KeyError::File { .. })));
-        let file = path.parent().unwrap().join("file");
-        fs::write(&file, "").unwrap();
-        let error = LocalKeyFile::open_or_create(&file.join("key")).unwrap_err();
+        // A directory that is not mounted, for one: no new key in its place.
+        let error = LocalKeyFile::open_or_create(&path.with_file_name("missing/key")).unwrap_err();
         assert!(matches!(error, KeyError::Io { .. }), "{error}");
     }
 

@@ -383,6 +383,45 @@ mod tests {
         assert_eq!(reader.read(&mut [0; 9]).unwrap(), 0);
     }
 
+    /// What making resident costs a MiB of memory, without and with encryption:
+    /// `cargo test --release -p firn --lib throughput -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn throughput_of_snapshots() {
+        const BYTES: usize = 256 << 20;
+        let plain = plain(BYTES);
+        let file = sealed(&plain);
+        let mut target = vec![1; BYTES];
+        let mut measure = |what: &str, work: &mut dyn FnMut(&mut [u8])| {
+            let best = (0..5).map(|_| {
+                let start = std::time::Instant::now();
+                work(&mut target);
+                start.elapsed().as_secs_f64()
+            });
+            let mib = (BYTES >> 20) as f64;
+            println!("{what}: {:.0} MiB/s", mib / best.fold(f64::MAX, f64::min));
+        };
+        measure("hash", &mut |_| _ = blake3::hash(&plain));
+        measure("hash with a key", &mut |_| _ = key().tag(&plain));
+        measure("encrypt", &mut |_| {
+            let mut writer = SealWriter::new(io::sink(), &key(), CONTEXT).unwrap();
+            writer.write_all(&plain).unwrap();
+            writer.finish().unwrap();
+        });
+        measure("copy and hash, as for a snapshot in the clear", &mut |target| {
+            let mut source = &plain[..];
+            for part in target.chunks_mut(1 << 20) {
+                source.read_exact(part).unwrap();
+            }
+            blake3::hash(target);
+        });
+        measure("decrypt and hash, as for an encrypted one", &mut |target| {
+            let mut reader = SealReader::new(&file[..], &key(), CONTEXT).unwrap();
+            reader.read_exact(target).unwrap();
+            blake3::hash(target);
+        });
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
