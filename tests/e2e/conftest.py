@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shlex
 import subprocess
 import textwrap
 import time
@@ -20,10 +21,11 @@ ROLE = "arn:aws:iam::000000000000:role/test"
 PATIENCE = 180
 
 
-def zipped(files):
-    """A zip archive of {name: content}."""
+def zipped(files, stored=False):
+    """A zip archive of {name: content}, without compression if `stored`."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    method = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -132,6 +134,77 @@ def client(endpoint):
 @pytest.fixture(scope="session")
 def site():
     return Site(json.loads(os.environ["FIRN_RUNNER"]))
+
+
+class SecondDaemon:
+    """A daemon with other flags beside that of the other tests; only programs at its own place can reach
+    it."""
+
+    def __init__(self, site, name, port, flags):
+        self.site, self.port, self.flags = site, port, flags
+        self.dir = f"/tmp/{name}"
+        self.state = f"{self.dir}/state"
+        self.url = f"http://127.0.0.1:{port}"
+
+    def start(self):
+        # A session of its own, made before the script ends: whatever else it started ends with it.
+        self.site.run(f"""
+argument() {{ tr '\\0' '\\n' < /proc/$(pidof firnd | cut -d' ' -f1)/cmdline | grep -A1 -x -e "$1" | tail -n1; }}
+artifacts=$(argument --artifacts)
+mkdir -p {self.dir}
+setsid $artifacts/bin/firnd --artifacts $artifacts --state {self.state} --listen 127.0.0.1:{self.port} \\
+    --patience 20 --no-cpu-limits {self.flags} >> {self.dir}/log 2>&1 &
+echo $! > {self.dir}/pid
+for _ in $(seq 120); do
+    busybox wget -q -O /dev/null {self.url}/firn/v1/instances && exit 0
+    kill -0 $(cat {self.dir}/pid) || break
+    sleep 0.5
+done
+cat {self.dir}/log
+exit 1
+""")
+
+    def stop(self):
+        """Waits until it is gone, and returns the end of its log."""
+        return self.site.run(f"""
+pid=$(cat {self.dir}/pid)
+kill $pid 2>/dev/null
+while kill -0 $pid 2>/dev/null; do sleep 0.1; done
+tail -n 20 {self.dir}/log
+""")
+
+    def remove(self):
+        self.site.run(f"rm -rf {self.dir}")
+
+    def log(self):
+        return self.site.run(f"cat {self.dir}/log")
+
+    def call(self, path, body=None):
+        """The answer's head and body."""
+        command = f"busybox wget -S -q -O {self.dir}/answer {self.url}{path}"
+        if body is not None:
+            self.site.run(f"printf %s {shlex.quote(json.dumps(body))} > {self.dir}/body")
+            command += f" --post-file={self.dir}/body"
+        head = self.site.run(f"{command} 2>&1; rm -f {self.dir}/body", check=False)
+        read = f"cat {self.dir}/answer; rm -f {self.dir}/answer"
+        return head.lower(), self.site.run(read, check=False)
+
+    def deploy(self, name, source, stored=False, **more):
+        """Makes a function and waits for its snapshot."""
+        code = zipped({"index.py": textwrap.dedent(source)}, stored)
+        settings = {"Runtime": "python3.11", "Handler": "index.handler", "MemorySize": 128}
+        settings.update({"FunctionName": name, "Role": ROLE, "Timeout": 60, **more})
+        settings["Code"] = {"ZipFile": base64.b64encode(code).decode()}
+        self.call("/2015-03-31/functions", settings)
+        self.wait_for_snapshot(name)
+
+    def wait_for_snapshot(self, name):
+        path = f"/firn/v1/functions/{name}/snapshot"
+        state = wait_for(
+            "the snapshot",
+            lambda: (s := json.loads(self.call(path)[1] or "{}").get("state")) in ("ready", "failed") and s,
+        )
+        assert state == "ready", self.log()
 
 
 SCRIPT_RUNNER = """

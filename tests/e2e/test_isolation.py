@@ -4,79 +4,18 @@ The daemon of the other tests keeps instances warm. It is the control here: what
 found there, or looking for it would prove nothing. A second daemon, which resets, runs beside it.
 """
 
-import base64
 import json
 import secrets
-import shlex
-import textwrap
 
 import pytest
 
-from conftest import ROLE, wait_for, zipped
-
-PORT = 9097
-URL = f"http://127.0.0.1:{PORT}"
-STATE = "/tmp/isolated"
-
-# A session of its own, made before the script ends: whatever else it started ends with it.
-START = f"""
-argument() {{ tr '\\0' '\\n' < /proc/$(pidof firnd | cut -d' ' -f1)/cmdline | grep -A1 -x -e "$1" | tail -n1; }}
-artifacts=$(argument --artifacts)
-mkdir -p {STATE}
-setsid $artifacts/bin/firnd --artifacts $artifacts --state {STATE}/state --listen 127.0.0.1:{PORT} \\
-    --patience 20 --no-cpu-limits --isolation per-invocation > {STATE}/log 2>&1 &
-echo $! > {STATE}/pid
-for _ in $(seq 120); do
-    busybox wget -q -O /dev/null {URL}/firn/v1/instances && exit 0
-    sleep 0.5
-done
-cat {STATE}/log
-exit 1
-"""
-
-STOP = f"""
-kill $(cat {STATE}/pid)
-while kill -0 $(cat {STATE}/pid) 2>/dev/null; do sleep 0.1; done
-tail -n 20 {STATE}/log
-rm -rf {STATE}
-"""
+from conftest import SecondDaemon, wait_for
 
 
-class Isolated:
-    """The second daemon, which only programs at its own place can reach."""
-
-    def __init__(self, site):
-        self.site = site
-
-    def call(self, path, body=None):
-        """The answer's head and body."""
-        command = f"busybox wget -S -q -O {STATE}/answer {URL}{path}"
-        if body is not None:
-            self.site.run(f"printf %s {shlex.quote(json.dumps(body))} > {STATE}/body")
-            command += f" --post-file={STATE}/body"
-        head = self.site.run(f"{command} 2>&1", check=False)
-        return head.lower(), self.site.run(f"cat {STATE}/answer; rm -f {STATE}/answer", check=False)
-
-    def deploy(self, name, source):
-        code = base64.b64encode(zipped({"index.py": textwrap.dedent(source)})).decode()
-        self.call(
-            "/2015-03-31/functions",
-            {
-                "FunctionName": name,
-                "Runtime": "python3.11",
-                "Handler": "index.handler",
-                "Role": ROLE,
-                "MemorySize": 128,
-                "Timeout": 60,
-                "Code": {"ZipFile": code},
-            },
-        )
-        path = f"/firn/v1/functions/{name}/snapshot"
-        state = wait_for(
-            "the snapshot",
-            lambda: (s := json.loads(self.call(path)[1] or "{}").get("state")) in ("ready", "failed") and s,
-        )
-        assert state == "ready"
+class Isolated(SecondDaemon):
+    def deployed(self, name, source):
+        """A function, as something to call with events."""
+        self.deploy(name, source)
         return lambda event: self.invoke(name, event)
 
     def invoke(self, name, event):
@@ -97,11 +36,13 @@ class Isolated:
 
 @pytest.fixture(scope="module")
 def isolated(site):
+    daemon = Isolated(site, "isolated", 9097, "--isolation per-invocation")
     try:
-        site.run(START)
-        yield Isolated(site)
+        daemon.start()
+        yield daemon
     finally:
-        print(site.run(STOP))
+        print(daemon.stop())
+        daemon.remove()
 
 
 PLANT = """
@@ -207,7 +148,7 @@ def test_nothing_of_one_request_is_found_by_the_next(isolated, deploy, site):
     found = warm.invoke({"secret": "two"}, start="warm").json["found"]
     assert sorted(found) == sorted(PLACES), "the control"
 
-    fresh = isolated.deploy("secrets", PLANT)
+    fresh = isolated.deployed("secrets", PLANT)
     answers = []
     for _ in range(4):
         now = int(site.run("date +%s"))
@@ -256,7 +197,7 @@ def test_an_instance_that_waits_holds_nothing_of_its_last_request(isolated, depl
     instance = wait_for("it is idle", lambda: [i for i in warm.instances() if i["State"] == "idle"])
     assert occurrences(site, instance[0]["Pid"], secret) > 0, "the control"
 
-    fresh = isolated.deploy("keep", keep)
+    fresh = isolated.deployed("keep", keep)
     for _ in range(2):
         assert fresh({"secret": secret}) == 1
     assert occurrences(site, isolated.pid("keep"), secret) == 0
