@@ -1,5 +1,5 @@
 //! Where the memory of a guest, or what an attacker wants to know of the kernel, may turn up:
-//! swap, merged pages, core dumps, the kernel's log and addresses.
+//! swap, merged pages, the kernel's log and addresses. (No core dump: VMMs forbid theirs.)
 
 use super::{Finding, Severity, read};
 
@@ -8,10 +8,6 @@ pub fn examine() -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(swap(&read("/proc/swaps")));
     findings.extend(merging(&read("/sys/kernel/mm/ksm/run")));
-    findings.extend(core_dumps(
-        &read("/proc/sys/kernel/core_pattern"),
-        &read("/proc/sys/fs/suid_dumpable"),
-    ));
     findings.extend(kernel_log(&read("/proc/sys/kernel/dmesg_restrict")));
     findings.extend(kernel_addresses(&read("/proc/sys/kernel/kptr_restrict")));
     findings
@@ -45,28 +41,6 @@ fn merging(run: &str) -> Option<Finding> {
         ),
         _ => Some(Finding::new(id, Severity::Ok, "the kernel merges no equal pages (KSM)", why)),
     }
-}
-
-/// The jail allows a VMM no core dump, and its program can't be read, which makes the process as
-/// dumpable as `fs.suid_dumpable` says. A limit of 0 is one for files only: a program behind `|` is
-/// handed the dump all the same.
-fn core_dumps(pattern: &str, suid_dumpable: &str) -> Option<Finding> {
-    let id = "host.core-dumps";
-    if pattern.is_empty() || suid_dumpable.is_empty() {
-        return None;
-    }
-    let Some(command) = pattern.strip_prefix('|').filter(|_| suid_dumpable.trim() != "0") else {
-        let what = "a VMM that crashes leaves no core dump";
-        return Some(Finding::new(id, Severity::Ok, what, "It would hold its guest's memory."));
-    };
-    let program = command.split_whitespace().next().unwrap_or_default();
-    let what = format!("the core dump of a VMM that crashes goes to {program}");
-    let why = "It holds the guest's memory. The jail's limit is one for files: whether a program \
-               obeys it is up to the program (systemd-coredump does).";
-    Some(
-        Finding::new(id, Severity::Note, what, why)
-            .fix("For hostile tenants: `sysctl fs.suid_dumpable=0`, as root."),
-    )
 }
 
 fn kernel_log(restrict: &str) -> Option<Finding> {
@@ -118,20 +92,6 @@ mod tests {
             assert_eq!(merging(off).unwrap().severity, Severity::Ok, "{off}");
         }
         assert_eq!(merging(""), None);
-    }
-
-    #[test]
-    fn dumps_are_dangerous_where_a_program_gets_them_and_they_are_made() {
-        let program = "|/usr/share/apport/apport -p%p -s%s\n";
-        let found = core_dumps(program, "2\n").unwrap();
-        assert_eq!(found.severity, Severity::Note);
-        assert!(found.what.ends_with("/usr/share/apport/apport"));
-        for (pattern, dumpable) in [(program, "0\n"), ("core\n", "2\n"), ("/var/core.%p\n", "0\n")]
-        {
-            assert_eq!(core_dumps(pattern, dumpable).unwrap().severity, Severity::Ok, "{pattern}");
-        }
-        assert_eq!(core_dumps("", "0\n"), None);
-        assert_eq!(core_dumps("core\n", ""), None);
     }
 
     #[test]
