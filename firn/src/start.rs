@@ -229,7 +229,10 @@ impl Host {
         let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
         let (plan, watch_clone) = match snapshot.next_use(first.is_some()) {
             Use::Plan { plan, regions } => {
-                inner.copies(snapshot.class(), regions);
+                // A thaw to be loaded has no plan, and says nothing of what those with one need.
+                if first.is_some() || regions > 0 {
+                    inner.copies(snapshot.class(), regions);
+                }
                 (MemoryPlan::clone(&plan), None)
             }
             Use::Watch => (MemoryPlan::default(), Some(Watched::new(snapshot))),
