@@ -29,7 +29,10 @@ use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags, UnmountFlags},
     process::{DumpableBehavior, Resource, Rlimit},
-    thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags},
+    thread::{
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, CoreSchedulingScope, Gid, Uid,
+        UnshareFlags, create_core_scheduling_cookie,
+    },
 };
 
 use crate::args::Plan;
@@ -211,24 +214,10 @@ fn reset_signals() -> Result<(), CageError> {
 /// Sibling threads of a core, if simultaneous multithreading is on, then run this microVM's threads
 /// or nobody else's. Kernels without core scheduling, and machines without siblings, say so.
 fn take_a_core_cookie() -> Result<(), CageError> {
-    /// `PIDTYPE_TGID` of `linux/pid.h`: all threads of the process, and those to come.
-    const OF_THE_PROCESS: libc::c_ulong = 1;
-    // SAFETY: the last argument is a pointer only for PR_SCHED_CORE_GET.
-    let result = unsafe {
-        libc::prctl(
-            libc::PR_SCHED_CORE,
-            libc::PR_SCHED_CORE_CREATE as libc::c_ulong,
-            0 as libc::c_ulong,
-            OF_THE_PROCESS,
-            0 as libc::c_ulong,
-        )
-    };
-    if result == 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error() {
-        error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV)) => Ok(()),
-        error => Err(error).at(Step::CoreScheduling),
+    let ourselves = rustix::process::getpid();
+    match create_core_scheduling_cookie(ourselves, CoreSchedulingScope::ThreadGroup) {
+        Ok(()) | Err(Errno::INVAL | Errno::NODEV) => Ok(()),
+        other => other.at(Step::CoreScheduling),
     }
 }
 
@@ -401,11 +390,15 @@ mod tests {
         assert!(Step::Exec.code() < 64);
     }
 
-    /// What this process gets from opening its root and from binding a port, in a child that is
-    /// restricted; `None` where the kernel does not know Landlock.
-    fn restricted(attempt: impl Fn() -> i32) -> Option<i32> {
+    fn landlock_version() -> libc::c_long {
         // SAFETY: LANDLOCK_CREATE_RULESET_VERSION takes no attribute and makes nothing.
-        if unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } < 1 {
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) }
+    }
+
+    /// What `attempt` says in a child that is restricted; `None` where the kernel does not know
+    /// Landlock.
+    fn restricted(attempt: impl Fn() -> i32) -> Option<i32> {
+        if landlock_version() < 1 {
             eprintln!("skipped: no Landlock");
             return None;
         }
@@ -448,9 +441,7 @@ mod tests {
 
     #[test]
     fn a_restricted_process_signals_nobody_else() {
-        // SAFETY: as in `restricted`.
-        let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
-        if version < 6 {
+        if landlock_version() < 6 {
             eprintln!("skipped: this kernel's Landlock does not know signals");
             return;
         }

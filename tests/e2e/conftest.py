@@ -1,6 +1,7 @@
 """What the end-to-end tests share: the client, functions, and the place where the daemon runs."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -175,6 +176,16 @@ tail -n 20 {self.dir}/log
 
     def remove(self):
         self.site.run(f"rm -rf {self.dir}")
+
+    @contextlib.contextmanager
+    def running(self):
+        """Starts it, and leaves nothing of it."""
+        try:
+            self.start()
+            yield self
+        finally:
+            print(self.stop())
+            self.remove()
 
     def log(self):
         return self.site.run(f"cat {self.dir}/log")

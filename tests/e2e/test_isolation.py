@@ -36,13 +36,8 @@ class Isolated(SecondDaemon):
 
 @pytest.fixture(scope="module")
 def isolated(site):
-    daemon = Isolated(site, "isolated", 9097, "--isolation per-invocation")
-    try:
-        daemon.start()
+    with Isolated(site, "isolated", 9097, "--isolation per-invocation").running() as daemon:
         yield daemon
-    finally:
-        print(daemon.stop())
-        daemon.remove()
 
 
 PLANT = """

@@ -28,13 +28,8 @@ class Daemon(SecondDaemon):
 
 @pytest.fixture
 def daemon(site):
-    daemon = Daemon(site, "secret-state", 9096, "--encrypt-snapshots --shells 0")
-    try:
-        daemon.start()
+    with Daemon(site, "secret-state", 9096, "--encrypt-snapshots --shells 0").running() as daemon:
         yield daemon
-    finally:
-        print(daemon.stop())
-        daemon.remove()
 
 
 ANSWER = """

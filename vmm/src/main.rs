@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use firn_proto::control::{CONTROL_FD, ExitReason, KVM_FD, Phase};
 use firn_vmm::{control, seccomp, stats::Clock};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 fn main() {
     seccomp::tame_allocator();
     // Exec has set this to whatever the host's `fs.suid_dumpable` says: a guest's memory is nobody's
     // core dump.
-    // SAFETY: takes no pointer.
-    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
-        eprintln!("firn-vmm: can't forbid core dumps: {}", std::io::Error::last_os_error());
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        eprintln!("firn-vmm: can't forbid core dumps: {error}");
         std::process::exit(ExitReason::VmmError.code());
     }
     let clock = Arc::new(Clock::default());

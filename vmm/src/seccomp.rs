@@ -146,8 +146,7 @@ const VCPU: &[Entry] = &[
 /// What the device thread needs beside that.
 const DEVICE: &[Entry] = &[
     (libc::SYS_ioctl, Check::Second(DEVICE_REQUESTS), "VM state, interrupts, written pages"),
-    (libc::SYS_epoll_wait, Check::Any, "its event loop"),
-    (libc::SYS_epoll_pwait, Check::Any, "the same, by rustix"),
+    (libc::SYS_epoll_pwait, Check::Any, "its event loop"),
     (libc::SYS_epoll_ctl, Check::Any, "a new invoke stream"),
     (libc::SYS_read, Check::Any, "kernel and initramfs that are not sealed"),
     (libc::SYS_pread64, Check::Any, "state files, page tables, deltas that are saved"),
@@ -200,13 +199,8 @@ pub fn confine(thread: Thread) -> Result<(), SeccompError> {
         .map_err(|error| SeccompError(error.to_string()))
 }
 
-/// What is done at the end of a decision.
-#[derive(Debug, Clone, Copy)]
-enum Verdict {
-    Kill,
-    Allow,
-    Look(Check),
-}
+/// What is asked at the end of a decision; `None`: nothing could help.
+type Verdict = Option<Check>;
 
 /// Offsets in `struct seccomp_data`.
 const NUMBER: u32 = 0;
@@ -229,19 +223,15 @@ fn program(allowed: &BTreeMap<u32, Check>, pid: u32) -> BpfProgram {
     // bit set, which puts them above the last.
     let mut turns: Vec<(u32, Verdict)> = Vec::new();
     for (&number, &check) in allowed {
-        let verdict = match check {
-            Check::Any => Verdict::Allow,
-            check => Verdict::Look(check),
-        };
         if turns.last().is_some_and(|&(end, _)| end == number) {
             turns.pop();
         }
-        let goes_on = matches!(verdict, Verdict::Allow)
-            && turns.last().is_some_and(|(_, last)| matches!(last, Verdict::Allow));
+        let goes_on = matches!(check, Check::Any)
+            && turns.last().is_some_and(|(_, last)| matches!(last, Some(Check::Any)));
         if !goes_on {
-            turns.push((number, verdict));
+            turns.push((number, Some(check)));
         }
-        turns.push((number + 1, Verdict::Kill));
+        turns.push((number + 1, None));
     }
     let mut program = vec![
         load(ARCHITECTURE),
@@ -249,7 +239,7 @@ fn program(allowed: &BTreeMap<u32, Check>, pid: u32) -> BpfProgram {
         end(libc::SECCOMP_RET_KILL_PROCESS),
         load(NUMBER),
     ];
-    bisect(&turns, Verdict::Kill, pid, &mut program);
+    bisect(&turns, None, pid, &mut program);
     program
 }
 
@@ -280,9 +270,9 @@ fn conclude(verdict: Verdict, pid: u32, program: &mut BpfProgram) {
     let kill = end(libc::SECCOMP_RET_KILL_PROCESS);
     let allow = end(libc::SECCOMP_RET_ALLOW);
     match verdict {
-        Verdict::Kill => program.push(kill),
-        Verdict::Allow | Verdict::Look(Check::Any) => program.push(allow),
-        Verdict::Look(Check::Second(values)) => {
+        None => program.push(kill),
+        Some(Check::Any) => program.push(allow),
+        Some(Check::Second(values)) => {
             let mut values = values.to_vec();
             values.sort_unstable();
             let mut turns = Vec::with_capacity(2 * values.len());
@@ -290,17 +280,17 @@ fn conclude(verdict: Verdict, pid: u32, program: &mut BpfProgram) {
                 if turns.last().is_some_and(|&(end, _)| end == value) {
                     turns.pop();
                 } else {
-                    turns.push((value, Verdict::Allow));
+                    turns.push((value, Some(Check::Any)));
                 }
-                turns.push((value + 1, Verdict::Kill));
+                turns.push((value + 1, None));
             }
             program.push(load(argument(1)));
-            bisect(&turns, Verdict::Kill, pid, program);
+            bisect(&turns, None, pid, program);
         }
-        Verdict::Look(Check::ThirdLacks(bits)) => {
+        Some(Check::ThirdLacks(bits)) => {
             program.extend([load(argument(2)), jump(libc::BPF_JSET, bits, 0, 1), kill, allow]);
         }
-        Verdict::Look(Check::Ourselves) => {
+        Some(Check::Ourselves) => {
             program.extend([load(argument(0)), jump(libc::BPF_JEQ, pid, 1, 0), kill, allow]);
         }
     }

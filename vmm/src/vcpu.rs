@@ -240,7 +240,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn serve(&mut self, inbox: &Receiver<Command>) {
+    fn serve(&mut self, inbox: &Receiver<Command>) -> ! {
         if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu) {
             let detail = format!("seccomp of vCPU {}: {error}", self.id);
             self.end(Exit { reason: ExitReason::VmmError, detail });
@@ -263,7 +263,7 @@ impl Worker {
             }
             let _ = self.outbox.send(reply);
         }
-        self.rest();
+        self.rest()
     }
 
     /// Says that the guest is over, and rings the device thread's bell. The process ends soon.

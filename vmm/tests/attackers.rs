@@ -153,9 +153,8 @@ fn everywhere(code: &mut Code, address: u64, count: u32) {
     let start = code.0.len();
     code.0.extend([0x88, 0x03, 0x66, 0x89, 0x03, 0x89, 0x03, 0x48, 0x89, 0x03]);
     code.0.extend([0x8a, 0x0b, 0x66, 0x8b, 0x0b, 0x8b, 0x0b, 0x48, 0x8b, 0x0b]);
-    code.0.extend([0x48, 0x83, 0xc3, 0x01, 0xff, 0xce, 0x75]);
-    let back = code.0.len() + 1 - start;
-    code.0.push((-(back as i64)) as u8);
+    code.0.extend([0x48, 0x83, 0xc3, 0x01]);
+    code.repeat_from(start);
 }
 
 #[test]
@@ -325,10 +324,7 @@ fn flood(operation: u16, flags: u32, length: u32) -> Attack {
     code.0.extend(((BUFFER_AT + 16) as u32).to_le_bytes());
     code.0.extend([0x66, 0xff, 0x04, 0x25]);
     code.0.extend(((AVAIL_AT + 2) as u32).to_le_bytes());
-    code.set_device(VSOCK + NOTIFY, 1);
-    code.0.extend([0xff, 0xce, 0x75]);
-    let back = code.0.len() + 1 - start;
-    code.0.push((-(back as i64)) as u8);
+    code.set_device(VSOCK + NOTIFY, 1).repeat_from(start);
     attack
 }
 

@@ -2,6 +2,8 @@
 
 use std::{fs, io};
 
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
+
 use super::{Finding, Severity, read};
 
 const VULNERABILITIES: &str = "/sys/devices/system/cpu/vulnerabilities";
@@ -131,20 +133,8 @@ fn threads(active: &str) -> Option<Finding> {
 
 /// Asks for this thread's core-scheduling cookie.
 fn core_cookie() -> io::Result<u64> {
-    const PIDTYPE_PID: libc::c_ulong = 0;
-    let mut cookie = 0_u64;
-    let this_thread: libc::c_ulong = 0;
-    // SAFETY: the call writes eight bytes to where `cookie` is and changes nothing else.
-    let result = unsafe {
-        libc::prctl(
-            libc::PR_SCHED_CORE,
-            libc::PR_SCHED_CORE_GET as libc::c_ulong,
-            this_thread,
-            PIDTYPE_PID,
-            &raw mut cookie,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    let thread = rustix::thread::gettid();
+    Ok(core_scheduling_cookie(thread, CoreSchedulingScope::Thread)?)
 }
 
 fn core_scheduling(cookie: io::Result<u64>) -> Finding {

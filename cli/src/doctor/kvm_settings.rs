@@ -41,15 +41,15 @@ fn users(mode: u32) -> Finding {
 /// Modules and what they say of nested virtualization; empty where one is not loaded.
 fn nested(modules: &[(&str, &str)]) -> Option<Finding> {
     let id = "kvm.nested";
-    let why = "It puts the emulation of VMX or SVM within reach of a guest's kernel, a large part of \
-               KVM in which guests have found ways out before. No function needs it.";
+    let why = "Emulating VMX and SVM is a large part of KVM, in which guests have found ways out before. \
+               Firn's guests are given neither; off, nobody's are.";
     let mut loaded = modules.iter().filter(|(_, value)| !value.is_empty()).peekable();
     loaded.peek()?;
     let Some((module, _)) = loaded.find(|(_, value)| ["Y", "1"].contains(&value.trim())) else {
-        let what = "guests can't run guests of their own";
+        let what = "KVM lets no guest run guests of its own";
         return Some(Finding::new(id, Severity::Ok, what, why));
     };
-    let what = "guests may run guests of their own (nested virtualization)";
+    let what = "KVM would let guests run guests of their own (nested virtualization)";
     let fix = format!(
         "`echo options {module} nested=0 > /etc/modprobe.d/firn.conf`, as root, and load {module} \
          anew."

@@ -81,7 +81,8 @@ impl ResidentSnapshot {
         self.0.working_set.report()
     }
 
-    /// How to thaw the next clone, for an `event` or not. After [`Use::Watch`], [`ResidentSnapshot::watched`] must follow.
+    /// How to thaw the next clone, for an `event` or not. After [`Use::Watch`],
+    /// [`ResidentSnapshot::watched`] must follow.
     pub(crate) fn next_use(&self, event: bool) -> Use {
         self.0.working_set.next(event)
     }

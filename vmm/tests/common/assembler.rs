@@ -40,6 +40,13 @@ impl Code {
         self.put(&[0x48, 0x89, 0x0b, 0x81, 0xc3, 0, 0x10, 0, 0, 0xe2, 0xf5])
     }
 
+    /// Ends a loop over what was put since `start`: `dec %esi; jnz start`. ESI counts.
+    pub fn repeat_from(&mut self, start: usize) -> &mut Self {
+        let back = self.0.len() + 4 - start;
+        assert!(back <= 128, "too far for a short jump");
+        self.put(&[0xff, 0xce, 0x75, (back as u8).wrapping_neg()])
+    }
+
     /// `l: jmp l`
     pub fn halt(&mut self) -> &mut Self {
         self.put(&[0xeb, 0xfe])
