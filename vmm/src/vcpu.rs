@@ -6,11 +6,13 @@
 //! `KVM_RUN` or on its way there. `KVM_RUN` then first completes pending port and MMIO I/O, and
 //! only after that returns `EINTR`: a vCPU that has answered [`Reply::Stopped`] is drained.
 
+mod handover;
+
 use std::{
     os::{fd::AsRawFd, unix::thread::JoinHandleExt},
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
+        Arc,
+        atomic::AtomicU8,
         mpsc::{Receiver, Sender, channel},
     },
     thread::JoinHandle,
@@ -19,6 +21,7 @@ use std::{
 use firn_proto::control::{Exit, ExitReason, Phase};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use self::handover::{Gate, Stop};
 use crate::{
     arch::{
         boot,
@@ -30,6 +33,11 @@ use crate::{
     snapshot::SavedVm,
     stats::{Clock, ExitCounters, ExitKind},
 };
+
+/// What [`handover`] is made of; its proof has another.
+mod sync {
+    pub use std::sync::{Condvar, Mutex, PoisonError, atomic};
+}
 
 /// What a vCPU thread is told to do.
 pub enum Command {
@@ -81,35 +89,14 @@ pub struct ThawPlan {
     tsc_shift: i64,
     part: Part,
     resume: bool,
-    missing: AtomicUsize,
-    gate: Mutex<Gate>,
-    opened: Condvar,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Gate {
-    Closed,
-    Open,
-    Broken,
+    gate: Gate,
 }
 
 impl ThawPlan {
     /// A plan for all vCPUs. `tsc_shift`: see [`VcpuState::restore`].
     pub fn new(saved: Arc<SavedVm>, tsc_shift: i64, part: Part, resume: bool) -> Self {
-        let missing = AtomicUsize::new(saved.vcpus.len());
-        let gate = Mutex::new(Gate::Closed);
-        Self { saved, tsc_shift, part, resume, missing, gate, opened: Condvar::new() }
-    }
-
-    fn open(&self, gate: Gate) {
-        *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = gate;
-        self.opened.notify_all();
-    }
-
-    fn wait(&self) -> Gate {
-        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let gate = self.opened.wait_while(gate, |gate| *gate == Gate::Closed);
-        *gate.unwrap_or_else(PoisonError::into_inner)
+        let gate = Gate::new(saved.vcpus.len());
+        Self { saved, tsc_shift, part, resume, gate }
     }
 }
 
@@ -135,7 +122,7 @@ pub struct Shared {
 pub struct Vcpu {
     commands: Sender<Command>,
     replies: Receiver<Reply>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     immediate_exit: ImmediateExit,
     thread: JoinHandle<()>,
 }
@@ -154,9 +141,9 @@ impl ImmediateExit {
         Self((&raw mut vcpu.get_kvm_run().immediate_exit).cast())
     }
 
-    fn set(self, value: u8) {
+    fn byte(&self) -> &AtomicU8 {
         // SAFETY: see the `Send` implementation; alignment of a byte is trivial.
-        unsafe { (*self.0).store(value, Ordering::Release) };
+        unsafe { &*self.0 }
     }
 }
 
@@ -187,7 +174,7 @@ impl Vcpu {
     pub fn start(id: u8, mut fd: VcpuFd, shared: Arc<Shared>) -> std::io::Result<Self> {
         let (commands, inbox) = channel();
         let (outbox, replies) = channel();
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::new(Stop::new());
         let immediate_exit = ImmediateExit::of(&mut fd);
         let mut worker =
             Worker { id, fd, shared, stop: stop.clone(), immediate_exit, outbox, entered: false };
@@ -206,8 +193,7 @@ impl Vcpu {
 
     /// Makes a running vCPU stop; its answer follows.
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        self.immediate_exit.set(1);
+        self.stop.ask(self.immediate_exit.byte());
         // SAFETY: the thread has not been joined or detached, so its id is valid; the handler is
         // installed before any vCPU is started.
         unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
@@ -233,7 +219,7 @@ struct Worker {
     id: u8,
     fd: VcpuFd,
     shared: Arc<Shared>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     immediate_exit: ImmediateExit,
     outbox: Sender<Reply>,
     entered: bool,
@@ -308,23 +294,20 @@ impl Worker {
             Part::Clocks => state.restore_clocks(&self.fd, plan.tsc_shift),
         };
         if let Err(error) = result {
-            plan.open(Gate::Broken);
+            plan.gate.break_down();
             return Reply::Failed(error);
         }
         self.entered = false;
-        if plan.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if plan.gate.arrive() {
             self.shared.clock.stamp(Phase::VcpuSet);
             // Without a resume the bytes wait in the stream, where they resume the guest later.
             let pumped = if plan.resume { self.shared.machine.pump() } else { Ok(()) };
-            let gate = match pumped {
-                Ok(()) => Gate::Open,
-                Err(error) => {
-                    plan.open(Gate::Broken);
-                    return Reply::Ended(violation(error));
-                }
-            };
-            plan.open(gate);
-        } else if plan.wait() == Gate::Broken {
+            if let Err(error) = pumped {
+                plan.gate.break_down();
+                return Reply::Ended(violation(error));
+            }
+            plan.gate.open();
+        } else if !plan.gate.wait() {
             return Reply::Stopped;
         }
         if plan.resume { self.run() } else { Reply::Stopped }
@@ -365,9 +348,7 @@ impl Worker {
                 }
                 Err(error) if error.errno() == libc::EINTR => {
                     exits.count(ExitKind::Interrupted);
-                    let stopped = self.stop.swap(false, Ordering::AcqRel);
-                    self.immediate_exit.set(0);
-                    if stopped {
+                    if self.stop.answer(self.immediate_exit.byte()) {
                         return Reply::Stopped;
                     }
                 }
