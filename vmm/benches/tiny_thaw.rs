@@ -2,15 +2,18 @@
 //! first instruction after the thaw is a port write. A shell stands ready; the process is not
 //! jailed (the jail is built before a shell stands, and seccomp is on).
 //!
-//! `cargo bench -p firn-vmm --bench tiny_thaw [-- ITERATIONS]` prints one JSON line of medians and
+//! `cargo bench -p firn-vmm --bench tiny_thaw [-- ITERATIONS [FIRECRACKER]]` prints one JSON line of medians and
 //! percentiles in microseconds. "received" is the VMM's stamp of the message, "exit" that of the
 //! first return of `KVM_RUN`, so both ends lie on one clock and the wake-up of the VMM is shown
-//! apart.
+//! apart. With a Firecracker it is measured in turns: a tiny guest, too, of as much memory, its
+//! snapshot in the page cache; from the request for a process ("fresh") and from the request to load
+//! ("load") to the first byte on its serial port.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod peer;
 
-use std::{os::fd::AsFd, os::unix::net::UnixStream, time::Duration};
+use std::{os::fd::AsFd, os::unix::net::UnixStream, path::Path, time::Duration};
 
 use common::{Vmm, config, elf, empty, kvm, memfd};
 use firn_proto::control::{FromVmm, MemoryPlan, Phase, Stamps, ToVmm};
@@ -19,8 +22,13 @@ use firn_proto::control::{FromVmm, MemoryPlan, Phase, Stamps, ToVmm};
 const OUT_FOR_EVER: &[u8] = &[0xe6, 0x80, 0xeb, 0xfc];
 
 fn main() {
-    let iterations = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(200);
+    // Cargo adds `--bench`.
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let iterations = arguments.first().map_or(200, |count| count.parse().unwrap());
     let Some(kvm) = kvm() else { return };
+    let memory_mib = config(1, false).memory_mib;
+    let peer = arguments.get(1).map(|path| peer::Firecracker::new(Path::new(path), memory_mib));
+    let mut peers: Vec<[f64; 2]> = Vec::new();
     let vmm = Vmm::shell(&kvm, &config(1, false));
     let (answer, _stream) = vmm.boot(&elf(OUT_FOR_EVER));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
@@ -33,6 +41,10 @@ fn main() {
 
     let mut samples: Vec<[f64; 6]> = Vec::new();
     for _ in 0..iterations {
+        if let Some(peer) = &peer {
+            let (fresh, load) = peer.thaw();
+            peers.push([fresh, load]);
+        }
         let vmm = Vmm::shell(&kvm, &config(1, false));
         std::thread::sleep(Duration::from_millis(2));
         let (_ours, theirs) = UnixStream::pair().unwrap();
@@ -64,10 +76,12 @@ fn main() {
         ]);
     }
     let names = ["wake", "mapped", "devices_set", "vcpu_set", "exit", "sent_to_exit"];
-    println!(
-        "{{\"bench\":\"tiny_thaw\",\"iterations\":{iterations},{}}}",
-        common::quantiles(names, &samples)
-    );
+    let mut figures = common::quantiles(names, &samples);
+    if !peers.is_empty() {
+        let names = ["firecracker_fresh", "firecracker_load"];
+        figures = format!("{figures},{}", common::quantiles(names, &peers));
+    }
+    println!("{{\"bench\":\"tiny_thaw\",\"iterations\":{iterations},{figures}}}");
 }
 
 fn stamp(stamps: &Stamps, phase: Phase) -> u64 {

@@ -2,6 +2,7 @@
 //! virtual time in the dev host VM (or on this machine where its KVM is real), once for each seed;
 //! `tiny_thaw` runs on this machine's `/dev/kvm` whatever kind it is.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +18,9 @@ use crate::{artifacts, cargo, functions, packages, scratch, step};
 
 /// Memory of the measured host VM in MiB.
 pub const MEMORY_MIB: u32 = 2048;
+
+/// Thaws of a tiny guest: enough for a 99th percentile.
+const TINY_THAWS: &str = "200";
 
 /// Longest time that the measured host VM may take.
 const LIMIT: Duration = Duration::from_secs(7200);
@@ -88,7 +92,10 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let file = out.join("results.jsonl");
     write(&file, &results)?;
     print!("{}", report(&artifacts, &file, &out)?);
-    write(&out.join("tiny_thaw.json"), &format!("{}\n", tiny_thaw()?))?;
+    write(
+        &out.join("tiny_thaw.json"),
+        &format!("{}\n", tiny_thaw(arguments.peers.firecracker.as_deref())?),
+    )?;
     println!("{}", out.join("report.html").display());
     Ok(0)
 }
@@ -197,21 +204,27 @@ fn archive_in_vm(name: &str) -> String {
     format!("{VM_FUNCTIONS}/{name}.zip")
 }
 
-/// `cargo bench … tiny_thaw` on this machine's `/dev/kvm`.
-pub fn tiny_thaw() -> Result<Value> {
+/// `cargo bench … tiny_thaw` on this machine's `/dev/kvm`, in turns with a Firecracker if there is one.
+pub fn tiny_thaw(firecracker: Option<&Path>) -> Result<Value> {
     step::say("measuring thaws of a tiny guest on this machine's /dev/kvm …");
-    tiny("tiny_thaw")?.into_iter().next().context("tiny_thaw printed nothing")
+    let mut arguments = vec![OsString::from(TINY_THAWS)];
+    if let Some(program) = firecracker {
+        // Cargo runs benches elsewhere.
+        arguments.push(std::path::absolute(program)?.into());
+    }
+    tiny("tiny_thaw", &arguments)?.into_iter().next().context("tiny_thaw printed nothing")
 }
 
 /// `cargo bench … tiny_reset` on this machine's `/dev/kvm`: one record a number of pages.
 pub fn tiny_reset() -> Result<Vec<Value>> {
     step::say("measuring resets of a tiny guest on this machine's /dev/kvm …");
-    tiny("tiny_reset")
+    tiny("tiny_reset", &[])
 }
 
-fn tiny(bench: &str) -> Result<Vec<Value>> {
+fn tiny(bench: &str, arguments: &[OsString]) -> Result<Vec<Value>> {
     let mut command = cargo::cargo();
-    command.args(["bench", "--quiet", "--package", "firn-vmm", "--bench", bench]);
+    command.args(["bench", "--quiet", "--package", "firn-vmm", "--bench", bench, "--"]);
+    command.args(arguments);
     let text = step::output(&mut command)?;
     let lines = text.lines().filter(|line| line.starts_with('{'));
     let records = lines.map(serde_json::from_str).collect::<Result<Vec<Value>, _>>();

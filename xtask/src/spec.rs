@@ -72,7 +72,7 @@ enum Source {
     Starts(String),
     /// As that, in a run side by side with Firecracker.
     Peer(String),
-    /// A figure of `tiny_thaw`.
+    /// A figure of `tiny_thaw`, or one over another.
     Native(String),
     /// A figure of `firn bench run --for-resets`, or one over another.
     Resets(String),
@@ -88,12 +88,22 @@ enum Source {
     Linux(String),
 }
 
+impl Source {
+    fn needs_firecracker(&self) -> bool {
+        match self {
+            Self::Peer(_) => true,
+            Self::Native(key) => key.contains("firecracker_"),
+            _ => false,
+        }
+    }
+}
+
 impl Promise {
     /// Whether it is kept; `None` where there was nothing to measure it with. A figure that could
     /// not be had for any other reason is a broken promise.
     fn verdict(&self, figure: Option<f64>, has_firecracker: bool) -> Option<bool> {
         match self.source {
-            Source::Peer(_) if !has_firecracker => None,
+            _ if self.source.needs_firecracker() && !has_firecracker => None,
             _ => Some(figure.is_some_and(|figure| self.bound.holds(figure))),
         }
     }
@@ -236,10 +246,15 @@ impl Rig {
             }
             Source::Native(key) => {
                 if self.tiny.is_none() {
-                    self.tiny = Some(bench::tiny_thaw()?);
+                    self.tiny = Some(bench::tiny_thaw(self.peers.firecracker.as_deref())?);
                 }
                 let tiny = self.tiny.as_ref().context("no figures")?;
-                let figure = tiny[key]["p50"].as_f64().with_context(|| format!("no {key}"))?;
+                let median =
+                    |key: &str| tiny[key]["p50"].as_f64().with_context(|| format!("no {key}"));
+                let figure = match key.split_once('/') {
+                    Some((over, under)) => median(over)? / median(under)?,
+                    None => median(key)?,
+                };
                 Ok((figure, "this machine's /dev/kvm".into()))
             }
             Source::Resets(key) => {
