@@ -406,7 +406,8 @@ impl Instance {
             FromGuest::Loaded(loaded) => {
                 watch.mark("loaded");
                 let phases = watch.finish();
-                Ok(LoadReport { init_us: loaded.init_us, error: loaded.error, phases })
+                let init_us = believed(loaded.init_us, within);
+                Ok(LoadReport { init_us, error: loaded.error, phases })
             }
             other => Err(trouble(self.vm.violated("Loaded", &other))),
         }
@@ -539,13 +540,20 @@ pub(crate) fn invoke_message(invocation: &Invocation) -> Result<ToGuest, String>
     }))
 }
 
+/// A time that the guest says it took, in microseconds: no more than there was.
+pub(crate) fn believed(us: u64, within: Duration) -> u64 {
+    us.min(within.as_micros() as u64)
+}
+
 /// Waits for the answer to an event that was sent.
 pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<Done, Trouble> {
     let within = invocation.timeout + (GRACE + RESTART) * vm.patience;
-    let done = match vm.frame(within).await? {
+    let mut done = match vm.frame(within).await? {
         FromGuest::Done(done) => done,
         other => return Err(vm.violated("Done", &other)),
     };
+    done.duration_us = believed(done.duration_us, within);
+    done.init_us = believed(done.init_us, within);
     let violation = if done.request_id != invocation.request_id {
         let (found, expected) = (&done.request_id, &invocation.request_id);
         Some(format!("answer to request {found:?} instead of {expected:?}"))

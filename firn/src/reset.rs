@@ -27,7 +27,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use crate::{
     Instance, InstanceError, Invocation, InvokeReport, Phases,
     channel::name as message_name,
-    instance::{self, Origin, invoke_message},
+    instance::{self, Origin, believed, invoke_message},
     phases::Stopwatch,
     stream::Stream,
     vm::{Trouble, Vm, unexpected},
@@ -74,7 +74,11 @@ pub(crate) fn renewal() -> io::Result<(String, ToGuest)> {
 pub(crate) async fn await_renewed(vm: &mut Vm) -> Result<Renewed, Trouble> {
     let within = (RENEW + HOOKS) * vm.patience;
     match vm.frame(within).await? {
-        FromGuest::Renewed(renewed) => Ok(renewed),
+        FromGuest::Renewed(renewed) => Ok(Renewed {
+            renew_us: believed(renewed.renew_us, within),
+            hooks_us: believed(renewed.hooks_us, within),
+            ..renewed
+        }),
         other => Err(vm.violated("Renewed", &other)),
     }
 }

@@ -229,21 +229,6 @@ pub async fn a_vmm_that_dies_says_how() {
     install.assert_nothing_left();
 }
 
-pub async fn a_guest_that_breaks_the_protocol_is_stopped() {
-    let install = Install::stand_in();
-    let host = install.open().await;
-    for payload in [&b"wrong id"[..], b"garbage"] {
-        let mut instance = boot(&host).await;
-        match instance.invoke(&event(payload)).await {
-            Err(InstanceError::Protocol { .. }) => {}
-            other => panic!("{other:?}"),
-        }
-        eventually("it is killed", || !instance.is_alive()).await;
-    }
-    host.shutdown().await;
-    install.assert_nothing_left();
-}
-
 pub async fn a_guest_that_hangs_is_killed() {
     // Time that jumps needs a runtime with one thread.
     let test = || {

@@ -8,6 +8,7 @@
 //! Needs root; says so and passes otherwise. A test's name, or part of it, as argument runs only
 //! that.
 
+mod attackers;
 mod install;
 mod jail;
 mod life;
@@ -34,6 +35,11 @@ macro_rules! tests {
 }
 
 const TESTS: &[Test] = tests![
+    attackers::what_no_init_says_ends_its_guest,
+    attackers::an_answer_in_advance_is_nobodys,
+    attackers::figures_that_lie_stay_within_what_is_possible,
+    attackers::output_without_end_ends_at_the_deadline,
+    attackers::noise_from_an_init_ends_nothing_but_its_guest,
     jail::a_stand_in_lives_in_a_whole_cage,
     jail::a_real_shell_lives_in_a_whole_cage,
     jail::a_step_of_the_jailer_that_fails_is_named,
@@ -44,7 +50,6 @@ const TESTS: &[Test] = tests![
     life::nothing_is_left_of_a_host_that_was_killed,
     life::many_at_once,
     life::a_vmm_that_dies_says_how,
-    life::a_guest_that_breaks_the_protocol_is_stopped,
     life::a_guest_that_hangs_is_killed,
     life::the_pool_is_refilled_and_skips_the_dead,
     life::a_dropped_host_takes_its_pool_along,

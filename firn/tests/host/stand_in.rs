@@ -244,17 +244,19 @@ impl Guest {
             self.stream.read_exact(&mut message).unwrap();
             match guest::decode_to_guest(&message).unwrap() {
                 ToGuest::Load(load) => {
+                    let mut init_us = 7;
                     let mut memory = self.memory.lock().unwrap();
                     for (key, value) in &load.environment {
                         let mut page = value.clone().into_bytes();
                         page.resize(PAGE, 0);
                         match key.as_str() {
                             "KEEPS_IDENTITY" => memory.keeps_identity = true,
+                            "LIES" => init_us = u64::MAX,
                             key => drop(memory.pages.insert(key.parse().unwrap(), page)),
                         }
                     }
                     drop(memory);
-                    self.say(&FromGuest::Loaded(guest::Loaded { init_us: 7, error: None }));
+                    self.say(&FromGuest::Loaded(guest::Loaded { init_us, error: None }));
                 }
                 ToGuest::Freeze => self.say(&FromGuest::Frozen),
                 ToGuest::Renew(renew) => {
@@ -275,7 +277,6 @@ impl Guest {
     }
 
     fn invoke(&mut self, invoke: guest::Invoke) {
-        let mut request_id = invoke.request_id;
         let mut payload = invoke.payload;
         match &payload[..] {
             b"die" => {
@@ -284,11 +285,14 @@ impl Guest {
                 std::process::exit(ExitReason::GuestPanic.code());
             }
             b"hang" => return,
-            b"wrong id" => request_id = "another".into(),
-            b"garbage" => {
-                let _ = self.stream.write_all(&[0xff; 64]);
+            b"flood" => {
+                let line = vec![b'x'; guest::MAX_LOG];
+                let log = Log { stream: guest::Stream::Stdout, line, partial: false };
+                let frame = guest::encode(&FromGuest::Log(log)).unwrap();
+                while self.stream.write_all(&frame).is_ok() {}
                 return;
             }
+            b"too long" => payload = vec![b'y'; guest::MAX_PAYLOAD + 1],
             b"page" => {
                 let memory = self.memory.lock().unwrap();
                 let (_, page) = memory.pages.first_key_value().unwrap();
@@ -296,6 +300,10 @@ impl Guest {
             }
             b"keep identity" => self.memory.lock().unwrap().keeps_identity = true,
             other => {
+                if let Some(bytes) = other.strip_prefix(b"say ") {
+                    let _ = self.stream.write_all(bytes);
+                    return;
+                }
                 if let Some(text) = other.strip_prefix(b"write ") {
                     let mut memory = self.memory.lock().unwrap();
                     let mut page = text.to_vec();
@@ -315,7 +323,7 @@ impl Guest {
             }
         }
         self.say(&FromGuest::Done(Done {
-            request_id,
+            request_id: invoke.request_id,
             outcome: Outcome::Response { payload, content_type: "application/json".into() },
             duration_us: 5,
             init_us: 0,
