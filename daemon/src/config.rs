@@ -16,7 +16,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     api::names::{Place, is_region},
-    scheduler::{Isolation, Limits},
+    scheduler::{Isolation, Limits, Reserve},
 };
 
 /// Runs functions the way AWS Lambda does, each in its own microVM.
@@ -69,6 +69,10 @@ pub struct Options {
     /// Host memory that instances leave alone, in MiB.
     #[arg(long, default_value_t = 128, value_name = "MIB")]
     pub memory_reserve: u64,
+    /// Free space, in MiB, on the file system of the state directory below which there are no new
+    /// instances and idle ones end. Each instance's /tmp may grow to its full size there.
+    #[arg(long, default_value_t = 128, value_name = "MIB")]
+    pub disk_reserve: u64,
     /// Shells kept ready for each size class in use.
     #[arg(long, default_value_t = 2, value_name = "COUNT")]
     pub shells: usize,
@@ -166,7 +170,11 @@ impl Options {
             concurrency: self.concurrency as usize,
             idle: Duration::from_secs_f64(self.idle_timeout),
             reclaim: Duration::from_secs_f64(self.reclaim_after),
-            reserve_mib: self.memory_reserve,
+            reserve: Reserve {
+                memory_mib: self.memory_reserve,
+                disk_mib: self.disk_reserve,
+                dir: self.state.clone(),
+            },
             isolation: self.isolation,
         }
     }

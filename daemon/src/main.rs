@@ -161,7 +161,7 @@ async fn daemon<B: Backend>(
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);
-    serve::serve(listener, api::router(app), stop, patience).await;
+    serve::serve(listener, api::router(app), stop, patience, serve::Bounds::default()).await;
     tracing::info!("stopping");
     scheduler.close(patience).await;
     Ok(())

@@ -1,7 +1,8 @@
 //! Accepts connections and hands requests to the router.
 //!
 //! Bounded: connections at once, the time and size of a request's head, and the time that an idle
-//! connection may stay. Bodies are bounded where they are read.
+//! connection may stay. Bodies are bounded where they are read. Connections that are opened while many
+//! are open have less time: who opens them by the thousand and says nothing can't keep others out.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -13,11 +14,26 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, sync::Semaphore};
 
-/// Connections at once; further ones wait in the kernel's queue.
-const CONNECTIONS: usize = 4096;
+/// What bounds connections.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// At once; further ones wait in the kernel's queue.
+    pub connections: usize,
+    /// Time for a request's head, and for the next one on an idle connection.
+    pub head: Duration,
+    /// The same for connections that are opened while half of them are taken.
+    pub head_in_a_crowd: Duration,
+}
 
-/// Time for a request's head, and for the next one on an idle connection.
-const HEAD: Duration = Duration::from_secs(75);
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            head: Duration::from_secs(75),
+            head_in_a_crowd: Duration::from_secs(5),
+        }
+    }
+}
 
 /// Most bytes of a request's head.
 const HEAD_BYTES: usize = 64 * 1024;
@@ -31,11 +47,12 @@ pub async fn serve(
     router: Router,
     stop: impl Future<Output = ()>,
     patience: Duration,
+    bounds: Bounds,
 ) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let connections = Arc::new(Semaphore::new(bounds.connections));
     let graceful = GracefulShutdown::new();
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
+    http.timer(TokioTimer::new()).max_buf_size(HEAD_BYTES);
     let mut stop = std::pin::pin!(stop);
     loop {
         let accept = async {
@@ -59,6 +76,8 @@ pub async fn serve(
         };
         // Answers are small and waited for.
         let _ = stream.set_nodelay(true);
+        let crowded = connections.available_permits() < bounds.connections / 2;
+        http.header_read_timeout(if crowded { bounds.head_in_a_crowd } else { bounds.head });
         let service = TowerToHyperService::new(router.clone());
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);

@@ -28,7 +28,7 @@ use firn::{Invocation, ShellClass};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-pub use self::trace::Trace;
+pub use self::{admission::Reserve, trace::Trace};
 use self::{
     admission::{Admission, Admitted},
     pool::{Pools, Take},
@@ -51,7 +51,7 @@ pub enum Isolation {
 }
 
 /// What bounds the scheduler.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Limits {
     /// Requests in flight at once.
     pub concurrency: usize,
@@ -59,8 +59,8 @@ pub struct Limits {
     pub idle: Duration,
     /// How long it keeps memory only to be fast.
     pub reclaim: Duration,
-    /// Host memory in MiB that instances leave alone.
-    pub reserve_mib: u64,
+    /// What instances leave alone.
+    pub reserve: Reserve,
     /// What one request may find of those before it.
     pub isolation: Isolation,
 }
@@ -200,19 +200,25 @@ impl<B: Backend> Scheduler<B> {
             workshop,
             preparer,
             pools: Pools::default(),
-            limits,
             permits: Arc::new(Semaphore::new(limits.concurrency)),
-            admission: Admission::new(limits.reserve_mib),
+            admission: Admission::new(limits.reserve.clone()),
+            limits,
             instances: Mutex::default(),
         });
         let weak = Arc::downgrade(&scheduler);
+        // Often enough that short idle times in tests hold, rarely enough to cost nothing.
+        let step = scheduler.limits.idle / 10;
+        let step = step.clamp(Duration::from_millis(50), Duration::from_secs(1));
         tokio::spawn(async move {
-            // Often enough that short idle times in tests hold, rarely enough to cost nothing.
-            let step = (limits.idle / 10).clamp(Duration::from_millis(50), Duration::from_secs(1));
             loop {
                 tokio::time::sleep(step).await;
                 let Some(scheduler) = weak.upgrade() else { return };
                 scheduler.admission.refresh();
+                if scheduler.admission.disk_is_short()
+                    && let Some(worker) = scheduler.pools.evict()
+                {
+                    scheduler.retire(worker);
+                }
                 let unfit = |worker: &Worker<B::Machine>| !worker.machine.is_alive();
                 for worker in scheduler.pools.expire(scheduler.limits.idle, unfit) {
                     scheduler.retire(worker);
@@ -410,7 +416,10 @@ impl<B: Backend> Scheduler<B> {
             self.retire(worker);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        tracing::warn!(memory_mib = class.memory_mib, "no memory for another instance");
+        tracing::warn!(
+            memory_mib = class.memory_mib,
+            "no memory or disk space for another instance"
+        );
         Err(Refusal::Throttled)
     }
 }

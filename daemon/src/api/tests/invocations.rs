@@ -12,8 +12,11 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{FUNCTIONS, daemon, join_all, limits, start};
-use crate::scheduler::Limits;
+use super::{FUNCTIONS, daemon, join_all, limits, start, start_within};
+use crate::{
+    scheduler::{Limits, Reserve},
+    serve::Bounds,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invocations_answer_as_lambda_does() {
@@ -136,6 +139,16 @@ async fn concurrent_invocations_run_in_instances_of_their_own_up_to_the_limit() 
     }
     assert_eq!(d.count(|c| &c.thaws), 9, "one base thaw, eight for requests");
     assert!(d.count(|c| &c.paused) >= 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn there_are_no_new_instances_on_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let reserve = Reserve { disk_mib: u64::MAX, ..limits().reserve };
+    let d = start(dir.path(), Limits { reserve, ..limits() }, 0).await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    d.invoke("f", &[], &json!(1)).await.expect(429, "TooManyRequestsException");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -292,4 +305,36 @@ async fn events_of_unknown_length_are_bounded_too() {
         let named = answer.contains("Request must be smaller than 6291456 bytes");
         assert_eq!(named, status == "413");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_say_nothing_keep_nobody_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let bounds = Bounds {
+        connections: 64,
+        head: Duration::from_secs(60),
+        head_in_a_crowd: Duration::from_millis(300),
+    };
+    let d = start_within(dir.path(), limits(), 0, bounds).await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    // Three times as many as there may be: some say nothing, the others half a head.
+    let mut flood = Vec::new();
+    for index in 0..192 {
+        let mut stream = TcpStream::connect(d.address).await.unwrap();
+        let path = format!("{FUNCTIONS}/f/invocations");
+        let said = match index % 3 {
+            0 => String::new(),
+            1 => "POST / HTTP/1.1\r\nHos".into(),
+            _ => format!("POST {path} HTTP/1.1\r\nHost: h\r\nX-Nothing: "),
+        };
+        stream.write_all(said.as_bytes()).await.unwrap();
+        flood.push(stream);
+    }
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(d.invoke("f", &[], &json!(1)).await.status, 200);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    drop(flood);
 }

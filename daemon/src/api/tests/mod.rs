@@ -25,7 +25,7 @@ use crate::{
     fake::{Counters, Fake},
     logs::{Bounds, Logs},
     prepare::Preparer,
-    scheduler::{Isolation, Limits, Scheduler},
+    scheduler::{Isolation, Limits, Reserve, Scheduler},
     serve,
     store::Store,
     workshop::Workshop,
@@ -74,13 +74,22 @@ fn limits() -> Limits {
         concurrency: 8,
         idle: Duration::from_secs(300),
         reclaim: Duration::from_secs(300),
-        reserve_mib: 0,
+        reserve: Reserve { memory_mib: 0, disk_mib: 0, dir: std::env::temp_dir() },
         isolation: Isolation::Warm,
     }
 }
 
 /// Starts a daemon on the state in `dir`.
 async fn start(dir: &std::path::Path, limits: Limits, port: u16) -> Daemon {
+    start_within(dir, limits, port, serve::Bounds::default()).await
+}
+
+async fn start_within(
+    dir: &std::path::Path,
+    limits: Limits,
+    port: u16,
+    bounds: serve::Bounds,
+) -> Daemon {
     let fake = Fake::default();
     let store = Arc::new(Store::open(&dir.join("store.sqlite"), Arc::new(TestKeys(1))).unwrap());
     let functions = store.all();
@@ -92,16 +101,17 @@ async fn start(dir: &std::path::Path, limits: Limits, port: u16) -> Daemon {
         patience: 1,
     };
     let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
+    let concurrency = limits.concurrency;
     let scheduler = Scheduler::start(workshop.clone(), preparer, limits);
     for function in &functions {
         scheduler.deployed(function, None);
     }
-    let app = App::new(store, workshop, scheduler.clone(), limits.concurrency);
+    let app = App::new(store, workshop, scheduler.clone(), concurrency);
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
-    tokio::spawn(serve::serve(listener, router(app), until, Duration::from_secs(5)));
+    tokio::spawn(serve::serve(listener, router(app), until, Duration::from_secs(5), bounds));
     Daemon { address, fake: fake.0, scheduler, stop: Some(stop) }
 }
 
