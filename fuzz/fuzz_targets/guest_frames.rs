@@ -1,5 +1,5 @@
-//! Frames of the guest protocol: the messages both ways, and `firn-init`'s reader of the stream
-//! that they arrive on, in pieces.
+//! Frames of the guest protocol: the messages both ways, and the two readers of the stream that they
+//! arrive on, in pieces: `firn-init`'s and the host's.
 
 #![no_main]
 
@@ -7,7 +7,7 @@ use std::{io::Write, os::unix::net::UnixStream};
 
 use arbitrary::Arbitrary;
 use firn_init::host::Host;
-use firn_proto::guest::{self, decode_from_guest, decode_to_guest, encode};
+use firn_proto::guest::{self, FromGuest, MAX_LOG, decode_from_guest, decode_to_guest, encode};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
@@ -34,11 +34,40 @@ fuzz_target!(|input: Input| {
         }
     }
     if input.pieces.iter().map(|piece| piece.len() + 4).sum::<usize>() <= MAX_STREAM {
-        read_stream(&input);
+        read_in_guest(&input);
+        read_on_host(&input);
     }
 });
 
-fn read_stream(input: &Input) {
+fn read_on_host(input: &Input) {
+    let framed: Vec<Vec<u8>> = input
+        .pieces
+        .iter()
+        .map(|piece| match input.framed {
+            true => [&(piece.len() as u32).to_le_bytes()[..], piece].concat(),
+            false => piece.to_vec(),
+        })
+        .collect();
+    let pieces: Vec<&[u8]> = framed.iter().map(Vec::as_slice).collect();
+    let (messages, kept_to_it) = firn::fuzzing::stream(&pieces);
+    if !input.framed {
+        return;
+    }
+    let mut expected = Vec::new();
+    for piece in &input.pieces {
+        match decode_from_guest(piece) {
+            Ok(FromGuest::Log(log)) if log.line.len() <= MAX_LOG => {}
+            Ok(FromGuest::Log(_)) | Err(_) => {
+                assert!(!kept_to_it);
+                break;
+            }
+            Ok(message) => expected.push(message),
+        }
+    }
+    assert_eq!(messages, expected);
+}
+
+fn read_in_guest(input: &Input) {
     let (mut peer, ours) = UnixStream::pair().expect("a socket pair");
     ours.set_nonblocking(true).expect("a socket can be non-blocking");
     let mut host = Host::new(ours.into());

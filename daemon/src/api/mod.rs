@@ -8,8 +8,8 @@ mod firn_api;
 mod functions;
 mod invoke;
 pub mod names;
-mod shapes;
-mod validate;
+pub mod shapes;
+pub mod validate;
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,183 @@
+//! `firnd`: an HTTP API compatible with AWS Lambda's on top of the [`firn`] library.
+//!
+//! Thin by intent: HTTP in ([`api`]), [`firn`] out ([`scheduler`], [`prepare`]), state in a store
+//! ([`store`], [`code`], [`logs`]). It never reads guest memory and parses nothing that comes from
+//! a guest beyond `firn-proto`'s messages.
+
+mod api;
+mod backend;
+mod code;
+mod config;
+mod envelope;
+#[cfg(test)]
+mod fake;
+mod function;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod logs;
+mod outcome;
+mod prepare;
+mod report;
+mod scheduler;
+mod serve;
+mod store;
+mod workshop;
+
+use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use firn::keys::{KeyService, LocalKeyFile};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{backend::Backend, config::Options, workshop::Workshop};
+
+/// Runs the daemon as its command line says.
+pub fn main() -> ExitCode {
+    let options = Options::parse();
+    match start(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("firnd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(options: Options) -> anyhow::Result<()> {
+    options.check()?;
+    harden().context("can't keep this process's memory out of core dumps")?;
+    let filter = EnvFilter::try_new(&options.log)
+        .with_context(|| format!("--log {:?} is no filter; try `info`", options.log))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
+    firn::raise_descriptor_limit().context("can't raise the limit of open descriptors")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("can't start the threads of the daemon")?;
+    runtime.block_on(run(options))
+}
+
+/// Keys, code and environments lie in this process's memory: no core dump of it is written, and nobody
+/// without the right to trace everything can look into it.
+fn harden() -> io::Result<()> {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::setrlimit(Resource::Core, none)?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    Ok(())
+}
+
+async fn run(options: Options) -> anyhow::Result<()> {
+    // First, so that a signal during start-up is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let _lock = config::lock_state(&options.state)?;
+    let listener = TcpListener::bind(options.listen).await.map_err(|error| {
+        let hint = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "something else listens there: stop it, or name another \
+                                         port with --listen"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "ports below 1024 need privileges: name another \
+                                                port with --listen"
+            }
+            io::ErrorKind::AddrNotAvailable => {
+                "this machine has no such address: name another \
+                                                with --listen"
+            }
+            _ => "name another address with --listen",
+        };
+        anyhow::anyhow!("can't listen on {}: {error}; {hint}", options.listen)
+    })?;
+    let keys = LocalKeyFile::open_or_create(&options.key_file()).context("no master key")?;
+    let keys: Arc<dyn KeyService> = Arc::new(keys);
+    let host = firn::Host::open(options.host(keys.clone())).await.map_err(|error| {
+        let hint = match &error {
+            firn::OpenError::Artifact { .. }
+            | firn::OpenError::NoImages { .. }
+            | firn::OpenError::Image { .. } => {
+                "\nname a complete installation with --artifacts, or build one with \
+                 `cargo xtask artifacts`"
+            }
+            firn::OpenError::NoKvm | firn::OpenError::KvmPermission | firn::OpenError::Kvm(_) => {
+                "\n`firn doctor` says what this machine lacks"
+            }
+            firn::OpenError::Cgroup(_) => {
+                "\nto try Firn out without limits on memory and CPU, add --allow-no-cgroups"
+            }
+            _ => "",
+        };
+        anyhow::anyhow!("{error}{hint}")
+    })?;
+    let result = daemon(&options, keys, host.clone(), listener, stop).await;
+    // Also when start-up failed half way: nothing may stay behind.
+    host.shutdown().await;
+    result
+}
+
+async fn daemon<B: Backend>(
+    options: &Options,
+    keys: Arc<dyn KeyService>,
+    backend: B,
+    listener: TcpListener,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let state = &options.state;
+    let store = store::Store::open(&state.join("store.sqlite"), keys)?;
+    let store = Arc::new(store);
+    let functions = store.all();
+    let dir = |name| config::private_dir(state.join(name));
+    let workshop = Workshop {
+        backend,
+        place: options.place(),
+        code: code::CodeStore::open(dir("code")?, |blob| store.uses_code(blob))
+            .context("can't use the directory of code")?,
+        logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
+            .context("can't use the directory of logs")?,
+        patience: options.patience,
+    };
+    let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
+        .context("can't use the directory of snapshots")?;
+    let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
+    for function in &functions {
+        scheduler.deployed(function, None);
+    }
+    let concurrency = options.concurrency as usize;
+    let app = api::App::new(store, workshop, scheduler.clone(), concurrency);
+    let address = listener.local_addr().context("the listener has no address")?;
+    // Whoever started the daemon may not be listening; that is no reason to stop.
+    let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
+    let patience = Duration::from_secs_f64(options.stop_timeout);
+    serve::serve(listener, api::router(app), stop, patience, serve::Bounds::default()).await;
+    tracing::info!("stopping");
+    scheduler.close(patience).await;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn no_core_dump_is_written() {
+        super::harden().unwrap();
+        let limits = rustix::process::getrlimit(rustix::process::Resource::Core);
+        assert_eq!((limits.current, limits.maximum), (Some(0), Some(0)));
+        let dumpable = rustix::process::dumpable_behavior().unwrap();
+        assert_eq!(dumpable, rustix::process::DumpableBehavior::NotDumpable);
+    }
+}
