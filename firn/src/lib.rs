@@ -17,6 +17,7 @@
 //! [`Host::open`] removes what an earlier life that was killed has left.
 
 mod artifacts;
+mod audit;
 mod cgroup;
 mod channel;
 pub mod code;

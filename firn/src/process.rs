@@ -17,6 +17,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::audit;
+
 /// Bytes of a VMM's standard error that are kept for its obituary.
 const TAIL: usize = 2048;
 
@@ -81,13 +83,18 @@ impl Process {
             let mut end = child.reap().await;
             if end.signal == Some(libc::SIGSYS) {
                 // A bug of ours, or a guest that has taken its VMM over: either must be looked into.
-                // Which call it was stands in the kernel's log only.
-                tracing::error!(
-                    vm = name,
-                    pid,
-                    "a VMM was killed for a system call that its seccomp filter forbids; the \
-                     kernel's audit log names the call (type=1326 with this pid)"
-                );
+                // The log may be long, and is slow to come: nobody waits for it.
+                let vm = name.clone();
+                tokio::task::spawn_blocking(move || {
+                    let call = audit::refused_call(pid);
+                    let call = call.as_deref().unwrap_or("see audit records of type 1326");
+                    tracing::error!(
+                        vm,
+                        pid,
+                        call,
+                        "a VMM was killed for a system call that its seccomp filter forbids"
+                    );
+                });
             }
             let _ = tokio::time::timeout(LAST_WORDS, reading).await;
             end.stderr = {
