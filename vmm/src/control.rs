@@ -18,6 +18,7 @@ use rustix::{
 };
 
 use crate::{
+    descriptors::{EPOLL, place},
     seccomp,
     stats::Clock,
     vm::{RequestError, Vm, kvm_at},
@@ -38,7 +39,7 @@ enum Incoming {
 pub enum ControlError {
     /// A system call failed.
     #[error("control socket: {0}")]
-    Socket(#[from] rustix::io::Errno),
+    Socket(#[from] std::io::Error),
     /// The host sent what is no message of this protocol.
     #[error("control message: {0}")]
     Codec(#[from] firn_proto::CodecError),
@@ -58,7 +59,8 @@ impl Socket {
             &mut [IoSliceMut::new(buffer)],
             &mut ancillary,
             RecvFlags::CMSG_CLOEXEC,
-        )?;
+        )
+        .map_err(std::io::Error::from)?;
         let descriptors: Vec<OwnedFd> = ancillary
             .drain()
             .filter_map(|message| match message {
@@ -78,7 +80,7 @@ impl Socket {
 
     fn send(&self, message: &FromVmm) -> Result<(), ControlError> {
         let bytes = control::encode(message)?;
-        rustix::net::send(&self.0, &bytes, SendFlags::NOSIGNAL)?;
+        rustix::net::send(&self.0, &bytes, SendFlags::NOSIGNAL).map_err(std::io::Error::from)?;
         Ok(())
     }
 }
@@ -102,6 +104,9 @@ pub unsafe fn serve(clock: Arc<Clock>) -> i32 {
             let exit = server.run();
             // Nobody may be left to hear it.
             let _ = server.socket.send(&FromVmm::Exited(exit.clone()));
+            // The process ends now: to close and unmap everything first would only take time, and
+            // system calls.
+            std::mem::forget(server);
             exit
         }
         Err(error) => vmm_error(error),
@@ -114,9 +119,10 @@ pub unsafe fn serve(clock: Arc<Clock>) -> i32 {
 
 impl Server {
     fn new(socket: Socket, clock: Arc<Clock>) -> Result<Self, ControlError> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let epoll = place(epoll, &EPOLL)?;
         let data = EventData::new_u64(TOKEN_CONTROL);
-        epoll::add(&epoll, &socket.0, data, EventFlags::IN)?;
+        epoll::add(&epoll, &socket.0, data, EventFlags::IN).map_err(std::io::Error::from)?;
         Ok(Self { socket, epoll, clock, vm: None })
     }
 
@@ -242,6 +248,7 @@ impl Server {
         watch(&self.epoll, bell, TOKEN_BELL, EventFlags::IN)?;
         self.vm = Some(vm);
         // All threads stand and everything that needs a wider kernel has been done.
+        drop(kvm);
         seccomp::confine(seccomp::Thread::Device)
             .map_err(|error| RequestError::refused(FailureKind::Io, error))?;
         self.clock.stamp(Phase::ShellReady);

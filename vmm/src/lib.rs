@@ -15,12 +15,14 @@
 //! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
+//! | [`descriptors`] | the plan of descriptor numbers |
 //! | [`seccomp`] | what each thread may ask of the kernel |
 //! | [`sealed`] | sealed files as plain memory |
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
 pub mod arch;
 pub mod control;
+pub mod descriptors;
 pub mod devices;
 pub mod machine;
 pub mod memory;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use firn_proto::control::{CONTROL_FD, ExitReason, KVM_FD, Phase};
-use firn_vmm::{control, seccomp, stats::Clock};
+use firn_vmm::{control, descriptors, seccomp, stats::Clock};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 fn main() {
@@ -13,7 +13,7 @@ fn main() {
     // core dump.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         eprintln!("firn-vmm: can't forbid core dumps: {error}");
-        std::process::exit(ExitReason::VmmError.code());
+        end(ExitReason::VmmError.code());
     }
     let clock = Arc::new(Clock::default());
     clock.stamp(Phase::ProcessStart);
@@ -24,19 +24,28 @@ fn main() {
     // A VMM that has lost a thread is no VMM: end at once, whichever thread it was.
     std::panic::set_hook(Box::new(|panic| {
         eprintln!("firn-vmm: {panic}");
-        std::process::exit(ExitReason::VmmError.code());
+        end(ExitReason::VmmError.code());
     }));
+    if let Err(error) = descriptors::limit() {
+        eprintln!("firn-vmm: can't limit descriptors: {error}");
+        end(ExitReason::VmmError.code());
+    }
     for (descriptor, what) in [(CONTROL_FD, "control socket"), (KVM_FD, "/dev/kvm")] {
         // SAFETY: F_GETFD reads a flag of a descriptor and fails on one that is not open.
         if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } < 0 {
             eprintln!(
                 "firn-vmm: descriptor {descriptor} must be the {what}; firn starts this program"
             );
-            std::process::exit(ExitReason::VmmError.code());
+            end(ExitReason::VmmError.code());
         }
     }
     // SAFETY: both descriptors are open, as just checked, and this is the only code that uses
     // them: nothing else in the process has run yet.
-    let code = unsafe { control::serve(clock) };
-    std::process::exit(code);
+    end(unsafe { control::serve(clock) })
+}
+
+/// Ends the process. `std::process::exit` asks the kernel for more than confined threads may.
+fn end(code: i32) -> ! {
+    // SAFETY: the process ends without any code of ours being run after this.
+    unsafe { libc::_exit(code) }
 }

@@ -6,13 +6,15 @@
 use std::{
     fs::File,
     os::{
-        fd::{AsRawFd, FromRawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::fs::FileExt,
     },
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use firn_proto::control::{Phase, Stamps};
+
+use crate::descriptors::{STATISTICS, place};
 
 const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
 
@@ -136,7 +138,8 @@ impl KvmStats {
         let result = unsafe { libc::ioctl(kvm_object.as_raw_fd(), KVM_GET_STATS_FD, 0) };
         let descriptor = ioctl_error(result).ok()?;
         // SAFETY: KVM has just returned this descriptor to us; nobody else owns it.
-        let file = unsafe { File::from_raw_fd(descriptor) };
+        let statistics = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        let file = place(statistics, &STATISTICS).ok()?.into();
         Some(Self { prefix: prefix.to_string(), file })
     }
 

@@ -9,24 +9,21 @@
 mod handover;
 
 use std::{
-    os::{fd::AsRawFd, unix::thread::JoinHandleExt},
-    sync::{
-        Arc,
-        atomic::AtomicU8,
-        mpsc::{Receiver, Sender, channel},
-    },
+    os::unix::thread::JoinHandleExt,
+    sync::{Arc, atomic::AtomicU8},
     thread::JoinHandle,
 };
 
 use firn_proto::control::{Exit, ExitReason, Phase};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use self::handover::{Gate, Stop};
+use self::handover::{Gate, Slot, Stop};
 use crate::{
     arch::{
         boot,
         vcpu_state::{self, VcpuState, VcpuStateError},
     },
+    descriptors::{BELL, place},
     machine::{Machine, PortEffect},
     memory::Memory,
     seccomp,
@@ -120,8 +117,8 @@ pub struct Shared {
 
 /// The device thread's handle of one vCPU thread.
 pub struct Vcpu {
-    commands: Sender<Command>,
-    replies: Receiver<Reply>,
+    command: Arc<Slot<Command>>,
+    reply: Arc<Slot<Reply>>,
     stop: Arc<Stop>,
     immediate_exit: ImmediateExit,
     thread: JoinHandle<()>,
@@ -172,23 +169,29 @@ impl Vcpu {
     /// # Errors
     /// If no thread can be had.
     pub fn start(id: u8, mut fd: VcpuFd, shared: Arc<Shared>) -> std::io::Result<Self> {
-        let (commands, inbox) = channel();
-        let (outbox, replies) = channel();
+        let (command, reply) = (Arc::new(Slot::new()), Arc::new(Slot::new()));
         let stop = Arc::new(Stop::new());
         let immediate_exit = ImmediateExit::of(&mut fd);
-        let mut worker =
-            Worker { id, fd, shared, stop: stop.clone(), immediate_exit, outbox, entered: false };
+        let mut worker = Worker {
+            id,
+            fd,
+            shared,
+            command: command.clone(),
+            reply: reply.clone(),
+            stop: stop.clone(),
+            immediate_exit,
+            entered: false,
+        };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{id}"))
             .stack_size(256 << 10)
-            .spawn(move || worker.serve(&inbox))?;
-        Ok(Self { commands, replies, stop, immediate_exit, thread })
+            .spawn(move || worker.serve())?;
+        Ok(Self { command, reply, stop, immediate_exit, thread })
     }
 
     /// Gives a command. The thread must be idle.
     pub fn tell(&self, command: Command) {
-        // A thread that is gone has left its last word in `replies`.
-        let _ = self.commands.send(command);
+        self.command.put(command);
     }
 
     /// Makes a running vCPU stop; its answer follows.
@@ -201,17 +204,12 @@ impl Vcpu {
 
     /// Waits for the answer to the last command.
     pub fn reply(&self) -> Reply {
-        self.replies.recv().unwrap_or_else(|_| {
-            Reply::Ended(Exit {
-                reason: ExitReason::VmmError,
-                detail: "a vCPU thread has vanished".into(),
-            })
-        })
+        self.reply.wait()
     }
 
     /// The answer, if there already is one.
     pub fn poll(&self) -> Option<Reply> {
-        self.replies.try_recv().ok()
+        self.reply.take()
     }
 }
 
@@ -219,20 +217,21 @@ struct Worker {
     id: u8,
     fd: VcpuFd,
     shared: Arc<Shared>,
+    command: Arc<Slot<Command>>,
+    reply: Arc<Slot<Reply>>,
     stop: Arc<Stop>,
     immediate_exit: ImmediateExit,
-    outbox: Sender<Reply>,
     entered: bool,
 }
 
 impl Worker {
-    fn serve(&mut self, inbox: &Receiver<Command>) -> ! {
-        if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu) {
+    fn serve(&mut self) -> ! {
+        if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu(self.id)) {
             let detail = format!("seccomp of vCPU {}: {error}", self.id);
             self.end(Exit { reason: ExitReason::VmmError, detail });
         }
-        while let Ok(command) = inbox.recv() {
-            let reply = match command {
+        loop {
+            let reply = match self.command.wait() {
                 Command::Boot { entry, tsc_offset } => self.boot(entry, tsc_offset),
                 Command::Thaw(plan) => self.thaw(&plan),
                 Command::Run => {
@@ -247,21 +246,16 @@ impl Worker {
             if let Reply::Ended(exit) = reply {
                 self.end(exit);
             }
-            let _ = self.outbox.send(reply);
+            self.reply.put(reply);
         }
-        self.rest()
     }
 
     /// Says that the guest is over, and rings the device thread's bell. The process ends soon.
     fn end(&self, exit: Exit) -> ! {
-        let _ = self.outbox.send(Reply::Ended(exit));
+        self.reply.put(Reply::Ended(exit));
         let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
-        self.rest()
-    }
-
-    /// Waits for the end of the process: to end itself a thread needs system calls that its filter
-    /// does not allow, and nothing joins it.
-    fn rest(&self) -> ! {
+        // To end itself a thread needs system calls that its filter does not allow, and nothing
+        // joins it.
         loop {
             std::thread::park();
         }
@@ -458,7 +452,5 @@ impl std::fmt::Debug for Vcpu {
 /// The kernel's.
 pub fn bell() -> std::io::Result<rustix::fd::OwnedFd> {
     use rustix::event::{EventfdFlags, eventfd};
-    let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    debug_assert!(bell.as_raw_fd() >= 0);
-    Ok(bell)
+    place(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?, &BELL)
 }

@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io::Seek,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
         unix::{fs::FileExt, net::UnixStream},
     },
     sync::Arc,
@@ -21,10 +21,11 @@ use firn_proto::control::{
     ShellConfig, Stats,
 };
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::{
     arch::{self, boot, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
+    descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
     machine::{Machine, MachineRestoreError},
     memory::{Memory, MemoryError},
     plan::{self, PlanError, Spares, View},
@@ -128,7 +129,7 @@ impl Vm {
     /// [`RequestError::Refused`].
     pub fn build(config: ShellConfig, kvm: &Kvm, clock: Arc<Clock>) -> Result<Self> {
         check(&config)?;
-        let vm = Arc::new(kvm.create_vm().map_err(kvm_error("CREATE_VM"))?);
+        let vm = Arc::new(create_vm(kvm)?);
         // What real-mode guests need on Intel; the others ignore it.
         vm.set_identity_map_address(arch::IDENTITY_MAP_ADDRESS)
             .map_err(kvm_error("SET_IDENTITY_MAP_ADDR"))?;
@@ -157,7 +158,7 @@ impl Vm {
         let mut statistics: Vec<_> = KvmStats::open(vm.as_ref(), "vm").into_iter().collect();
         let mut descriptors = Vec::with_capacity(usize::from(config.vcpus));
         for id in 0..config.vcpus {
-            let fd = vm.create_vcpu(u64::from(id)).map_err(kvm_error("CREATE_VCPU"))?;
+            let fd = create_vcpu(&vm, id)?;
             let cpuid = signature.for_vcpu(id, config.vcpus).map_err(kvm_error("CPUID table"))?;
             fd.set_cpuid2(&cpuid).map_err(kvm_error("SET_CPUID2"))?;
             statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));
@@ -238,14 +239,14 @@ impl Vm {
             true => Some(File::from(next(&mut descriptors)?)),
             false => None,
         };
-        let stream = UnixStream::from(next(&mut descriptors)?);
+        let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
         self.machine
-            .install(disks, &mut descriptors)
+            .install(disks, &mut all_to(&DISKS, descriptors)?)
             .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
         watch(stream.as_fd())?;
         self.machine.set_host_stream(stream);
         self.memory.advise_huge();
-        let kernel_bytes = kernel.metadata().map_err(io_error("kernel"))?.len();
+        let kernel_bytes = length(&kernel).map_err(io_error("kernel"))?;
         let regions = boot::written_first(self.memory.regions()[0].bytes, kernel_bytes);
         plan::furnish(&regions, &self.memory, &mut self.spares)?;
         let bad_kernel = |error: boot::BootError| {
@@ -290,15 +291,16 @@ impl Vm {
     ) -> Result<()> {
         self.expect(State::Empty)?;
         let mut descriptors = expect_descriptors(descriptors, 3 + count(disks))?;
-        let memory = next(&mut descriptors)?;
+        let memory = next_to(&MEMORY, &mut descriptors)?;
         let state = File::from(next(&mut descriptors)?);
-        let stream = UnixStream::from(next(&mut descriptors)?);
+        let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
+        let mut media = all_to(&DISKS, descriptors)?;
         let saved = Arc::new(self.read_state(&state)?);
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
         self.copied = plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
         self.clock.stamp(Phase::Populated);
-        self.machine.install(disks, &mut descriptors)?;
+        self.machine.install(disks, &mut media)?;
         self.machine.restore(&saved.machine)?;
         watch(stream.as_fd())?;
         self.machine.set_host_stream(stream);
@@ -337,7 +339,7 @@ impl Vm {
 
     fn read_state(&self, file: &File) -> Result<SavedVm> {
         let io = io_error("VM state");
-        let length = file.metadata().map(|m| m.len()).unwrap_or(u64::MAX);
+        let length = length(file).unwrap_or(u64::MAX);
         if length > snapshot::MAX_BODY as u64 + 16 {
             return Err(RequestError::refused(
                 FailureKind::SnapshotCorrupt,
@@ -455,9 +457,9 @@ impl Vm {
         if self.state == State::Empty {
             return Err(bad("nothing runs here yet".into()));
         }
-        let mut descriptors = expect_descriptors(descriptors, source.descriptors())?;
+        let descriptors = expect_descriptors(descriptors, source.descriptors())?;
         self.machine
-            .replace(usize::from(slot), source, &mut descriptors)
+            .replace(usize::from(slot), source, &mut all_to(&DISKS, descriptors)?)
             .ok_or_else(|| bad(format!("there is no disk slot {slot}")))?
             .map_err(|error| bad(error.to_string()))?;
         if let Some(origin) = &mut self.origin {
@@ -636,6 +638,48 @@ fn next(descriptors: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
     descriptors
         .next()
         .ok_or_else(|| RequestError::refused(FailureKind::BadRequest, "a descriptor is missing"))
+}
+
+/// The next descriptor, at its place.
+fn next_to(numbers: &Numbers, descriptors: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
+    place(next(descriptors)?, numbers).map_err(io_error("descriptor"))
+}
+
+/// All descriptors that are left, at their places.
+fn all_to(
+    numbers: &Numbers,
+    descriptors: impl Iterator<Item = OwnedFd>,
+) -> Result<std::vec::IntoIter<OwnedFd>> {
+    let placed = descriptors.map(|descriptor| place(descriptor, numbers));
+    let placed: std::io::Result<Vec<_>> = placed.collect();
+    Ok(placed.map_err(io_error("descriptors"))?.into_iter())
+}
+
+/// By `fstat`, which names no file: std asks by `statx`, which could.
+fn length(file: &File) -> std::io::Result<u64> {
+    Ok(rustix::fs::fstat(file)?.st_size as u64)
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    let vm = kvm.create_vm().map_err(kvm_error("CREATE_VM"))?;
+    let placed = place_object(&vm, &VM)?;
+    // SAFETY: the descriptor is of a VM, open, and nobody else's.
+    unsafe { kvm.create_vmfd_from_rawfd(placed) }.map_err(kvm_error("GET_VCPU_MMAP_SIZE"))
+}
+
+fn create_vcpu(vm: &VmFd, id: u8) -> Result<VcpuFd> {
+    let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("CREATE_VCPU"))?;
+    let placed = place_object(&vcpu, &VCPUS)?;
+    debug_assert_eq!(placed, VCPUS.start + RawFd::from(id));
+    // SAFETY: the descriptor is of a vCPU of this VM, open, and nobody else's.
+    unsafe { vm.create_vcpu_from_rawfd(placed) }.map_err(kvm_error("vCPU's memory"))
+}
+
+/// Another descriptor of what KVM has made, at its place.
+fn place_object(made: &impl AsRawFd, numbers: &Numbers) -> Result<RawFd> {
+    // SAFETY: `made` is borrowed, and so open, until this returns.
+    let made = unsafe { BorrowedFd::borrow_raw(made.as_raw_fd()) };
+    Ok(place(made, numbers).map_err(io_error("descriptor"))?.into_raw_fd())
 }
 
 /// Takes over `/dev/kvm` at its fixed descriptor.

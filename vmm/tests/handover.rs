@@ -10,7 +10,7 @@ mod sync {
 #[path = "../src/vcpu/handover.rs"]
 mod handover;
 
-use handover::{Gate, Stop};
+use handover::{Gate, Slot, Stop};
 use loom::{
     cell::UnsafeCell,
     sync::{
@@ -184,4 +184,22 @@ fn thaw(threads: usize, broken: Option<usize>) -> u32 {
 fn handover_lets_all_enter_or_nobody() {
     check(|| assert_eq!(thaw(3, None), 3));
     check(|| assert_eq!(thaw(3, Some(1)), 0));
+}
+
+#[test]
+fn handover_passes_each_command_and_each_answer_once() {
+    check(|| {
+        let (command, reply) = (Arc::new(Slot::new()), Arc::new(Slot::new()));
+        let vcpu = thread::spawn({
+            let (command, reply) = (command.clone(), reply.clone());
+            move || (0..2).for_each(|_| reply.put(command.wait() + 10))
+        });
+        for number in [1, 2] {
+            command.put(number);
+            // As the device thread looks in passing whether a guest has ended.
+            assert_eq!(reply.take().unwrap_or_else(|| reply.wait()), number + 10);
+        }
+        vcpu.join().unwrap();
+        assert_eq!((command.take(), reply.take()), (None, None));
+    });
 }

@@ -16,10 +16,7 @@
 use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{FileExt, MetadataExt},
-    },
+    os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
 use firn_proto::control::{DiskKind, DiskSource};
@@ -378,7 +375,7 @@ fn blocks(sectors: u64) -> u64 {
 }
 
 fn length(file: &File) -> Result<u64, MediumError> {
-    let found = file.metadata().map_err(MediumError::Length)?.size();
+    let found = rustix::fs::fstat(file).map_err(|e| MediumError::Length(e.into()))?.st_size as u64;
     if found > MAX_BYTES { Err(MediumError::TooLarge { found }) } else { Ok(found) }
 }
 

@@ -34,6 +34,45 @@ impl Stop {
     }
 }
 
+/// Room for one thing, from one thread to another. Unlike a channel of std's it never yields the
+/// processor, which would be another system call for filters to allow, and allocates nothing.
+#[derive(Debug)]
+pub struct Slot<T> {
+    content: Mutex<Option<T>>,
+    filled: Condvar,
+}
+
+impl<T> Slot<T> {
+    /// Nothing is in it.
+    pub fn new() -> Self {
+        Self { content: Mutex::new(None), filled: Condvar::new() }
+    }
+
+    /// Puts something in. What was there must have been taken.
+    pub fn put(&self, content: T) {
+        *self.content.lock().unwrap_or_else(PoisonError::into_inner) = Some(content);
+        self.filled.notify_one();
+    }
+
+    /// Takes what is there.
+    pub fn take(&self) -> Option<T> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Takes what is there, or will be.
+    pub fn wait(&self) -> T {
+        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match content.take() {
+                Some(content) => return content,
+                None => {
+                    content = self.filled.wait(content).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+}
+
 /// Where vCPU threads meet before any of them enters its guest.
 #[derive(Debug)]
 pub struct Gate {

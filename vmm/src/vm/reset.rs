@@ -24,8 +24,9 @@ use std::{
 
 use firn_proto::control::{Exit, ExitReason, FailureKind, Phase, ResetReport};
 
-use super::{RequestError, Result, Vm, expect_descriptors, next};
+use super::{RequestError, Result, Vm, expect_descriptors, next, next_to};
 use crate::{
+    descriptors::STREAM,
     memory::written::{Pagemap, Source, WrittenError},
     snapshot::SavedVm,
     stats::monotonic_ns,
@@ -87,7 +88,7 @@ impl Vm {
             return Err(bad("a disk was attached since the thaw"));
         }
         let mut descriptors = expect_descriptors(descriptors, 2)?;
-        let stream = UnixStream::from(next(&mut descriptors)?);
+        let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
         let pagemap = Pagemap::new(File::from(next(&mut descriptors)?))?;
         let origin = self.origin.take().ok_or_else(|| bad("only a thawed microVM can be reset"))?;
         self.clock.restart();

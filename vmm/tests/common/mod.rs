@@ -46,6 +46,16 @@ pub fn kvm() -> Option<File> {
 impl Vmm {
     /// Starts a process with the two descriptors that it inherits.
     pub fn spawn(kvm: &File) -> Self {
+        Self::spawn_program(kvm, &program(), || Ok(()))
+    }
+
+    /// The same with a program of choice. `prepare` runs in the new process before that does: it
+    /// must be async-signal-safe.
+    pub fn spawn_program(
+        kvm: &File,
+        program: &str,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -54,9 +64,9 @@ impl Vmm {
         )
         .unwrap();
         let (control, kvm) = (theirs.as_raw_fd(), kvm.as_raw_fd());
-        let mut command = Command::new(program());
+        let mut command = Command::new(program);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        // SAFETY: dup2 and fcntl are async-signal-safe. The sources are first moved out of the
+        // SAFETY: dup2 and fcntl are async-signal-safe, as is what the caller gave. The sources are first moved out of the
         // way, since either may have the other's target number.
         unsafe {
             command.pre_exec(move || {
@@ -66,7 +76,7 @@ impl Vmm {
                     return Err(std::io::Error::last_os_error());
                 }
                 libc::close_range(KVM_FD as u32 + 1, u32::MAX, 0);
-                Ok(())
+                prepare()
             });
         }
         let mut child = command.spawn().unwrap();
@@ -76,7 +86,12 @@ impl Vmm {
 
     /// Starts a process and builds a shell.
     pub fn shell(kvm: &File, config: &ShellConfig) -> Self {
-        let vmm = Self::spawn(kvm);
+        Self::spawn(kvm).build(config)
+    }
+
+    /// Builds a shell.
+    pub fn build(self, config: &ShellConfig) -> Self {
+        let vmm = self;
         match vmm.request(&ToVmm::Build(config.clone()), &[]) {
             FromVmm::Ready(_) => vmm,
             other => panic!("{other:?}"),
@@ -109,7 +124,7 @@ impl Vmm {
             RecvFlags::empty(),
         )
         .unwrap();
-        assert_ne!(received.bytes, 0, "the VMM closed its socket");
+        assert_ne!(received.bytes, 0, "the VMM closed its socket: {}", self.last_words());
         control::decode_from_vmm(&bytes[..received.bytes]).unwrap()
     }
 
@@ -134,6 +149,13 @@ impl Vmm {
         (self.child.wait().unwrap(), String::from_utf8_lossy(&said).into_owned())
     }
 
+    /// The end of what a VMM that is gone has said.
+    fn last_words(&self) -> String {
+        let mut said = vec![0; 4096];
+        let count = self.stderr.as_ref().map_or(Ok(0), |pipe| rustix::io::read(pipe, &mut said));
+        String::from_utf8_lossy(&said[..count.unwrap_or(0)]).into_owned()
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -147,7 +169,7 @@ impl Drop for Vmm {
 }
 
 /// The program under test: cargo's, or one that `FIRN_VMM` names (where tests run elsewhere).
-fn program() -> String {
+pub fn program() -> String {
     std::env::var("FIRN_VMM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_firn-vmm").into())
 }
 
