@@ -6,7 +6,7 @@
 mod assembler;
 mod common;
 
-use std::{fs, os::fd::AsFd, os::unix::net::UnixStream, time::Duration};
+use std::{fs, io::Read, os::fd::AsFd, os::unix::net::UnixStream, time::Duration};
 
 use assembler::Code;
 use common::{ENTRY, Vmm, config_with_disks, elf, kvm, memfd};
@@ -112,9 +112,19 @@ impl Attack {
     }
 
     fn boot(&self, kvm: &fs::File, end: impl Fn(&mut Code) -> &mut Code) -> (Vmm, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (self.boot_with(kvm, &theirs, end), ours)
+    }
+
+    /// Boots it with the VMM's end of a stream.
+    fn boot_with(
+        &self,
+        kvm: &fs::File,
+        theirs: &UnixStream,
+        end: impl Fn(&mut Code) -> &mut Code,
+    ) -> Vmm {
         let vmm = Vmm::shell(kvm, &config_with_disks(&[DiskKind::CopyOnWrite]));
         let (backing, delta) = (memfd(&[7; 64 << 10]), memfd(b""));
-        let (ours, theirs) = UnixStream::pair().unwrap();
         let message = ToVmm::Boot {
             cmdline: String::new(),
             initramfs: false,
@@ -124,7 +134,7 @@ impl Attack {
         let descriptors = [kernel.as_fd(), theirs.as_fd(), backing.as_fd(), delta.as_fd()];
         let answer = vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-        (vmm, ours)
+        vmm
     }
 
     /// Runs it; it then pulls the reset line, if the VMM has not ended it before.
@@ -297,10 +307,14 @@ fn peak_kib(pid: u32) -> Option<u64> {
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// A guest that sends the same vsock packet again and again, with another source port each time, and
-/// never stops: 20,000 connection requests, or resets, or data for nobody.
-fn flood(operation: u16, flags: u32, length: u32) -> Attack {
-    let mut attack = Attack::driver(VSOCK, 1);
+// Operations of vsock packets (VIRTIO 1.2, 5.10.6).
+const REQUEST: u16 = 1;
+const RST: u16 = 3;
+const SHUTDOWN: u16 = 4;
+const RW: u16 = 5;
+
+/// A vsock packet's header.
+fn packet(operation: u16, flags: u32, length: u32) -> Vec<u8> {
     let mut packet = Vec::new();
     packet.extend(3u64.to_le_bytes()); // from the guest
     packet.extend(2u64.to_le_bytes()); // to the host
@@ -311,8 +325,15 @@ fn flood(operation: u16, flags: u32, length: u32) -> Attack {
     packet.extend(operation.to_le_bytes());
     packet.extend(flags.to_le_bytes());
     packet.extend(u32::MAX.to_le_bytes()); // credit beyond belief
-    packet.extend(7u32.to_le_bytes());
-    attack.put(BUFFER_AT, &packet).available(0, &[0; 8]);
+    packet.extend(0u32.to_le_bytes()); // nothing taken from the host yet
+    packet
+}
+
+/// A guest that sends the same vsock packet again and again, with another source port each time, and
+/// never stops: 20,000 connection requests, or resets, or data for nobody.
+fn flood(operation: u16, flags: u32, length: u32) -> Attack {
+    let mut attack = Attack::driver(VSOCK, 1);
+    attack.put(BUFFER_AT, &packet(operation, flags, length)).available(0, &[0; 8]);
     attack.descriptors(&[(BUFFER_AT, 44, NEXT, 1), (BUFFER_AT + 0x100, 0x1000, 0, 0)]);
     let code = &mut attack.code;
     // `mov $20000,%esi; l: incl source_port; incw available_index; mov $1,%eax; movabs %eax,notify;
@@ -330,9 +351,6 @@ fn flood(operation: u16, flags: u32, length: u32) -> Attack {
 
 #[test]
 fn attack_floods_of_vsock_packets_are_bounded() {
-    const REQUEST: u16 = 1;
-    const RST: u16 = 3;
-    const RW: u16 = 5;
     let Some(kvm) = kvm() else { return };
     for (name, operation, flags, length) in [
         ("connections", REQUEST, 0, 0),
@@ -353,6 +371,40 @@ fn attack_floods_of_vsock_packets_are_bounded() {
         );
         eprintln!("{name}: {:?}, {peak:?} KiB", exit.reason);
         assert!(peak.is_none_or(|kib| kib < 12 << 10), "{name}: {peak:?} KiB");
+    }
+}
+
+/// A guest that connects, says six times 4 KiB, says that this was all, and does not end the connection.
+/// To a host that does not read yet the device thread passes on what its stream has no room for, and
+/// then the end, too; otherwise the vCPU thread has done both.
+#[test]
+fn a_host_hears_all_and_the_end_however_late_it_reads() {
+    const SEND: u32 = 2;
+    let Some(kvm) = kvm() else { return };
+    for room in [1 << 20, 4096] {
+        let mut guest = Attack::driver(VSOCK, 1);
+        guest.put(BUFFER_AT, &packet(REQUEST, 0, 0));
+        guest.put(BUFFER_AT + 0x40, &packet(RW, 0, 0x1000));
+        guest.put(BUFFER_AT + 0x80, &packet(SHUTDOWN, SEND, 0));
+        guest.put(BUFFER_AT + 0x1000, &[b'x'; 0x1000]);
+        guest.descriptors(&[
+            (BUFFER_AT, 44, 0, 0),
+            (BUFFER_AT + 0x40, 44, NEXT, 2),
+            (BUFFER_AT + 0x1000, 0x1000, 0, 0),
+            (BUFFER_AT + 0x80, 44, 0, 0),
+        ]);
+        guest.available(8, &[0, 1, 1, 1, 1, 1, 1, 3]).set(VSOCK + NOTIFY, 1);
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&theirs, room).unwrap();
+        let vmm = guest.boot_with(&kvm, &theirs, |code| code.halt());
+        drop(theirs);
+        std::thread::sleep(Duration::from_millis(100));
+        let mut heard = Vec::new();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        ours.read_to_end(&mut heard).unwrap();
+        assert!(heard == [b'x'; 6 * 0x1000], "room for {room}: {} bytes", heard.len());
+        let FromVmm::Exited(exit) = vmm.request(&ToVmm::Stop, &[]) else { panic!("no exit") };
+        assert_eq!(exit.reason, ExitReason::Stopped);
     }
 }
 

@@ -48,21 +48,27 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Builds packages in release mode, the only one that goes into the host VM.
+/// Builds packages in release mode.
 pub fn build_release(packages: &[&str]) -> Result<Binaries> {
+    build("release", packages)
+}
+
+/// Builds packages with a profile.
+pub fn build(profile: &str, packages: &[&str]) -> Result<Binaries> {
     #[derive(Deserialize)]
     struct Message {
         executable: Option<PathBuf>,
     }
     let mut command = cargo();
-    command.args(["build", "--release", "--quiet"]);
+    command.args(["build", "--profile", profile, "--quiet"]);
     command.args(["--message-format", "json-render-diagnostics"]);
     for package in packages {
         command.args(["--package", package]);
     }
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("`cargo build --release --package {}` failed", packages.join(" --package "));
+        let packages = packages.join(" --package ");
+        bail!("`cargo build --profile {profile} --package {packages}` failed");
     }
     let text = String::from_utf8(output.stdout).context("cargo printed no UTF-8")?;
     let mut binaries = BTreeMap::new();

@@ -18,6 +18,7 @@ mod python;
 mod scratch;
 mod spec;
 mod step;
+mod system_calls;
 mod test;
 
 use std::process::ExitCode;
@@ -43,6 +44,7 @@ enum Task {
     Spec(spec::Arguments),
     Bench(bench::Arguments),
     Fuzz(fuzz::Arguments),
+    SystemCalls(system_calls::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -66,6 +68,7 @@ fn run(arguments: Arguments) -> Result<i32> {
         Task::Test(arguments) => test::run(&arguments),
         Task::Spec(arguments) => spec::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::SystemCalls(arguments) => system_calls::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Kernel(arguments) => kernel::run(arguments),
         Task::HostVm(arguments) => host_vm::command::run(arguments),

@@ -357,7 +357,7 @@ impl Rig {
         }
         let site = Site::start(self.lane, &self.artifacts, daemon::PORT)?;
         if linux {
-            let outcome = test::linux(&site, &self.artifacts)?;
+            let outcome = test::linux(&site, &self.artifacts, &[])?;
             self.keep(outcome.lines.iter().filter_map(|line| test::rust_result(line)));
         }
         if end_to_end.is_empty() {

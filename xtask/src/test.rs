@@ -155,7 +155,7 @@ fn lane_stages(
     let site = Site::start(lane, artifacts, daemon::PORT);
     let Some(site) = tally.must("booting the host VM", site) else { return };
     if stages.contains(&Stage::Linux) {
-        let result = linux(&site, artifacts);
+        let result = linux(&site, artifacts, &[]);
         if let Some(outcome) = tally.must("the VMM's tests with Linux", result) {
             count_rust("the VMM's tests with Linux", tally, &outcome);
         }
@@ -166,8 +166,8 @@ fn lane_stages(
     }
 }
 
-/// The VMM's tests with Linux, in the lane.
-pub fn linux(site: &Site, artifacts: &Path) -> Result<Outcome> {
+/// The VMM's tests with Linux, in the lane. What is in `environment` wins over what would be there.
+pub fn linux(site: &Site, artifacts: &Path, environment: &[(&str, String)]) -> Result<Outcome> {
     let test = test_program("firn-vmm", "linux")?;
     let mut archive = Archive::new(Vec::new());
     archive.copy("init", 0o755, &artifacts.join("bin/firn-init"))?;
@@ -189,7 +189,7 @@ pub fn linux(site: &Site, artifacts: &Path) -> Result<Outcome> {
             ("/firn".into(), "/root/firn-init.cpio".into(), "/root/busy.erofs".into())
         }
     };
-    let files = [
+    let mut files = vec![
         ("FIRN_TEST_KERNELS", format!("{root}/kernel/vmlinux:{root}/kernel/bzImage")),
         ("FIRN_TEST_INITRAMFS", initramfs),
         ("FIRN_TEST_ROOTFS", format!("{root}/images/python3.11/rootfs.erofs")),
@@ -199,6 +199,7 @@ pub fn linux(site: &Site, artifacts: &Path) -> Result<Outcome> {
         // One emulated CPU: side by side, each would run into the others' time limits.
         ("RUST_TEST_THREADS", "1".into()),
     ];
+    files.extend_from_slice(environment);
     site.watch("the VMM's tests with Linux", &test, &files, is_result)
 }
 
