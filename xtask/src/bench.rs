@@ -22,6 +22,9 @@ pub const MEMORY_MIB: u32 = 2048;
 /// Thaws of a tiny guest: enough for a 99th percentile.
 const TINY_THAWS: &str = "200";
 
+/// Thaws of each kind that `cargo bench … filters` makes: the difference is small.
+const FILTERED_THAWS: &str = "500";
+
 /// Longest time that the measured host VM may take.
 const LIMIT: Duration = Duration::from_secs(7200);
 
@@ -213,6 +216,12 @@ pub fn tiny_thaw(firecracker: Option<&Path>) -> Result<Value> {
         arguments.push(std::path::absolute(program)?.into());
     }
     tiny("tiny_thaw", &arguments)?.into_iter().next().context("tiny_thaw printed nothing")
+}
+
+/// `cargo bench … filters` on this machine's `/dev/kvm`: one record a kind of VMM.
+pub fn filters() -> Result<Vec<Value>> {
+    step::say("measuring thaws with and without seccomp filters on this machine's /dev/kvm …");
+    tiny("filters", &[OsString::from(FILTERED_THAWS)])
 }
 
 /// `cargo bench … tiny_reset` on this machine's `/dev/kvm`: one record a number of pages.

@@ -78,6 +78,8 @@ enum Source {
     Resets(String),
     /// A figure of `tiny_reset`, for a number of pages.
     NativeReset(u64, String),
+    /// A figure of `filters`: with filters over without.
+    NativeFilters(String),
     /// Length of an artifact.
     File(String),
     /// pytest's names of tests.
@@ -266,6 +268,15 @@ impl Rig {
                 }
                 let starts = self.resets.as_ref().context("no figures")?;
                 Ok((starts.figure(key)?, starts.rig.clone()))
+            }
+            Source::NativeFilters(key) => {
+                let records = bench::filters()?;
+                let median = |vmm: &str| {
+                    let record = records.iter().find(|record| record["vmm"] == vmm);
+                    let figure = record.and_then(|record| record[key]["p50"].as_f64());
+                    figure.with_context(|| format!("no {key} of a VMM that is {vmm}"))
+                };
+                Ok((median("filtered")? / median("unfiltered")?, "this machine's /dev/kvm".into()))
             }
             Source::NativeReset(pages, key) => {
                 if self.tiny_reset.is_none() {
@@ -487,6 +498,7 @@ fn parse_source(text: &str) -> Result<Source> {
             pages.parse().with_context(|| format!("`{pages}` is no number of pages"))?,
             key.into(),
         ),
+        ["native-filters", key] => Source::NativeFilters(key.into()),
         ["files", name] => Source::File(name.into()),
         ["e2e", ref names @ ..] if !names.is_empty() => {
             Source::EndToEnd(names.iter().map(ToString::to_string).collect())
