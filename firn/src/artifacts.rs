@@ -4,12 +4,11 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::CString,
     fs::{self, File},
     io::{self, Read},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::PermissionsExt},
+        unix::fs::PermissionsExt,
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -32,7 +31,8 @@ const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 /// Everything of the installation, opened once.
 #[derive(Debug)]
 pub(crate) struct Artifacts {
-    pub(crate) jailer: CString,
+    /// `firn-jailer` in sealed memory.
+    pub(crate) jailer: OwnedFd,
     /// `firn-vmm` in sealed memory.
     pub(crate) vmm: OwnedFd,
     /// `vmlinux` in sealed memory.
@@ -57,7 +57,7 @@ impl Artifacts {
             source,
         })?;
         let mut vmm = executable(&dir, "firn-vmm")?;
-        executable(&dir, "firn-jailer")?;
+        let mut jailer = executable(&dir, "firn-jailer")?;
         let mut init = executable(&dir, "firn-init")?;
         let mut kernel = part(&dir, "kernel", "kernel/vmlinux")?;
         let tmp_path = dir.join("images/tmp.ext4");
@@ -67,9 +67,12 @@ impl Artifacts {
 
         let artifact =
             |what, path: PathBuf| move |source| OpenError::Artifact { what, path, source };
-        let vmm_path = dir.join("bin/firn-vmm");
-        let vmm = memfile::sealed_executable("firn-vmm", &mut vmm)
-            .map_err(artifact("firn-vmm", vmm_path))?;
+        let seal = |what, file: &mut File| {
+            memfile::sealed_executable(what, file)
+                .map_err(artifact(what, dir.join("bin").join(what)))
+        };
+        let jailer = seal("firn-jailer", &mut jailer)?;
+        let vmm = seal("firn-vmm", &mut vmm)?;
         let init_path = dir.join("bin/firn-init");
         let mut content = Vec::new();
         let initramfs = init
@@ -95,9 +98,7 @@ impl Artifacts {
         let (tmp, tmp_bytes, tmp_hash) = seal_tmp().map_err(artifact("/tmp disk", tmp_path))?;
         let null = Path::new("/dev/null");
         Ok(Self {
-            jailer: CString::new(dir.join("bin/firn-jailer").as_os_str().as_bytes()).map_err(
-                |_| OpenError::Config { field: "artifacts", reason: "holds a null byte".into() },
-            )?,
+            jailer,
             vmm,
             kernel,
             kernel_hash,

@@ -4,23 +4,36 @@
 //!  <hierarchy>/firn/<host id>/<vm>
 //! ```
 //!
+//! In version 2 a VMM starts in its group; in version 1 the jailer moves it there.
+//!
 //! All files of a VM's group that are written later are opened when the group is made; writing
 //! them on the request path opens nothing.
 
 use std::{
     fs::{self, File},
     io,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
+
+use crate::dir::Dir;
 
 /// Length of a CPU accounting period.
 const PERIOD_US: u64 = 100_000;
 
 /// How long a group may take to become empty after its processes were killed.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+
+/// Of all hosts on a machine.
+const FIRN: &str = "firn";
 
 /// Why there are no usable control groups.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +86,19 @@ pub(crate) struct Limits {
 /// This host's part of every hierarchy.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
+    parts: Vec<Arc<Part>>,
+}
+
+/// This host's part of one hierarchy.
+#[derive(Debug)]
+struct Part {
+    unified: bool,
+    controllers: Vec<Controller>,
+    /// `firn` and what it lies in.
+    firn: Dir,
+    mount: Dir,
+    dir: Dir,
     host_id: String,
-    hierarchies: Vec<Hierarchy>,
 }
 
 impl Cgroups {
@@ -85,58 +109,32 @@ impl Cgroups {
         let hierarchies = find(&mounts, |mount| {
             fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default()
         })?;
-        let cgroups = Self { host_id: host_id.to_owned(), hierarchies };
-        for hierarchy in &cgroups.hierarchies {
-            cgroups.make_part(hierarchy)?;
-        }
-        Ok(cgroups)
+        Self::in_hierarchies(host_id, hierarchies)
     }
 
-    fn part(&self, hierarchy: &Hierarchy) -> PathBuf {
-        hierarchy.mount.join("firn").join(&self.host_id)
-    }
-
-    fn make_part(&self, hierarchy: &Hierarchy) -> Result<(), CgroupError> {
-        let part = self.part(hierarchy);
-        fs::create_dir_all(&part).map_err(at(&part))?;
-        if !hierarchy.unified {
-            return Ok(());
-        }
-        let enable: Vec<_> =
-            hierarchy.controllers.iter().map(|c| format!("+{}", c.name())).collect();
-        let enable = enable.join(" ");
-        for level in [hierarchy.mount.clone(), hierarchy.mount.join("firn"), part] {
-            let control = level.join("cgroup.subtree_control");
-            match fs::write(&control, &enable) {
-                // A group other than the true root can't have both processes and controllers for
-                // its children. In a container the root that we see is such a group, with us in
-                // it: step aside.
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-                    let leaf = level.join("firn-host");
-                    fs::create_dir_all(&leaf).map_err(at(&leaf))?;
-                    let procs = leaf.join("cgroup.procs");
-                    fs::write(&procs, std::process::id().to_string()).map_err(at(&procs))?;
-                    fs::write(&control, &enable)
-                }
-                other => other,
-            }
-            .map_err(at(&control))?;
-        }
-        Ok(())
+    fn in_hierarchies(host_id: &str, hierarchies: Vec<Hierarchy>) -> Result<Self, CgroupError> {
+        let parts = hierarchies.into_iter().map(|hierarchy| {
+            let mount = hierarchy.mount.clone();
+            Part::make(hierarchy, host_id).map(Arc::new).map_err(at(&mount))
+        });
+        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
     }
 
     /// Makes the group `name` with `limits`.
     pub(crate) fn create(&self, name: &str, limits: Limits) -> io::Result<Group> {
         let mut group = Group::default();
-        for hierarchy in &self.hierarchies {
-            let dir = self.part(hierarchy).join(name);
-            let made = fs::create_dir(&dir);
+        name.clone_into(&mut group.name);
+        for part in &self.parts {
             // Pushed before anything can fail, so that dropping the group removes it.
-            group.dirs.push(dir.clone());
-            made?;
-            group.procs.push(writable(&dir.join("cgroup.procs"))?.into());
-            for controller in &hierarchy.controllers {
-                group.open(&dir, hierarchy.unified, *controller, limits)?;
+            group.parts.push(part.clone());
+            let dir = part.dir.make(name, 0o755)?;
+            for controller in &part.controllers {
+                group.open(&dir, part.unified, *controller, limits)?;
+            }
+            if part.unified {
+                group.unified = Some(dir);
+            } else {
+                group.procs.push(dir.writable("cgroup.procs")?.into());
             }
         }
         group.set_memory(limits.memory_bytes)?;
@@ -147,22 +145,17 @@ impl Cgroups {
     /// groups there were.
     pub(crate) fn remove_leftovers(&self) -> Result<usize, CgroupError> {
         let mut count = 0;
-        for hierarchy in &self.hierarchies {
-            let part = self.part(hierarchy);
-            for entry in fs::read_dir(&part).map_err(at(&part))? {
-                let dir = entry.map_err(at(&part))?.path();
-                if !dir.is_dir() {
-                    continue;
-                }
+        for part in &self.parts {
+            for name in part.dir.dirs().map_err(at(part.dir.path()))? {
                 count += 1;
                 let end = std::time::Instant::now() + EMPTY_WITHIN;
                 loop {
-                    kill_members(&dir);
-                    match fs::remove_dir(&dir) {
+                    part.kill_members(&name);
+                    match part.dir.remove_dir(&name) {
                         Ok(()) => break,
                         Err(e) if e.kind() == io::ErrorKind::NotFound => break,
                         Err(source) if std::time::Instant::now() > end => {
-                            return Err(CgroupError::Io { path: dir, source });
+                            return Err(CgroupError::Io { path: name, source });
                         }
                         Err(_) => std::thread::sleep(Duration::from_millis(5)),
                     }
@@ -174,31 +167,56 @@ impl Cgroups {
 
     /// Removes this host's (empty) part, and firn's if no other host uses it.
     pub(crate) fn remove(&self) {
-        for hierarchy in &self.hierarchies {
-            let part = self.part(hierarchy);
-            if fs::remove_dir(&part).is_ok() {
-                let _ = fs::remove_dir(hierarchy.mount.join("firn"));
+        for part in &self.parts {
+            if part.firn.remove_dir(&part.host_id).is_ok() {
+                let _ = part.mount.remove_dir(FIRN);
             }
         }
     }
 }
 
-fn kill_members(dir: &Path) {
-    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    for pid in
-        procs.lines().filter_map(|l| l.parse().ok()).filter_map(rustix::process::Pid::from_raw)
-    {
-        // The pid can't be someone else's for long enough to matter: it was a member a moment ago,
-        // and members of our groups are VMMs only.
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+impl Part {
+    fn make(hierarchy: Hierarchy, host_id: &str) -> io::Result<Self> {
+        let Hierarchy { mount, unified, controllers } = hierarchy;
+        let mount = Dir::open(&mount)?;
+        let enable: Vec<_> = controllers.iter().map(|c| format!("+{}", c.name())).collect();
+        let enable = |level: &Dir| match unified {
+            true => let_children_have(level, &enable.join(" ")),
+            false => Ok(()),
+        };
+        enable(&mount)?;
+        let firn = mount.ensure(FIRN, 0o755)?;
+        enable(&firn)?;
+        let dir = firn.ensure(host_id, 0o755)?;
+        enable(&dir)?;
+        Ok(Self { unified, controllers, firn, mount, dir, host_id: host_id.to_owned() })
+    }
+
+    fn kill_members(&self, name: &Path) {
+        let procs = self.dir.read(name.join("cgroup.procs")).unwrap_or_default();
+        for pid in
+            procs.lines().filter_map(|l| l.parse().ok()).filter_map(rustix::process::Pid::from_raw)
+        {
+            // The pid can't be someone else's for long enough to matter: it was a member a moment
+            // ago, and members of our groups are VMMs only.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
     }
 }
 
-fn writable(path: &Path) -> io::Result<File> {
-    File::options()
-        .write(true)
-        .open(path)
-        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+/// Enables controllers for the groups in `level`.
+fn let_children_have(level: &Dir, controllers: &str) -> io::Result<()> {
+    const CONTROL: &str = "cgroup.subtree_control";
+    match level.write(CONTROL, controllers) {
+        // A group other than the true root can't have both processes and controllers for its
+        // children. In a container the root that we see is such a group, with us in it: step aside.
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+            let leaf = level.ensure("firn-host", 0o755)?;
+            leaf.write("cgroup.procs", &std::process::id().to_string())?;
+            level.write(CONTROL, controllers)
+        }
+        other => other,
+    }
 }
 
 /// Finds a hierarchy for every controller in the lines of `mountinfo`.
@@ -249,7 +267,11 @@ fn parse_mount(line: &str) -> Option<Mount<'_>> {
 /// The control group of one VM. Dropping it removes it if it is empty.
 #[derive(Debug, Default)]
 pub(crate) struct Group {
-    dirs: Vec<PathBuf>,
+    name: String,
+    parts: Vec<Arc<Part>>,
+    /// Its directory in version 2.
+    unified: Option<Dir>,
+    /// `cgroup.procs` in each hierarchy of version 1.
     procs: Vec<OwnedFd>,
     /// Files that take the memory limit, in the order in which they must be raised.
     memory: Vec<File>,
@@ -267,41 +289,45 @@ enum Cpu {
 impl Group {
     fn open(
         &mut self,
-        dir: &Path,
+        dir: &Dir,
         unified: bool,
         controller: Controller,
         limits: Limits,
     ) -> io::Result<()> {
         match (controller, unified) {
             (Controller::Memory, true) => {
-                self.memory.push(writable(&dir.join("memory.max"))?);
+                self.memory.push(dir.writable("memory.max")?);
                 // Half a VMM is of no use. Old kernels don't have it; their OOM killer finds the
                 // only process anyway.
-                let _ = fs::write(dir.join("memory.oom.group"), "1");
+                let _ = dir.write("memory.oom.group", "1");
             }
             (Controller::Memory, false) => {
-                self.memory.push(writable(&dir.join("memory.limit_in_bytes"))?);
+                self.memory.push(dir.writable("memory.limit_in_bytes")?);
             }
             (Controller::Cpu, true) => {
-                let burst = writable(&dir.join("cpu.max.burst")).ok();
-                self.cpu = Some(Cpu::Unified { max: writable(&dir.join("cpu.max"))?, burst });
+                let burst = dir.writable("cpu.max.burst").ok();
+                self.cpu = Some(Cpu::Unified { max: dir.writable("cpu.max")?, burst });
             }
             (Controller::Cpu, false) => {
-                writable(&dir.join("cpu.cfs_period_us"))?
+                dir.writable("cpu.cfs_period_us")?
                     .write_all_at(PERIOD_US.to_string().as_bytes(), 0)?;
-                let burst = writable(&dir.join("cpu.cfs_burst_us")).ok();
-                let quota = writable(&dir.join("cpu.cfs_quota_us"))?;
+                let burst = dir.writable("cpu.cfs_burst_us").ok();
+                let quota = dir.writable("cpu.cfs_quota_us")?;
                 self.cpu = Some(Cpu::Legacy { quota, burst });
             }
             (Controller::Pids, _) => {
-                writable(&dir.join("pids.max"))?
-                    .write_all_at(limits.pids.to_string().as_bytes(), 0)?;
+                dir.writable("pids.max")?.write_all_at(limits.pids.to_string().as_bytes(), 0)?;
             }
         }
         Ok(())
     }
 
-    /// Descriptors of `cgroup.procs`, one a hierarchy, for the jailer.
+    /// The group of version 2, for a process to start in.
+    pub(crate) fn unified(&self) -> Option<BorrowedFd<'_>> {
+        self.unified.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Descriptors of `cgroup.procs`, one a hierarchy of version 1, for the jailer.
     pub(crate) fn procs(&self) -> &[OwnedFd] {
         &self.procs
     }
@@ -334,7 +360,7 @@ impl Group {
         let mut pause = Duration::from_millis(1);
         while !self.try_remove() {
             if tokio::time::Instant::now() > end {
-                tracing::warn!(groups = ?self.dirs, "control groups can't be removed");
+                tracing::warn!(vm = self.name, "control groups can't be removed");
                 return false;
             }
             tokio::time::sleep(pause).await;
@@ -344,11 +370,11 @@ impl Group {
     }
 
     fn try_remove(&self) -> bool {
-        let remove = |dir: &PathBuf| match fs::remove_dir(dir) {
+        let remove = |part: &Part| match part.dir.remove_dir(&self.name) {
             Err(e) => e.kind() == io::ErrorKind::NotFound,
             Ok(()) => true,
         };
-        self.dirs.iter().filter(|dir| !remove(dir)).count() == 0
+        self.parts.iter().filter(|part| !remove(part)).count() == 0
     }
 }
 
@@ -412,7 +438,7 @@ mod tests {
     /// Where the controllers are in version 1, version 2 is there all the same: what differs
     /// between them beyond limits is tested on it.
     #[tokio::test]
-    async fn version_2_groups_are_joined_and_removed() {
+    async fn a_process_starts_in_its_group_of_version_2() {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mount = mounts.lines().filter_map(parse_mount).find(|m| m.kind == "cgroup2");
         let Some(mount) = mount.filter(|_| rustix::process::getuid().is_root()) else {
@@ -420,31 +446,25 @@ mod tests {
             return;
         };
         let hierarchy = Hierarchy { mount: mount.path, unified: true, controllers: Vec::new() };
-        let cgroups = Cgroups {
-            host_id: format!("test2-{}", std::process::id()),
-            hierarchies: vec![hierarchy.clone()],
-        };
-        cgroups.make_part(&hierarchy).unwrap();
+        let id = format!("test2-{}", std::process::id());
+        let cgroups = Cgroups::in_hierarchies(&id, vec![hierarchy]).unwrap();
         let group = cgroups.create("vm-1", Limits { memory_bytes: 1, pids: 1 }).unwrap();
-        let procs = rustix::io::dup(&group.procs()[0]).unwrap();
-        let mut command = std::process::Command::new("sleep");
-        command.arg("600");
-        // SAFETY: one write to an open descriptor, as the jailer does it.
-        unsafe {
-            std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
-                rustix::io::write(&procs, b"0")?;
-                Ok(())
-            });
-        }
-        let mut sleeper = command.spawn().unwrap();
-        let members = fs::read_to_string(group.dirs[0].join("cgroup.procs")).unwrap();
-        assert_eq!(members.trim(), sleeper.id().to_string());
-        let reaper = std::thread::spawn(move || sleeper.wait().unwrap());
+        assert!(group.procs().is_empty(), "nothing to move it by");
+        let sleep = File::open("/bin/sleep").unwrap();
+        let arguments = [c"sleep".to_owned(), c"600".to_owned()];
+        let null = File::open("/dev/null").unwrap();
+        let sleeper =
+            crate::launch::launch(sleep.as_fd(), &arguments, &[null.as_fd(); 3], group.unified())
+                .unwrap();
+        let dir = group.unified.as_ref().unwrap();
+        assert_eq!(dir.read("cgroup.procs").unwrap().trim(), sleeper.pid.to_string());
+        let reaper = std::thread::spawn(move || crate::process::wait(&sleeper.pidfd).unwrap());
         assert_eq!(cgroups.remove_leftovers().unwrap(), 1);
-        assert!(!reaper.join().unwrap().success());
+        assert_eq!(reaper.join().unwrap().signal, Some(libc::SIGKILL));
         assert!(group.remove().await);
+        let part = cgroups.parts[0].dir.path().to_owned();
         cgroups.remove();
-        assert!(!cgroups.part(&hierarchy).exists());
+        assert!(!part.exists());
     }
 
     #[tokio::test]
@@ -465,7 +485,7 @@ mod tests {
         let group = cgroups.create("vm-1", limits).unwrap();
         group.set_cpu(128).unwrap();
         group.set_memory(96 << 20).unwrap();
-        let dirs = group.dirs.clone();
+        let dirs: Vec<_> = cgroups.parts.iter().map(|part| part.dir.path().join("vm-1")).collect();
         let read = |name: &str| dirs.iter().find_map(|d| fs::read_to_string(d.join(name)).ok());
         assert_eq!(read("pids.max").as_deref(), Some("9\n"));
         let memory = read("memory.max").or_else(|| read("memory.limit_in_bytes"));
@@ -484,6 +504,6 @@ mod tests {
         assert!(dirs.iter().all(|d| !d.exists()));
         assert!(group.remove().await);
         cgroups.remove();
-        assert!(cgroups.hierarchies.iter().all(|h| !cgroups.part(h).exists()));
+        assert!(cgroups.parts.iter().all(|part| !part.dir.path().exists()));
     }
 }

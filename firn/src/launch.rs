@@ -1,15 +1,23 @@
-//! Starts one `firn-jailer` as PID 1 of a new PID namespace, with descriptors by a fixed plan.
+//! Starts one `firn-jailer` as PID 1 of a new PID namespace and inside its control group, with
+//! descriptors by a fixed plan.
 //!
 //! The jailer becomes the VMM, so the process that is made here is the VMM's from its first to its
 //! last moment, and its pidfd comes with the clone: there is no window in which its pid could be
 //! someone else's, and no helper process in between.
 //!
-//! `clone(CLONE_VM | CLONE_VFORK)` shares memory with the child until it executes, as
-//! `posix_spawn` does: no page table is copied, however large the process that embeds this crate.
-//! (`posix_spawn` itself can neither make the namespace nor return the pidfd.)
+//! `clone3` has no wrapper in libc, and needs one: `CLONE_VM | CLONE_VFORK` shares memory with the
+//! child until it executes, as `posix_spawn` does (no page table is copied, however large the
+//! process that embeds this crate), so the child must not return through frames of its parent's
+//! stack. [`clone3`] gives it a stack and a function that never returns. (`posix_spawn` itself can
+//! neither make namespaces, nor return the pidfd, nor start in a control group.)
+//!
+//! `CLONE_INTO_CGROUP` starts the child in its group. Moving it there later by `cgroup.procs` takes
+//! the lock that stops all forks and exits of the machine, and without `favordynmods` waits for an
+//! RCU grace period.
 
 use std::{
-    ffi::{CStr, CString},
+    arch::asm,
+    ffi::{CStr, CString, c_void},
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
@@ -21,9 +29,12 @@ const CLEAR: RawFd = 64;
 /// Bytes of stack for the child: a few frames of libc wrappers.
 const STACK: usize = 64 * 1024;
 
+/// Of linux/sched.h. (libc's constant of this name is an `int`, in which the flag has no room.)
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// What the child needs; all of it made before the clone, because the child must not allocate.
 struct Child {
-    executable: *const libc::c_char,
+    executable: RawFd,
     arguments: Vec<*const libc::c_char>,
     environment: [*const libc::c_char; 1],
     descriptors: Vec<RawFd>,
@@ -39,35 +50,49 @@ pub(crate) struct Launched {
     pub(crate) pidfd: OwnedFd,
 }
 
-/// Starts `executable` in a new PID namespace with `arguments` (the first is its name), no
-/// environment, all signals blocked, and `descriptors[n]` as descriptor n. All other descriptors
-/// of this process must be close-on-exec.
+/// Starts `executable` in a new PID namespace and in the control group of version 2 whose directory
+/// `cgroup` is, with `arguments` (the first is its name), no environment, all signals blocked, and
+/// `descriptors[n]` as descriptor n. All other descriptors of this process must be close-on-exec.
 pub(crate) fn launch(
-    executable: &CStr,
+    executable: BorrowedFd<'_>,
     arguments: &[CString],
     descriptors: &[BorrowedFd<'_>],
+    cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<Launched> {
-    let clear: Vec<OwnedFd> = descriptors
-        .iter()
-        .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, CLEAR).map_err(io::Error::from))
-        .collect::<io::Result<_>>()?;
+    let clear = |fd: &BorrowedFd<'_>| -> io::Result<OwnedFd> {
+        Ok(rustix::io::fcntl_dupfd_cloexec(fd, CLEAR)?)
+    };
+    let executable = clear(&executable)?;
+    let copies: Vec<OwnedFd> = descriptors.iter().map(clear).collect::<io::Result<_>>()?;
     let mut child = Child {
-        executable: executable.as_ptr(),
+        executable: executable.as_raw_fd(),
         arguments: arguments.iter().map(|a| a.as_ptr()).chain([ptr::null()]).collect(),
         environment: [ptr::null()],
-        descriptors: clear.iter().map(AsRawFd::as_raw_fd).collect(),
+        descriptors: copies.iter().map(AsRawFd::as_raw_fd).collect(),
         error: 0,
     };
     // u128 for the alignment that the ABI wants of a stack.
     let mut stack = vec![0u128; STACK / size_of::<u128>()];
     let mut pidfd: libc::c_int = -1;
-    let flags =
-        libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_NEWPID | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_NEWPID | libc::CLONE_PIDFD;
+    let mut clone = libc::clone_args {
+        flags: flags as u64,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: stack.as_mut_ptr() as u64,
+        stack_size: STACK as u64,
+        // SAFETY: it consists of numbers, for which zero is "none".
+        ..unsafe { std::mem::zeroed() }
+    };
+    if let Some(cgroup) = cgroup {
+        clone.flags |= CLONE_INTO_CGROUP;
+        clone.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: CLONE_VFORK suspends this thread until the child has executed or ended, so `child`,
     // `stack` and `pidfd` outlive every use. `run` calls only async-signal-safe functions, on its
     // own stack, with its own copy of the descriptor table (no CLONE_FILES), and all signals are
     // blocked meanwhile, so that no handler runs in the child on shared memory.
-    let pid = unsafe {
+    let made = unsafe {
         let mut all = std::mem::zeroed::<libc::sigset_t>();
         let mut old = std::mem::zeroed::<libc::sigset_t>();
         libc::sigfillset(&mut all);
@@ -75,24 +100,12 @@ pub(crate) fn launch(
         if masked != 0 {
             return Err(io::Error::from_raw_os_error(masked));
         }
-        let top = stack.as_mut_ptr().add(stack.len());
-        let pid = libc::clone(
-            run,
-            top.cast(),
-            flags,
-            (&raw mut child).cast(),
-            &raw mut pidfd,
-            ptr::null_mut::<libc::c_void>(),
-            ptr::null_mut::<libc::c_void>(),
-        );
-        let error = io::Error::last_os_error();
+        let made = clone3(&clone, run, (&raw mut child).cast());
         libc::pthread_sigmask(libc::SIG_SETMASK, &old, ptr::null_mut());
-        if pid < 0 {
-            return Err(error);
-        }
-        pid
+        made
     };
-    // SAFETY: clone succeeded, so the kernel has stored a new descriptor that nobody else owns.
+    let pid = made?;
+    // SAFETY: clone3 succeeded, so the kernel has stored a new descriptor that nobody else owns.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     // SAFETY: the child wrote through the pointer that it was given; a volatile read keeps the
     // compiler from assuming the initial value.
@@ -102,37 +115,101 @@ pub(crate) fn launch(
         let _ = crate::process::wait(&pidfd);
         return Err(io::Error::from_raw_os_error(failed));
     }
-    Ok(Launched { pid: pid as u32, pidfd })
+    Ok(Launched { pid, pidfd })
+}
+
+/// Clones by `clone3`. The child runs `run(argument)` on the stack that `arguments` name.
+///
+/// # Safety
+/// `arguments` must name a stack that is aligned to 16 bytes, large enough for `run`, and used by
+/// nothing else until the child has executed another program or ended. All that `run` does must be
+/// allowed in such a child; with `CLONE_VM` that is what is allowed in a signal handler.
+unsafe fn clone3(
+    arguments: &libc::clone_args,
+    run: extern "C" fn(*mut c_void) -> !,
+    argument: *mut c_void,
+) -> io::Result<u32> {
+    let result: isize;
+    // SAFETY: in the parent this is an ordinary system call, which clobbers rax, rcx, r11, and
+    // memory behind `arguments`' pointers. The child starts behind it with the same registers but
+    // an empty stack of its own, to which `call` aligns as the ABI wants, and never comes out of
+    // `run`: nothing of this frame is touched by it. rbp is cleared to end the chain of frames; the
+    // child has its own copy of all registers.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, {argument}",
+            "call {run}",
+            "ud2",
+            "2:",
+            argument = in(reg) argument,
+            run = in(reg) run,
+            inlateout("rax") libc::SYS_clone3 as isize => result,
+            in("rdi") arguments,
+            in("rsi") size_of::<libc::clone_args>(),
+            // Not `lateout`: the two pointers are read after the system call.
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    match u32::try_from(result) {
+        Ok(pid) => Ok(pid),
+        // The kernel's errors are -4095 to -1.
+        Err(_) => Err(io::Error::from_raw_os_error(-result as i32)),
+    }
 }
 
 /// The child until exec.
-extern "C" fn run(child: *mut libc::c_void) -> libc::c_int {
+extern "C" fn run(child: *mut c_void) -> ! {
     // SAFETY: `launch` passes a pointer to its `Child` and is suspended while this runs. Only
     // async-signal-safe functions are called and nothing is allocated.
     unsafe {
         let child = child.cast::<Child>();
-        let descriptors = &(*child).descriptors;
-        for (number, copy) in descriptors.iter().enumerate() {
-            // The copies are all at CLEAR and above, so no target is a later source, and the new
-            // number is not close-on-exec.
-            if libc::dup2(*copy, number as RawFd) < 0 {
-                ptr::write_volatile(&raw mut (*child).error, *libc::__errno_location());
-                libc::_exit(127);
-            }
+        if become_jailer(&*child).is_none() {
+            ptr::write_volatile(&raw mut (*child).error, *libc::__errno_location());
         }
-        libc::execve(
-            (*child).executable,
-            (*child).arguments.as_ptr(),
-            (*child).environment.as_ptr(),
-        );
-        ptr::write_volatile(&raw mut (*child).error, *libc::__errno_location());
         libc::_exit(127)
     }
 }
 
+/// Returns only if something failed; `errno` says what.
+///
+/// # Safety
+/// The caller is the child, and what `child` points to is there.
+unsafe fn become_jailer(child: &Child) -> Option<std::convert::Infallible> {
+    // SAFETY: arrays and strings end with null and outlive the calls.
+    unsafe {
+        for (number, copy) in child.descriptors.iter().enumerate() {
+            // The copies are all at CLEAR and above, so no target is a later source, and the new
+            // number is not close-on-exec.
+            if libc::dup2(*copy, number as RawFd) < 0 {
+                return None;
+            }
+        }
+        let nothing: &CStr = c"";
+        libc::syscall(
+            libc::SYS_execveat,
+            child.executable,
+            nothing.as_ptr(),
+            child.arguments.as_ptr(),
+            child.environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Read, os::fd::AsFd};
+    use std::{
+        fs::File,
+        io::Read,
+        os::fd::AsFd,
+        path::{Path, PathBuf},
+    };
 
     use super::*;
 
@@ -140,37 +217,79 @@ mod tests {
         words.iter().map(|w| CString::new(*w).unwrap()).collect()
     }
 
-    #[test]
-    fn the_child_is_pid_1_and_has_the_plans_descriptors() {
-        if !rustix::process::getuid().is_root() {
+    fn is_root() -> bool {
+        let root = rustix::process::getuid().is_root();
+        if !root {
             eprintln!("skipped: needs root");
-            return;
         }
+        root
+    }
+
+    /// What a shell script prints that is launched.
+    fn print(script: &str, cgroup: Option<BorrowedFd<'_>>) -> String {
+        let shell = File::open("/bin/sh").unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let (mut output, pipe) = io::pipe().unwrap();
-        let script =
-            "echo $$; for n in 0 1 2 3 4 5 6 7 8 9; do { true >&$n; } 2>/dev/null && echo $n; done";
         let launched = launch(
-            c"/bin/sh",
+            shell.as_fd(),
             &strings(&["sh", "-c", script]),
             &[null.as_fd(), pipe.as_fd(), null.as_fd(), null.as_fd()],
+            cgroup,
         )
         .unwrap();
         drop(pipe);
         let mut text = String::new();
         output.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "1\n0\n1\n2\n3\n");
         let end = crate::process::wait(&launched.pidfd).unwrap();
         assert!(end.code.is_some(), "{end:?}");
+        text
     }
 
     #[test]
-    fn a_missing_executable_is_an_error_and_no_zombie() {
-        if !rustix::process::getuid().is_root() {
-            eprintln!("skipped: needs root");
+    fn the_child_is_pid_1_and_has_the_plans_descriptors() {
+        if !is_root() {
             return;
         }
-        let error = launch(c"/nonexistent/jailer", &strings(&["jailer"]), &[]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        let script =
+            "echo $$; for n in 0 1 2 3 4 5 6 7 8 9; do { true >&$n; } 2>/dev/null && echo $n; done";
+        assert_eq!(print(script, None), "1\n0\n1\n2\n3\n");
+    }
+
+    #[test]
+    fn the_child_starts_in_its_control_group() {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+        let Some(mount) = mount.filter(|_| is_root()) else {
+            eprintln!("skipped: no control groups of version 2");
+            return;
+        };
+        struct Group(PathBuf);
+        impl Drop for Group {
+            fn drop(&mut self) {
+                std::fs::remove_dir(&self.0).unwrap();
+            }
+        }
+        let name = format!("firn-launch-{}", std::process::id());
+        let group = Group(Path::new(mount.split(' ').nth(4).unwrap()).join(&name));
+        std::fs::create_dir(&group.0).unwrap();
+        let dir = File::open(&group.0).unwrap();
+        // The shell is a process before it has done anything; it reads what it was made with.
+        let groups = print("while read line; do echo $line; done < /proc/self/cgroup", {
+            Some(dir.as_fd())
+        });
+        assert!(groups.lines().any(|line| line == format!("0::/{name}")), "{groups}");
+    }
+
+    #[test]
+    fn what_can_not_be_executed_is_an_error_and_no_zombie() {
+        if !is_root() {
+            return;
+        }
+        let file = File::open("/proc/self/status").unwrap();
+        let error = launch(file.as_fd(), &strings(&["jailer"]), &[], None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        let no_group = Some(file.as_fd());
+        let error = launch(file.as_fd(), &strings(&["jailer"]), &[], no_group).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF), "{error}");
     }
 }

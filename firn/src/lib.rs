@@ -23,6 +23,7 @@ mod channel;
 pub mod code;
 mod config;
 mod descriptors;
+mod dir;
 mod disk;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

@@ -7,7 +7,6 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
-    path::Path,
 };
 
 use rustix::{
@@ -122,19 +121,6 @@ pub(crate) fn reopen(fd: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// A nameless file in the directory `dir`: gone with its last descriptor, whoever dies when.
-pub(crate) fn nameless(dir: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    let mode = Mode::RUSR | Mode::WUSR;
-    match rustix::fs::open(dir, flags | OFlags::TMPFILE, mode) {
-        // Some file systems can't; the name then lives for a moment.
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-            Ok(tempfile::tempfile_in(dir)?.into())
-        }
-        other => Ok(other?),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -189,13 +175,5 @@ mod tests {
         assert!(rustix::fs::fcntl_get_seals(&copy).unwrap().contains(SEALS));
         assert_eq!(rustix::fs::fstat(&copy).unwrap().st_blocks, 16, "two pages");
         assert!(sealed_copy("short", &mut &content[..], length + 1).is_err());
-    }
-
-    #[test]
-    fn nameless_files_have_no_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut file = File::from(nameless(dir.path()).unwrap());
-        file.write_all(b"x").unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

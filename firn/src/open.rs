@@ -5,14 +5,16 @@
 //!  <state>/lock         held as long as the host lives
 //!  <state>/master.key   unless the configuration brings a key service of its own
 //!  <state>/run/         of one life only
-//!  <state>/run/root/    mount point of every jail's root; always empty from outside
 //!  <state>/run/pids/    a file a VMM: its name the pid, its content when it was started
 //! ```
+//!
+//! Nobody but root and this user may be able to exchange the state directory or what is in it; it is
+//! opened once, and what is in it through it.
 
 use std::{
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::Mutex,
     time::Duration,
@@ -20,7 +22,7 @@ use std::{
 
 use rustix::fs::FlockOperation;
 
-use crate::{HostConfig, ImageError, cgroup::Cgroups, process::kill_stranger};
+use crate::{HostConfig, ImageError, cgroup::Cgroups, dir::Dir, process::kill_stranger};
 
 /// Prefix of temporary files and directories that this crate makes beside their targets.
 pub(crate) const TEMPORARY: &str = ".firn-tmp-";
@@ -108,7 +110,9 @@ pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> OpenError {
 /// The state directory, locked, swept and ready.
 #[derive(Debug)]
 pub(crate) struct State {
-    pub(crate) run: PathBuf,
+    dir: Dir,
+    pub(crate) run: Dir,
+    pids: Dir,
     /// Names this state directory in control groups, in this life and the next.
     pub(crate) host_id: String,
     /// Files in `run` live in memory, so that a guest's `/tmp` counts as its memory.
@@ -117,42 +121,42 @@ pub(crate) struct State {
     lock: Mutex<Option<File>>,
 }
 
+/// Name of the directory of one life.
+const RUN: &str = "run";
+
 impl State {
     /// Locks `dir`, making it if need be, and ends the processes of an earlier life.
-    pub(crate) fn open(dir: &Path) -> Result<Self, OpenError> {
-        fs::create_dir_all(dir).map_err(at(dir))?;
-        let dir = fs::canonicalize(dir).map_err(at(dir))?;
-        let path = dir.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(at(&path))?;
+    pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
+        fs::create_dir_all(path).map_err(at(path))?;
+        let dir = Dir::open_safe(path).map_err(at(path))?;
+        let path = dir.path().to_owned();
+        let lock = dir.create("lock", 0o600).map_err(at(&path))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::InUse { path: dir }),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::InUse { path }),
             Err(e) => return Err(at(&path)(e.into())),
         }
-        let run = dir.join("run");
-        end_processes(&run.join("pids"))?;
-        match fs::remove_dir_all(&run) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(&run)(e)),
-            _ => {}
+        match dir.dir(RUN).and_then(|run| run.dir("pids")) {
+            Ok(pids) => end_processes(&pids)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(at(&path)(e)),
         }
-        for part in [dir.clone(), dir.join("snapshots"), dir.join("code")] {
-            remove_temporary(&part).map_err(at(&part))?;
+        dir.remove_all(RUN).map_err(at(&path))?;
+        remove_temporary(&dir).map_err(at(&path))?;
+        for part in ["snapshots", "code"] {
+            match dir.dir(part).and_then(|part| remove_temporary(&part)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(&path)(e)),
+                _ => {}
+            }
         }
-        for part in ["root", "pids"] {
-            let part = run.join(part);
-            fs::create_dir_all(&part).map_err(at(&part))?;
-        }
-        let mode = fs::Permissions::from_mode(0o700);
-        fs::set_permissions(&run, mode).map_err(at(&run))?;
-        let kind = rustix::fs::statfs(&run).map_err(|e| at(&run)(e.into()))?.f_type;
-        let id = blake3::hash(dir.as_os_str().as_bytes()).to_hex();
+        let run = dir.make(RUN, 0o700).map_err(at(&path))?;
+        let pids = run.make("pids", 0o700).map_err(at(&path))?;
+        let kind = rustix::fs::fstatfs(&run).map_err(|e| at(run.path())(e.into()))?.f_type;
+        let id = blake3::hash(path.as_os_str().as_bytes()).to_hex();
         Ok(Self {
+            dir,
             run,
+            pids,
             host_id: id[..16].to_owned(),
             in_memory: matches!(kind, libc::TMPFS_MAGIC | RAMFS_MAGIC),
             lock: Mutex::new(Some(lock)),
@@ -163,60 +167,43 @@ impl State {
     pub(crate) fn close(&self) {
         let lock = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         if lock.is_some() {
-            let _ = fs::remove_dir_all(&self.run);
+            let _ = self.dir.remove_all(RUN);
         }
     }
 
     /// Records a VMM, for a life that comes after this one was killed.
     pub(crate) fn record(&self, pid: u32) -> io::Result<()> {
         let started = crate::process::start_time(pid).unwrap_or_default();
-        fs::write(self.run.join("pids").join(pid.to_string()), started.to_string())
+        let mut file = self.pids.create(pid.to_string(), 0o600)?;
+        io::Write::write_all(&mut file, started.to_string().as_bytes())
     }
 
     /// A VMM is gone.
     pub(crate) fn forget(&self, pid: u32) {
-        let _ = fs::remove_file(self.run.join("pids").join(pid.to_string()));
+        let _ = self.pids.remove_file(pid.to_string());
     }
 }
 
 /// `RAMFS_MAGIC` of linux/magic.h.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
-fn end_processes(pids: &Path) -> Result<(), OpenError> {
-    let entries = match fs::read_dir(pids) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(at(pids)(e)),
-    };
-    for entry in entries {
-        let path = entry.map_err(at(pids))?.path();
-        let pid = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
-        let started = fs::read_to_string(&path).ok().and_then(|text| text.parse().ok());
+fn end_processes(pids: &Dir) -> Result<(), OpenError> {
+    for name in pids.files().map_err(at(pids.path()))? {
+        let pid = name.to_str().and_then(|n| n.parse().ok());
+        let started = pids.read(&name).ok().and_then(|text| text.parse().ok());
         if let (Some(pid), Some(started)) = (pid, started) {
             tracing::debug!(pid, "ending a VMM of an earlier life, if it still runs");
-            kill_stranger(pid, started, Duration::from_secs(10)).map_err(at(&path))?;
+            kill_stranger(pid, started, Duration::from_secs(10))
+                .map_err(at(&pids.path().join(name)))?;
         }
     }
     Ok(())
 }
 
-fn remove_temporary(dir: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for entry in entries {
-        let entry = entry?;
-        if !entry.file_name().as_bytes().starts_with(TEMPORARY.as_bytes()) {
-            continue;
-        }
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
+fn remove_temporary(dir: &Dir) -> io::Result<()> {
+    let temporary = |name: &PathBuf| name.as_os_str().as_bytes().starts_with(TEMPORARY.as_bytes());
+    dir.dirs()?.into_iter().filter(temporary).try_for_each(|name| dir.remove_all(name))?;
+    dir.files()?.into_iter().filter(temporary).try_for_each(|name| dir.remove_file(name))
 }
 
 /// Checks the values that have limits.
@@ -277,6 +264,10 @@ mod tests {
         let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         state.record(sleeper.id()).unwrap();
         let id = state.host_id.clone();
+        // Somebody else's, behind a link that is planted where ours was.
+        let theirs = dir.path().join("theirs");
+        fs::create_dir(&theirs).unwrap();
+        fs::write(theirs.join("file"), "theirs").unwrap();
         drop(state);
         let reaper = std::thread::spawn(move || sleeper.wait().unwrap());
         assert_eq!(State::open(dir.path()).unwrap().host_id, id);

@@ -1,13 +1,6 @@
 //! Shells: jailed VMMs that have done everything which does not depend on what will run.
 
-use std::{
-    ffi::CString,
-    fmt::Display,
-    io,
-    os::{fd::AsFd, unix::ffi::OsStrExt},
-    sync::Arc,
-    time::Duration,
-};
+use std::{ffi::CString, fmt::Display, io, os::fd::AsFd, sync::Arc, time::Duration};
 
 use firn_proto::control::{
     self, CpuTemplate, DiskKind, FromVmm, MAX_VCPUS, ShellConfig, Stamps, ToVmm,
@@ -18,7 +11,7 @@ use crate::{
     cgroup::Limits,
     channel::{Control, name as message_name},
     host::Inner,
-    launch, memfile,
+    launch,
     process::Process,
     vm::{Trouble, Vm, unexpected},
 };
@@ -178,7 +171,7 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
     let _launching = inner.live.launching(|| inner.is_closed()).ok_or(ShellError::Closed)?;
     let uid = inner.uids.take().ok_or(ShellError::NoUid { limit: inner.config.uids.len() })?;
     let name = inner.next_name();
-    let delta = memfile::nameless(&inner.state.run).map_err(at("make a /tmp disk"))?;
+    let delta = inner.state.run.nameless().map_err(at("make a /tmp disk"))?;
     let (control, theirs) = Control::pair().map_err(at("make a control socket"))?;
     let (stderr, their_stderr) = io::pipe().map_err(at("make a pipe"))?;
     let group = match &inner.cgroups {
@@ -209,11 +202,6 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
     argument("--fsize", &longest)?;
     argument("--memlock", &LOCKED)?;
     argument("--cgroups", &procs.len())?;
-    arguments.push(c"--root".to_owned());
-    let root = inner.state.run.join("root");
-    arguments.push(
-        CString::new(root.as_os_str().as_bytes()).map_err(|e| at("make arguments")(e.into()))?,
-    );
 
     let null = artifacts.null.as_fd();
     let mut descriptors = vec![
@@ -225,7 +213,8 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
         artifacts.vmm.as_fd(),
     ];
     descriptors.extend(procs.iter().map(AsFd::as_fd));
-    let launched = launch::launch(&artifacts.jailer, &arguments, &descriptors)
+    let unified = group.as_ref().and_then(|group| group.unified());
+    let launched = launch::launch(artifacts.jailer.as_fd(), &arguments, &descriptors, unified)
         .map_err(at("start the jailer"))?;
 
     // From here on the reaper cleans up, whatever happens.

@@ -1,7 +1,8 @@
-//! The command line, parsed by hand: `--name value` pairs, each required, each once, each number
-//! within its range. The caller is firn; strictness here catches its mistakes, not an attacker.
+//! The command line, parsed by hand: `--name value` pairs, each required, each once, each value a
+//! number within its range. There are no paths: all files come as descriptors. The caller is firn;
+//! strictness here catches its mistakes, not an attacker.
 
-use std::{ffi::OsString, fmt, os::unix::ffi::OsStringExt, path::PathBuf};
+use std::fmt;
 
 /// Lowest user and group id for a VMM: what distributions hand to people and services is below.
 pub const MIN_ID: u64 = 65_537;
@@ -22,11 +23,8 @@ pub struct Plan {
     pub fsize: u64,
     /// Bytes that the VMM may lock in memory.
     pub memlock: u64,
-    /// Number of `cgroup.procs` descriptors, from descriptor 6 on.
+    /// Number of `cgroup.procs` descriptors of version 1, from descriptor 6 on.
     pub cgroups: u32,
-    /// An existing directory to mount the empty root on; only the jail's own mount namespace ever
-    /// sees anything there.
-    pub root: PathBuf,
 }
 
 /// A command line that makes no sense.
@@ -42,8 +40,6 @@ pub enum ArgumentError {
     Missing(&'static str),
     /// Not a decimal number within its range.
     Number { name: &'static str, value: String, min: u64, max: u64 },
-    /// Not an absolute path without `.` and `..`.
-    Path(String),
 }
 
 impl fmt::Display for ArgumentError {
@@ -56,7 +52,6 @@ impl fmt::Display for ArgumentError {
             Self::Number { name, value, min, max } => {
                 write!(f, "{name} must be a number from {min} to {max}, not {value:?}")
             }
-            Self::Path(path) => write!(f, "--root must be an absolute, plain path, not {path:?}"),
         }
     }
 }
@@ -75,16 +70,8 @@ const NUMBERS: [(&str, u64, u64); 6] = [
 /// Parses the arguments after the program's name.
 pub fn parse(arguments: &[Vec<u8>]) -> Result<Plan, ArgumentError> {
     let mut numbers = [None; NUMBERS.len()];
-    let mut root = None;
     let mut rest = arguments.iter();
     while let Some(name) = rest.next() {
-        if name == b"--root" {
-            let value = rest.next().ok_or(ArgumentError::NoValue("--root"))?;
-            if root.replace(plain_path(value)?).is_some() {
-                return Err(ArgumentError::Twice("--root"));
-            }
-            continue;
-        }
         let Some(index) = NUMBERS.iter().position(|n| n.0.as_bytes() == name) else {
             return Err(ArgumentError::Unknown(String::from_utf8_lossy(name).into_owned()));
         };
@@ -102,7 +89,6 @@ pub fn parse(arguments: &[Vec<u8>]) -> Result<Plan, ArgumentError> {
         fsize: get(3)?,
         memlock: get(4)?,
         cgroups: get(5)? as u32,
-        root: root.ok_or(ArgumentError::Missing("--root"))?,
     })
 }
 
@@ -118,16 +104,6 @@ fn number(name: &'static str, value: &[u8], min: u64, max: u64) -> Result<u64, A
         .ok_or_else(|| ArgumentError::Number { name, value: text.into_owned(), min, max })
 }
 
-fn plain_path(value: &[u8]) -> Result<PathBuf, ArgumentError> {
-    let plain = value.starts_with(b"/")
-        && !value.contains(&0)
-        && value[1..].split(|&b| b == b'/').all(|part| !matches!(part, b"" | b"." | b".."));
-    if !plain {
-        return Err(ArgumentError::Path(String::from_utf8_lossy(value).into_owned()));
-    }
-    Ok(PathBuf::from(OsString::from_vec(value.to_vec())))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -135,7 +111,7 @@ mod tests {
     use super::*;
 
     const GOOD: &str = "--uid 70000 --gid 70001 --nofile 256 --fsize 1073741824 --memlock 65536 \
-                        --cgroups 3 --root /run/firn/root";
+                        --cgroups 3";
 
     fn words(line: &str) -> Vec<Vec<u8>> {
         line.split_whitespace().map(|w| w.as_bytes().to_vec()).collect()
@@ -145,7 +121,6 @@ mod tests {
     fn a_whole_command_line_is_understood() {
         let plan = parse(&words(GOOD)).unwrap();
         assert_eq!((plan.uid, plan.gid, plan.nofile, plan.cgroups), (70000, 70001, 256, 3));
-        assert_eq!(plan.root, PathBuf::from("/run/firn/root"));
     }
 
     #[test]
@@ -161,9 +136,6 @@ mod tests {
                 "{bad}"
             );
         }
-        for bad in ["relative", "/", "/a/../b", "/a//b", "/a/"] {
-            assert_eq!(parse(&format!("--root {bad}")), ArgumentError::Path(bad.into()));
-        }
         assert_eq!(parse(&format!("{GOOD} stray")), ArgumentError::Unknown("stray".into()));
     }
 
@@ -173,7 +145,7 @@ mod tests {
             arguments in proptest::collection::vec(
                 prop_oneof![
                     proptest::collection::vec(any::<u8>(), 0..12),
-                    "(--uid|--gid|--nofile|--fsize|--memlock|--cgroups|--root|/x|[0-9]{1,8})"
+                    "(--uid|--gid|--nofile|--fsize|--memlock|--cgroups|/x|[0-9]{1,8})"
                         .prop_map(String::into_bytes),
                 ],
                 0..20,

@@ -20,14 +20,18 @@ use std::{
     convert::Infallible,
     ffi::CStr,
     fmt, io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
 };
 
 use firn_proto::control::{CONTROL_FD, KVM_FD};
 use rustix::{
+    fs::CWD,
     io::Errno,
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+        UnmountFlags,
+    },
     process::{DumpableBehavior, Resource, Rlimit},
     thread::{
         CapabilitiesSecureBits, CapabilitySet, CapabilitySets, CoreSchedulingScope, Gid, Uid,
@@ -152,7 +156,7 @@ pub fn enter(plan: &Plan) -> Result<Infallible, CageError> {
     set_limits(plan)?;
     join_cgroups(plan)?;
     isolate()?;
-    empty_root(plan)?;
+    empty_root()?;
     close_descriptors()?;
     drop_privileges(plan)?;
     restrict()?;
@@ -241,8 +245,8 @@ fn set_limits(plan: &Plan) -> Result<(), CageError> {
     Ok(())
 }
 
-/// Version 1 and 2 alike: 0 written to `cgroup.procs` moves the writer. The descriptors were
-/// opened by firn, whose permission counts.
+/// 0 written to `cgroup.procs` moves the writer. The descriptors were opened by firn, whose permission
+/// counts. In version 2 this process was started in its group.
 fn join_cgroups(plan: &Plan) -> Result<(), CageError> {
     for index in 0..plan.cgroups as RawFd {
         // SAFETY: check_descriptors has seen this number open, and only this loop takes it; it is
@@ -268,25 +272,38 @@ fn isolate() -> Result<(), CageError> {
 }
 
 /// The root becomes a file system that is empty and stays so: read-only, and room for its own
-/// inode and nothing else.
-fn empty_root(plan: &Plan) -> Result<(), CageError> {
+/// inode and nothing else. It never has a name that could be taken for something else: it is mounted
+/// over the root that we have, the one place that every process can name.
+fn empty_root() -> Result<(), CageError> {
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .at(Step::PrivateMounts)?;
-    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    rustix::mount::mount(
-        c"firn-jail",
-        &plan.root,
-        c"tmpfs",
-        flags,
-        c"size=4k,nr_inodes=1,mode=0555",
-    )
-    .at_detail(Step::EmptyRoot, || plan.root.display().to_string())?;
-    rustix::process::chdir(&plan.root).at(Step::PivotRoot)?;
+    let root = empty_file_system().at(Step::EmptyRoot)?;
+    let nothing = c"";
+    let from = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&root, nothing, CWD, c"/", from).at(Step::EmptyRoot)?;
+    rustix::process::fchdir(&root).at(Step::PivotRoot)?;
     // The old root is put on top of the new one and then taken away: no directory for it is
     // needed in a root that can't have one.
     rustix::process::pivot_root(c".", c".").at(Step::PivotRoot)?;
     rustix::mount::unmount(c".", UnmountFlags::DETACH).at(Step::DetachOldRoot)?;
     rustix::process::chdir(c"/").at(Step::DetachOldRoot)
+}
+
+/// An empty tmpfs that is mounted nowhere yet.
+fn empty_file_system() -> Result<OwnedFd, Errno> {
+    let context = rustix::mount::fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let options =
+        [(c"source", c"firn-jail"), (c"size", c"4k"), (c"nr_inodes", c"1"), (c"mode", c"0555")];
+    for (name, value) in options {
+        rustix::mount::fsconfig_set_string(context.as_fd(), name, value)?;
+    }
+    rustix::mount::fsconfig_set_flag(context.as_fd(), c"ro")?;
+    rustix::mount::fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// Whatever firn's process may have leaked goes; the executable goes with exec.
@@ -453,8 +470,8 @@ mod tests {
     #[test]
     fn an_error_names_its_step() {
         let error =
-            Err::<(), _>(Errno::PERM).at_detail(Step::EmptyRoot, || "/run/x".into()).unwrap_err();
+            Err::<(), _>(Errno::PERM).at_detail(Step::Limits, || "Nofile".into()).unwrap_err();
         let text = error.to_string();
-        assert!(text.starts_with("can't mount the empty root (/run/x): "), "{text}");
+        assert!(text.starts_with("can't set resource limits (Nofile): "), "{text}");
     }
 }

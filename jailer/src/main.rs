@@ -11,7 +11,7 @@
 //!  3      control socket (SEQPACKET)     kept: firn_proto::control::CONTROL_FD
 //!  4      /dev/kvm                       kept: firn_proto::control::KVM_FD
 //!  5      the VMM's executable           closed by exec
-//!  6…     cgroup.procs, one a hierarchy  closed once joined
+//!  6…     cgroup.procs, one a hierarchy  closed once joined (version 1; in version 2 we are there)
 //! ```
 //!
 //! A step that fails ends the process with the step's own exit code and one line on standard

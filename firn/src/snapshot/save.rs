@@ -27,6 +27,7 @@ use super::{
 use crate::{
     Instance, InstanceError,
     channel::name as message_name,
+    dir::Dir,
     instance::Origin,
     keys::SealWriter,
     memfile,
@@ -74,7 +75,7 @@ impl Files {
         let (memory, delta) = (create("memory")?, create("tmp.delta")?);
         let vm_state = match encrypted {
             true => memfile::create("firn-save"),
-            false => memfile::nameless(dir.path()).map(File::from),
+            false => Dir::open(dir.path()).and_then(|dir| dir.nameless()).map(File::from),
         };
         let vm_state = vm_state.map_err(at("make a file for the state"))?;
         Ok(Self { memory, delta, vm_state, dir })

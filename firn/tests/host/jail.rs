@@ -1,6 +1,10 @@
 //! The cage, seen from outside.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+};
 
 use firn::{ShellError, StartError, control::ExitReason};
 
@@ -101,13 +105,15 @@ async fn check_cage(install: &Install, exactly: &[u32]) {
 
 pub async fn a_step_of_the_jailer_that_fails_is_named() {
     let install = Install::stand_in();
+    let vmm = install.artifact("bin/firn-vmm");
+    fs::remove_file(&vmm).unwrap();
+    fs::write(&vmm, "no program").unwrap();
+    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
     let host = install.open().await;
-    // Where the empty root should be mounted there is no directory any more.
-    fs::remove_dir(install.path("state/run/root")).unwrap();
     match host.shell(CLASS).await {
         Err(ShellError::Died { exit }) => {
-            assert_eq!(exit.code, Some(50));
-            assert!(exit.detail.contains("can't mount the empty root"), "{exit}");
+            assert_eq!(exit.code, Some(63));
+            assert!(exit.detail.contains("can't execute the VMM"), "{exit}");
         }
         other => panic!("{other:?}"),
     }
