@@ -92,6 +92,11 @@ pub struct Options {
     /// Don't limit CPU time in proportion to a function's memory.
     #[arg(long)]
     pub no_cpu_limits: bool,
+    /// Most bytes a second that each microVM may read from the disk of the state directory, and as many
+    /// that it may write; at least 65536. Without it each may use what others leave, in proportion to
+    /// its memory where they compete.
+    #[arg(long, value_name = "BYTES")]
+    pub io_bytes_per_second: Option<u64>,
     /// Run although the host has no control groups to limit microVMs with.
     #[arg(long)]
     pub allow_no_cgroups: bool,
@@ -195,6 +200,7 @@ impl Options {
         config.serial = self.serial;
         config.patience = self.patience;
         config.cpu_limits = !self.no_cpu_limits;
+        config.io_bytes_per_second = self.io_bytes_per_second;
         config.allow_no_cgroups = self.allow_no_cgroups;
         match self.isolation {
             Isolation::Warm => config,

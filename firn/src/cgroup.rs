@@ -54,16 +54,24 @@ enum Controller {
     Memory,
     Cpu,
     Pids,
+    Io,
 }
 
 impl Controller {
-    const ALL: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
+    const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io];
 
+    /// Whether microVMs don't run without it unless that is allowed.
+    fn required(self) -> bool {
+        self != Self::Io
+    }
+
+    /// Its name in version 2.
     fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Cpu => "cpu",
             Self::Pids => "pids",
+            Self::Io => "io",
         }
     }
 }
@@ -81,12 +89,53 @@ struct Hierarchy {
 pub(crate) struct Limits {
     pub(crate) memory_bytes: u64,
     pub(crate) pids: u64,
+    /// Share of a busy disk; see [`io_weight`](crate::config::io_weight).
+    pub(crate) io_weight: u64,
 }
 
 /// This host's part of every hierarchy.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
     parts: Vec<Arc<Part>>,
+    throttle: Option<Throttle>,
+}
+
+/// Most bytes a second that each VM may read from a disk, and as many that it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Throttle {
+    /// Major and minor number.
+    device: (u32, u32),
+    bytes_per_second: u64,
+}
+
+impl Throttle {
+    fn apply(&self, dir: &Dir, unified: bool) -> io::Result<()> {
+        let Self { device: (major, minor), bytes_per_second: most } = self;
+        if unified {
+            return dir.write("io.max", &format!("{major}:{minor} rbps={most} wbps={most}"));
+        }
+        ["blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device"]
+            .iter()
+            .try_for_each(|name| dir.write(name, &format!("{major}:{minor} {most}")))
+    }
+}
+
+/// The disk that the file system of `dir` lies on; a partition's disk, because only whole disks have
+/// limits.
+fn disk_of(dir: &Dir) -> io::Result<(u32, u32)> {
+    let device = rustix::fs::fstat(dir)?.st_dev;
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let entry = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"))?;
+    let disk = match entry.join("partition").exists() {
+        true => entry.parent().unwrap_or(&entry),
+        false => &entry,
+    };
+    let numbers = fs::read_to_string(disk.join("dev"))?;
+    let numbers = numbers
+        .trim()
+        .split_once(':')
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    numbers.ok_or_else(|| io::Error::other("no device number"))
 }
 
 /// This host's part of one hierarchy.
@@ -117,7 +166,28 @@ impl Cgroups {
             let mount = hierarchy.mount.clone();
             Part::make(hierarchy, host_id).map(Arc::new).map_err(at(&mount))
         });
-        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
+        Ok(Self { parts: parts.collect::<Result<_, _>>()?, throttle: None })
+    }
+
+    /// From now on each VM reads at most so many bytes a second from the disk of `dir`, and writes as
+    /// many.
+    ///
+    /// # Errors
+    /// There is no such disk, or nothing that could hold VMs to it.
+    pub(crate) fn throttle(&mut self, dir: &Dir, bytes_per_second: u64) -> io::Result<()> {
+        if !self.parts.iter().any(|part| part.controllers.contains(&Controller::Io)) {
+            return Err(io::Error::other(
+                "there is no control group controller for input and output",
+            ));
+        }
+        let device = disk_of(dir).map_err(|e| {
+            let path = dir.path().display();
+            io::Error::new(e.kind(), format!("{path} is on no disk that can be limited: {e}"))
+        })?;
+        self.throttle = Some(Throttle { device, bytes_per_second });
+        // Tried at once: not every device takes limits.
+        let probe = Limits { memory_bytes: 1 << 20, pids: 1, io_weight: 100 };
+        self.create("vm-0", probe).map(drop)
     }
 
     /// Makes the group `name` with `limits`.
@@ -129,7 +199,7 @@ impl Cgroups {
             group.parts.push(part.clone());
             let dir = part.dir.make(name, 0o755)?;
             for controller in &part.controllers {
-                group.open(&dir, part.unified, *controller, limits)?;
+                group.open(&dir, part.unified, *controller, limits, self.throttle.as_ref())?;
             }
             if part.unified {
                 group.unified = Some(dir);
@@ -226,14 +296,21 @@ fn find(
 ) -> Result<Vec<Hierarchy>, CgroupError> {
     let mut found: Vec<Hierarchy> = Vec::new();
     for controller in Controller::ALL {
+        let legacy = if controller == Controller::Io { "blkio" } else { controller.name() };
         let mut mounts =
             mountinfo.lines().filter_map(parse_mount).filter(|mount| match mount.kind {
                 "cgroup2" => unified_controllers(&mount.path)
                     .split_whitespace()
                     .any(|name| name == controller.name()),
-                _ => mount.options.split(',').any(|option| option == controller.name()),
+                _ => mount.options.split(',').any(|option| option == legacy),
             });
-        let mount = mounts.next().ok_or(CgroupError::Missing(controller.name()))?;
+        let Some(mount) = mounts.next() else {
+            if controller.required() {
+                return Err(CgroupError::Missing(controller.name()));
+            }
+            tracing::warn!(controller = controller.name(), "not there: microVMs run without it");
+            continue;
+        };
         match found.iter_mut().find(|h| h.mount == mount.path) {
             Some(hierarchy) => hierarchy.controllers.push(controller),
             None => found.push(Hierarchy {
@@ -293,6 +370,7 @@ impl Group {
         unified: bool,
         controller: Controller,
         limits: Limits,
+        throttle: Option<&Throttle>,
     ) -> io::Result<()> {
         match (controller, unified) {
             (Controller::Memory, true) => {
@@ -316,7 +394,19 @@ impl Group {
                 self.cpu = Some(Cpu::Legacy { quota, burst });
             }
             (Controller::Pids, _) => {
-                dir.writable("pids.max")?.write_all_at(limits.pids.to_string().as_bytes(), 0)?;
+                dir.write("pids.max", &limits.pids.to_string())?;
+            }
+            (Controller::Io, unified) => {
+                // Which of them the kernel has depends on its schedulers; none is no error.
+                let (any, bfq) = match unified {
+                    true => ("io.weight", "io.bfq.weight"),
+                    false => ("blkio.weight", "blkio.bfq.weight"),
+                };
+                let _ = dir.write(any, &limits.io_weight.to_string());
+                let _ = dir.write(bfq, &limits.io_weight.to_string());
+                if let Some(throttle) = throttle {
+                    throttle.apply(dir, unified)?;
+                }
             }
         }
         Ok(())
@@ -400,6 +490,7 @@ mod tests {
     const V1: &str = "\
 25 21 0:22 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
 26 25 0:23 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct
+28 25 0:27 / /sys/fs/cgroup/blkio rw,relatime - cgroup cgroup rw,blkio
 27 25 0:24 / /sys/fs/cgroup/memory rw,relatime shared:3 - cgroup cgroup rw,memory
 28 25 0:25 / /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids
 29 25 0:26 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw";
@@ -413,7 +504,8 @@ mod tests {
             [
                 ("/sys/fs/cgroup/memory", false),
                 ("/sys/fs/cgroup/cpu", false),
-                ("/sys/fs/cgroup/pids", false)
+                ("/sys/fs/cgroup/pids", false),
+                ("/sys/fs/cgroup/blkio", false)
             ]
         );
     }
@@ -425,13 +517,15 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert!(found[0].unified);
         assert_eq!(found[0].controllers, Controller::ALL);
+        let found = find(line, |_| "cpu memory pids".into()).unwrap();
+        assert_eq!(found[0].controllers, Controller::ALL[..3], "nothing ends without io");
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let found = find("", |_| String::new()).unwrap_err();
         assert!(found.to_string().contains("controller memory"), "{found}");
-        let found = find(V1.lines().nth(2).unwrap(), |_| String::new()).unwrap_err();
+        let found = find(V1.lines().nth(3).unwrap(), |_| String::new()).unwrap_err();
         assert!(found.to_string().contains("controller cpu"), "{found}");
     }
 
@@ -448,7 +542,8 @@ mod tests {
         let hierarchy = Hierarchy { mount: mount.path, unified: true, controllers: Vec::new() };
         let id = format!("test2-{}", std::process::id());
         let cgroups = Cgroups::in_hierarchies(&id, vec![hierarchy]).unwrap();
-        let group = cgroups.create("vm-1", Limits { memory_bytes: 1, pids: 1 }).unwrap();
+        let group =
+            cgroups.create("vm-1", Limits { memory_bytes: 1, pids: 1, io_weight: 100 }).unwrap();
         assert!(group.procs().is_empty(), "nothing to move it by");
         let sleep = File::open("/bin/sleep").unwrap();
         let arguments = [c"sleep".to_owned(), c"600".to_owned()];
@@ -467,6 +562,38 @@ mod tests {
         assert!(!part.exists());
     }
 
+    #[test]
+    fn a_disk_is_throttled_and_nothing_else() {
+        let id = format!("test3-{}", std::process::id());
+        let root = rustix::process::getuid().is_root();
+        let Some(mut cgroups) = Cgroups::open(&id).ok().filter(|_| root) else {
+            eprintln!("skipped: needs root and control groups");
+            return;
+        };
+        let error = cgroups.throttle(&Dir::open(Path::new("/proc")).unwrap(), 1 << 20).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("on no disk") || error.contains("no control group"), "{error}");
+        let root = Dir::open(Path::new("/")).unwrap();
+        match disk_of(&root).and_then(|disk| cgroups.throttle(&root, 1 << 20).map(|()| disk)) {
+            Ok((major, minor)) => {
+                let limits = Limits { memory_bytes: 64 << 20, pids: 9, io_weight: 250 };
+                let group = cgroups.create("vm-1", limits).unwrap();
+                let found: Vec<_> = ["io.max", "blkio.throttle.write_bps_device"]
+                    .iter()
+                    .flat_map(|name| cgroups.parts.iter().map(move |part| (part, name)))
+                    .filter_map(|(part, name)| part.dir.dir("vm-1").ok()?.read(name).ok())
+                    .collect();
+                let disk = format!("{major}:{minor} ");
+                let held = |text: &String| text.contains(&disk) && text.contains("1048576");
+                assert!(found.iter().any(held), "{found:?}");
+                drop(group);
+            }
+            Err(error) => eprintln!("not tested: {error}"),
+        }
+        cgroups.remove();
+        assert!(cgroups.parts.iter().all(|part| !part.dir.path().exists()));
+    }
+
     #[tokio::test]
     async fn a_group_is_made_limited_and_removed() {
         if !rustix::process::getuid().is_root() {
@@ -481,7 +608,7 @@ mod tests {
                 return;
             }
         };
-        let limits = Limits { memory_bytes: 64 << 20, pids: 9 };
+        let limits = Limits { memory_bytes: 64 << 20, pids: 9, io_weight: 250 };
         let group = cgroups.create("vm-1", limits).unwrap();
         group.set_cpu(128).unwrap();
         group.set_memory(96 << 20).unwrap();
@@ -492,6 +619,11 @@ mod tests {
         assert_eq!(memory.as_deref(), Some("100663296\n"));
         let cpu = read("cpu.max").or_else(|| read("cpu.cfs_quota_us")).unwrap();
         assert!(cpu.starts_with("7235"), "{cpu}");
+        let io = ["io.weight", "io.bfq.weight", "blkio.bfq.weight", "blkio.weight"];
+        match io.into_iter().find_map(read) {
+            Some(weight) => assert!(weight.contains("250"), "{weight}"),
+            None => eprintln!("not tested: this kernel has no weights of input and output"),
+        }
         // Left behind by a life that was killed, with a process in it.
         let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         for dir in &dirs {

@@ -26,6 +26,9 @@ pub struct HostConfig {
     pub patience: u32,
     /// Enforce CPU time in proportion to a function's memory.
     pub cpu_limits: bool,
+    /// Most bytes a second that each microVM may read from the disk of the state directory, and as many
+    /// that it may write. `None`: any, in competition with others in proportion to memory.
+    pub io_bytes_per_second: Option<u64>,
     /// Run although the host has no control groups to limit microVMs with. Never in production.
     pub allow_no_cgroups: bool,
     /// What authenticates snapshots, and encrypts them if that is asked for. `None`: a
@@ -52,6 +55,7 @@ impl HostConfig {
             serial: false,
             patience: 1,
             cpu_limits: true,
+            io_bytes_per_second: None,
             allow_no_cgroups: false,
             keys: None,
             encrypt_snapshots: false,
@@ -107,6 +111,12 @@ pub(crate) fn cpu_quota_us(memory_mb: u32, period_us: u64) -> u64 {
     (u64::from(memory_mb) * period_us / u64::from(MB_PER_VCPU)).max(1000)
 }
 
+/// Weight of a microVM with `memory_mib` MiB at a busy disk: 100, the default of everything else on
+/// the machine, for the memory of one vCPU, and from 1 to 1000, which all schedulers take.
+pub(crate) fn io_weight(memory_mib: u32) -> u64 {
+    (u64::from(memory_mib) * 100 / u64::from(MB_PER_VCPU)).clamp(1, 1000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,5 +142,10 @@ mod tests {
         assert_eq!(cpu_quota_us(3538, 100_000), 200_000);
         let (small, large) = (cpu_quota_us(128, 100_000), cpu_quota_us(256, 100_000));
         assert!(large.abs_diff(2 * small) <= 1, "{small} {large}");
+    }
+
+    #[test]
+    fn weights_are_in_proportion_to_memory_and_valid() {
+        assert_eq!([1, 128, 1769, 10_240, u32::MAX].map(io_weight), [1, 7, 100, 578, 1000]);
     }
 }

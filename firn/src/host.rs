@@ -82,7 +82,7 @@ impl Host {
                 Some(keys) => keys.clone(),
                 None => Arc::new(LocalKeyFile::open_or_create(&config.state.join("master.key"))?),
             };
-            let cgroups = open::open_cgroups(&config, &state.host_id)?;
+            let cgroups = open::open_cgroups(&config, &state)?;
             let inner = Inner {
                 uids: Arc::new(Uids::new(config.uids.clone())),
                 artifacts,

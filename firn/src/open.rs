@@ -212,6 +212,9 @@ pub(crate) fn check_config(config: &HostConfig) -> Result<(), OpenError> {
     if !(1..=1000).contains(&config.patience) {
         return wrong("patience", "must be from 1 to 1000");
     }
+    if config.io_bytes_per_second.is_some_and(|most| most < 1 << 16) {
+        return wrong("io_bytes_per_second", "must be at least 65536");
+    }
     if config.shells > 1000 {
         return wrong("shells", "must be at most 1000");
     }
@@ -229,11 +232,11 @@ pub(crate) fn check_config(config: &HostConfig) -> Result<(), OpenError> {
 /// Control groups, unless there are none and that is allowed.
 pub(crate) fn open_cgroups(
     config: &HostConfig,
-    host_id: &str,
+    state: &State,
 ) -> Result<Option<Cgroups>, OpenError> {
-    let cgroups = match Cgroups::open(host_id) {
+    let mut cgroups = match Cgroups::open(&state.host_id) {
         Ok(cgroups) => cgroups,
-        Err(error) if config.allow_no_cgroups => {
+        Err(error) if config.allow_no_cgroups && config.io_bytes_per_second.is_none() => {
             tracing::warn!(%error, "microVMs run without limits");
             return Ok(None);
         }
@@ -242,6 +245,12 @@ pub(crate) fn open_cgroups(
     let count = cgroups.remove_leftovers().map_err(|e| OpenError::Cgroup(e.to_string()))?;
     if count > 0 {
         tracing::info!(count, "removed control groups of an earlier life");
+    }
+    if let Some(most) = config.io_bytes_per_second {
+        let field = "io_bytes_per_second";
+        cgroups
+            .throttle(&state.run, most)
+            .map_err(|error| OpenError::Config { field, reason: error.to_string() })?;
     }
     Ok(Some(cgroups))
 }
@@ -264,13 +273,26 @@ mod tests {
         let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         state.record(sleeper.id()).unwrap();
         let id = state.host_id.clone();
-        // Somebody else's, behind a link that is planted where ours was.
-        let theirs = dir.path().join("theirs");
-        fs::create_dir(&theirs).unwrap();
-        fs::write(theirs.join("file"), "theirs").unwrap();
         drop(state);
         let reaper = std::thread::spawn(move || sleeper.wait().unwrap());
         assert_eq!(State::open(dir.path()).unwrap().host_id, id);
         assert!(!reaper.join().unwrap().success(), "the process of the earlier life is ended");
+    }
+
+    #[test]
+    fn a_link_in_the_state_directory_is_refused_and_what_it_leads_to_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, theirs) = (dir.path().join("state"), dir.path().join("theirs"));
+        for dir in [&state, &theirs, &theirs.join("pids")] {
+            fs::create_dir(dir).unwrap();
+        }
+        for (link, to) in [("lock", "../theirs/lock"), ("run", "../theirs")] {
+            std::os::unix::fs::symlink(to, state.join(link)).unwrap();
+            let error = State::open(&state).unwrap_err();
+            assert!(matches!(error, OpenError::Io { .. }), "{error}");
+            fs::remove_file(state.join(link)).unwrap();
+        }
+        assert!(theirs.join("pids").exists() && !theirs.join("lock").exists());
+        State::open(&state).unwrap();
     }
 }

@@ -179,6 +179,7 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
             let limits = Limits {
                 memory_bytes: memory_limit(inner, class),
                 pids: u64::from(class.vcpus) + THREADS,
+                io_weight: crate::config::io_weight(class.memory_mib),
             };
             let group = cgroups.create(&name, limits).map_err(at("make a control group"))?;
             Some(Arc::new(group))

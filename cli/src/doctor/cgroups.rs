@@ -7,10 +7,14 @@ use super::{Finding, Severity, read};
 /// Controllers that the jail sets limits with.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
+/// The controller of disks, without which microVMs run all the same, by its names in version 2 and 1.
+const DISKS: [&str; 2] = ["io", "blkio"];
+
 /// Looks at everything.
 pub fn examine() -> Vec<Finding> {
     let mounts = Mounts::parse(&read("/proc/self/mountinfo"), read);
     let mut findings = vec![controllers(&mounts)];
+    findings.push(disks(&mounts));
     findings.extend(moves(&mounts));
     findings
 }
@@ -22,6 +26,8 @@ struct Mounts {
     one: BTreeSet<String>,
     /// Controllers of version 2.
     two: BTreeSet<String>,
+    /// Whether either has the controller of disks.
+    disks: bool,
     /// Where version 2 is mounted, if it is.
     unified: Option<String>,
     /// Whether some hierarchy has been told to favour moves. The option is one of the whole kernel,
@@ -33,6 +39,8 @@ impl Mounts {
     /// `read` reads a file of a hierarchy.
     fn parse(mountinfo: &str, read: impl Fn(&str) -> String) -> Self {
         let mut mounts = Self::default();
+        let disks =
+            |names: &str, separator| names.split(separator).any(|name| DISKS.contains(&name));
         for line in mountinfo.lines() {
             // `… mount-point options… - type source super-options`
             let Some((mount, kind)) = line.split_once(" - ") else { continue };
@@ -40,10 +48,14 @@ impl Mounts {
             let mut kind = kind.split(' ');
             let (kind, options) = (kind.next(), kind.nth(1).unwrap_or_default());
             match kind {
-                Some("cgroup") => mounts.one.extend(wanted(options.split(','))),
+                Some("cgroup") => {
+                    mounts.one.extend(wanted(options.split(',')));
+                    mounts.disks |= disks(options, ',');
+                }
                 Some("cgroup2") => {
                     let controllers = read(&format!("{point}/cgroup.controllers"));
                     mounts.two.extend(wanted(controllers.split_whitespace()));
+                    mounts.disks |= disks(controllers.trim_end(), ' ');
                     mounts.unified = Some(point.to_owned());
                 }
                 _ => continue,
@@ -87,11 +99,26 @@ fn controllers(mounts: &Mounts) -> Finding {
         .fix("Boot with `systemd.unified_cgroup_hierarchy=1`, or whatever your init wants for it.")
 }
 
+/// Whether microVMs share disks by weight, and can be held to a rate.
+fn disks(mounts: &Mounts) -> Finding {
+    let id = "host.cgroups-io";
+    let why = "By it microVMs share a busy disk in proportion to their memory, where the disk's scheduler \
+               knows weights (BFQ, or io.cost.qos), and `firnd --io-bytes-per-second` holds each to a rate.";
+    if mounts.disks {
+        return Finding::new(id, Severity::Ok, "a control group controller for disks", why);
+    }
+    let what = "no control group controller for disks: one microVM may keep a disk busy";
+    Finding::new(id, Severity::Note, what, why).fix(
+        "Run a kernel with CONFIG_BLK_CGROUP, and don't keep `io` from Firn's group (systemd: \
+         `Delegate=yes`).",
+    )
+}
+
 /// Whether moving a process into a group waits for every CPU.
 fn moves(mounts: &Mounts) -> Option<Finding> {
     let id = "host.cgroups-moves";
-    let why = "Each new VM moves threads between groups. In the dev host VM KVM_CREATE_VM took 12 ms \
-               with that wait and 0.3 without.";
+    let why = "For each new VM, KVM moves a thread of its own between groups. In the dev host VM \
+               KVM_CREATE_VM took 12 ms with that wait and 0.3 without.";
     if mounts.favours_moves {
         let what = "processes change control groups without waiting (favordynmods)";
         return Some(Finding::new(id, Severity::Ok, what, why));
@@ -154,6 +181,18 @@ mod tests {
         assert_eq!(finding.severity, Severity::Error);
         assert!(finding.what.contains("memory") && !finding.what.contains("cpu"));
         assert_eq!(controllers(&Mounts::default()).severity, Severity::Error);
+    }
+
+    #[test]
+    fn a_lack_of_the_controller_for_disks_is_noted_and_no_error() {
+        assert_eq!(disks(&v2("cpu io memory pids\n")).severity, Severity::Ok);
+        assert_eq!(disks(&v2("cpu memory io\n")).severity, Severity::Ok);
+        let without = v2("cpu memory pids\n");
+        assert_eq!(disks(&without).severity, Severity::Note);
+        assert_eq!(controllers(&without).severity, Severity::Ok);
+        assert_eq!(disks(&v1()).severity, Severity::Note);
+        let line = format!("{V1}33 25 0:29 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio\n");
+        assert_eq!(disks(&Mounts::parse(&line, |_| String::new())).severity, Severity::Ok);
     }
 
     #[test]
