@@ -68,11 +68,14 @@ fn start(options: Options) -> anyhow::Result<()> {
 }
 
 /// Keys, code and environments lie in this process's memory: no core dump of it is written, and nobody
-/// without the right to trace everything can look into it.
+/// without the right to trace everything can look into it, if it is root's.
 fn harden() -> io::Result<()> {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none)?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    // An ordinary user's process may not touch its own files in /proc then, which jails need.
+    if rustix::process::geteuid().is_root() {
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    }
     Ok(())
 }
 

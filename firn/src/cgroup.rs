@@ -35,6 +35,9 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 /// Of all hosts on a machine.
 const FIRN: &str = "firn";
 
+/// Where this process steps aside to.
+const ASIDE: &str = "firn-host";
+
 /// Why there are no usable control groups.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CgroupError {
@@ -59,11 +62,6 @@ enum Controller {
 
 impl Controller {
     const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io];
-
-    /// Whether microVMs don't run without it unless that is allowed.
-    fn required(self) -> bool {
-        self != Self::Io
-    }
 
     /// Its name in version 2.
     fn name(self) -> &'static str {
@@ -153,9 +151,13 @@ struct Part {
 impl Cgroups {
     /// Finds the hierarchies and makes this host's part of each.
     pub(crate) fn open(host_id: &str) -> Result<Self, CgroupError> {
-        let path = Path::new("/proc/self/mountinfo");
-        let mounts = fs::read_to_string(path).map_err(at(path))?;
-        let hierarchies = find(&mounts, |mount| {
+        let text = |path: &Path| fs::read_to_string(path).map_err(at(path));
+        let mounts = text(Path::new("/proc/self/mountinfo"))?;
+        let delegated = match crate::launch::is_rootless() {
+            true => Some(own_group(&text(Path::new("/proc/self/cgroup"))?)),
+            false => None,
+        };
+        let hierarchies = find(&mounts, delegated.as_deref(), |mount| {
             fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default()
         })?;
         Self::in_hierarchies(host_id, hierarchies)
@@ -281,7 +283,7 @@ fn let_children_have(level: &Dir, controllers: &str) -> io::Result<()> {
         // A group other than the true root can't have both processes and controllers for its
         // children. In a container the root that we see is such a group, with us in it: step aside.
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-            let leaf = level.ensure("firn-host", 0o755)?;
+            let leaf = level.ensure(ASIDE, 0o755)?;
             leaf.write("cgroup.procs", &std::process::id().to_string())?;
             level.write(CONTROL, controllers)
         }
@@ -289,9 +291,23 @@ fn let_children_have(level: &Dir, controllers: &str) -> io::Result<()> {
     }
 }
 
-/// Finds a hierarchy for every controller in the lines of `mountinfo`.
+/// The group of version 2 that this process was put in, from the lines of `/proc/self/cgroup`: without
+/// privilege only that can be ours, if whoever started us has delegated it (systemd: `Delegate=yes`).
+fn own_group(lines: &str) -> PathBuf {
+    let path = lines.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let path = Path::new(path);
+    // A life before, or another host in this process, has stepped aside.
+    match path.file_name() {
+        Some(name) if name == ASIDE => path.parent().unwrap_or(path).to_owned(),
+        _ => path.to_owned(),
+    }
+}
+
+/// Finds a hierarchy for every controller in the lines of `mountinfo`; with `delegated`, whatever there
+/// is below that group of version 2.
 fn find(
     mountinfo: &str,
+    delegated: Option<&Path>,
     unified_controllers: impl Fn(&Path) -> String,
 ) -> Result<Vec<Hierarchy>, CgroupError> {
     let mut found: Vec<Hierarchy> = Vec::new();
@@ -299,18 +315,27 @@ fn find(
         let legacy = if controller == Controller::Io { "blkio" } else { controller.name() };
         let mut mounts =
             mountinfo.lines().filter_map(parse_mount).filter(|mount| match mount.kind {
-                "cgroup2" => unified_controllers(&mount.path)
-                    .split_whitespace()
-                    .any(|name| name == controller.name()),
-                _ => mount.options.split(',').any(|option| option == legacy),
+                "cgroup2" => {
+                    unified_controllers(&mount.path.join(delegated.unwrap_or(Path::new(""))))
+                        .split_whitespace()
+                        .any(|name| name == controller.name())
+                }
+                _ => delegated.is_none() && mount.options.split(',').any(|option| option == legacy),
             });
-        let Some(mount) = mounts.next() else {
-            if controller.required() {
+        let Some(mut mount) = mounts.next() else {
+            if delegated.is_none() && controller != Controller::Io {
                 return Err(CgroupError::Missing(controller.name()));
             }
-            tracing::warn!(controller = controller.name(), "not there: microVMs run without it");
+            let controller = controller.name();
+            tracing::warn!(
+                controller,
+                "no such control group controller: microVMs have no limit of it"
+            );
             continue;
         };
+        if let Some(delegated) = delegated {
+            mount.path.push(delegated);
+        }
         match found.iter_mut().find(|h| h.mount == mount.path) {
             Some(hierarchy) => hierarchy.controllers.push(controller),
             None => found.push(Hierarchy {
@@ -320,7 +345,10 @@ fn find(
             }),
         }
     }
-    Ok(found)
+    match found.is_empty() {
+        true => Err(CgroupError::Missing(Controller::ALL[0].name())),
+        false => Ok(found),
+    }
 }
 
 struct Mount<'a> {
@@ -497,7 +525,7 @@ mod tests {
 
     #[test]
     fn version_1_is_found_beside_an_empty_version_2() {
-        let found = find(V1, |_| String::new()).unwrap();
+        let found = find(V1, None, |_| String::new()).unwrap();
         let mounts: Vec<_> = found.iter().map(|h| (h.mount.to_str().unwrap(), h.unified)).collect();
         assert_eq!(
             mounts,
@@ -513,20 +541,36 @@ mod tests {
     #[test]
     fn version_2_has_one_hierarchy_for_all() {
         let line = "30 21 0:26 / /sys/fs/cgroup rw - cgroup2 none rw,favordynmods";
-        let found = find(line, |_| "cpuset cpu io memory pids\n".into()).unwrap();
+        let found = find(line, None, |_| "cpuset cpu io memory pids\n".into()).unwrap();
         assert_eq!(found.len(), 1);
         assert!(found[0].unified);
         assert_eq!(found[0].controllers, Controller::ALL);
-        let found = find(line, |_| "cpu memory pids".into()).unwrap();
+        let found = find(line, None, |_| "cpu memory pids".into()).unwrap();
         assert_eq!(found[0].controllers, Controller::ALL[..3], "nothing ends without io");
     }
 
     #[test]
     fn what_is_missing_is_named() {
-        let found = find("", |_| String::new()).unwrap_err();
+        let found = find("", None, |_| String::new()).unwrap_err();
         assert!(found.to_string().contains("controller memory"), "{found}");
-        let found = find(V1.lines().nth(3).unwrap(), |_| String::new()).unwrap_err();
+        let found = find(V1.lines().nth(3).unwrap(), None, |_| String::new()).unwrap_err();
         assert!(found.to_string().contains("controller cpu"), "{found}");
+    }
+
+    #[test]
+    fn without_privilege_only_a_delegated_group_is_used() {
+        let line = "30 21 0:26 / /sys/fs/cgroup rw - cgroup2 none rw";
+        let group = own_group("12:cpu:/x\n0::/user.slice/firn.service/firn-host\n");
+        assert_eq!(group, Path::new("user.slice/firn.service"));
+        assert_eq!(own_group("1:cpu:/x\n"), Path::new(""));
+        let found = find(line, Some(&group), |path| {
+            assert_eq!(path, Path::new("/sys/fs/cgroup/user.slice/firn.service"));
+            "memory pids".into()
+        });
+        let found = found.unwrap();
+        assert_eq!(found[0].controllers, [Controller::Memory, Controller::Pids]);
+        assert_eq!(found[0].mount, Path::new("/sys/fs/cgroup/user.slice/firn.service"));
+        assert!(find(V1, Some(Path::new("x")), |_| String::new()).is_err(), "version 1 has none");
     }
 
     /// Where the controllers are in version 1, version 2 is there all the same: what differs

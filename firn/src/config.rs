@@ -29,7 +29,8 @@ pub struct HostConfig {
     /// Most bytes a second that each microVM may read from the disk of the state directory, and as many
     /// that it may write. `None`: any, in competition with others in proportion to memory.
     pub io_bytes_per_second: Option<u64>,
-    /// Run although the host has no control groups to limit microVMs with. Never in production.
+    /// Run although the host has no control groups to limit microVMs with. Never in production. Without
+    /// root it is so in any case: there are those that somebody has delegated.
     pub allow_no_cgroups: bool,
     /// What authenticates snapshots, and encrypts them if that is asked for. `None`: a
     /// [`LocalKeyFile`](crate::keys::LocalKeyFile), `master.key` in the state directory, made if it is
@@ -38,7 +39,8 @@ pub struct HostConfig {
     /// Encrypt what snapshots write to disk, and take only such that are encrypted. Costs time when
     /// they are made and made resident, none when they are thawed.
     pub encrypt_snapshots: bool,
-    /// Users that VMMs run as, one each; nothing else on the machine may use them.
+    /// Users that VMMs run as, one each; nothing else on the machine may use them. Without root all run
+    /// as this process's user, which then must be dumpable (`PR_SET_DUMPABLE`).
     pub uids: Range<u32>,
 }
 

@@ -129,9 +129,9 @@ impl Dir {
         Ok(self.beneath(name.as_ref(), OFlags::WRONLY, Mode::empty())?.into())
     }
 
-    /// The file `name` in it for writing, made if it is not there.
+    /// The file `name` in it for writing, made if it is not there, and emptied if it is.
     pub(crate) fn create(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<File> {
-        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
         Ok(self.beneath(name.as_ref(), flags, Mode::from_raw_mode(mode))?.into())
     }
 

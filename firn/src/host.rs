@@ -77,6 +77,7 @@ impl Host {
         let opening = tokio::task::spawn_blocking(move || {
             let artifacts = Artifacts::open(&config.artifacts)?;
             open::check_config(&config)?;
+            open::check_user(&artifacts)?;
             let state = State::open(&config.state)?;
             let keys = match &config.keys {
                 Some(keys) => keys.clone(),

@@ -32,8 +32,25 @@ const STACK: usize = 64 * 1024;
 /// Of linux/sched.h. (libc's constant of this name is an `int`, in which the flag has no room.)
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// What the child writes to be root in its user namespace, and there alone: this user is the only one
+/// that exists in it. Groups that this user is in besides can't be dropped without privilege.
+struct Identity([(&'static CStr, CString); 3]);
+
+impl Identity {
+    fn new() -> io::Result<Self> {
+        let map = |id: u32| CString::new(format!("0 {id} 1")).map_err(io::Error::from);
+        Ok(Self([
+            // The kernel wants this before it takes a group.
+            (c"/proc/self/setgroups", c"deny".to_owned()),
+            (c"/proc/self/uid_map", map(rustix::process::geteuid().as_raw())?),
+            (c"/proc/self/gid_map", map(rustix::process::getegid().as_raw())?),
+        ]))
+    }
+}
+
 /// What the child needs; all of it made before the clone, because the child must not allocate.
 struct Child {
+    identity: Option<Identity>,
     executable: RawFd,
     arguments: Vec<*const libc::c_char>,
     environment: [*const libc::c_char; 1],
@@ -53,6 +70,9 @@ pub(crate) struct Launched {
 /// Starts `executable` in a new PID namespace and in the control group of version 2 whose directory
 /// `cgroup` is, with `arguments` (the first is its name), no environment, all signals blocked, and
 /// `descriptors[n]` as descriptor n. All other descriptors of this process must be close-on-exec.
+///
+/// A process that is not root starts it in a new user namespace, too, as root of that. It must be
+/// dumpable itself, or the kernel lets nothing be written that makes it so.
 pub(crate) fn launch(
     executable: BorrowedFd<'_>,
     arguments: &[CString],
@@ -65,6 +85,7 @@ pub(crate) fn launch(
     let executable = clear(&executable)?;
     let copies: Vec<OwnedFd> = descriptors.iter().map(clear).collect::<io::Result<_>>()?;
     let mut child = Child {
+        identity: if is_rootless() { Some(Identity::new()?) } else { None },
         executable: executable.as_raw_fd(),
         arguments: arguments.iter().map(|a| a.as_ptr()).chain([ptr::null()]).collect(),
         environment: [ptr::null()],
@@ -84,6 +105,9 @@ pub(crate) fn launch(
         // SAFETY: it consists of numbers, for which zero is "none".
         ..unsafe { std::mem::zeroed() }
     };
+    if child.identity.is_some() {
+        clone.flags |= libc::CLONE_NEWUSER as u64;
+    }
     if let Some(cgroup) = cgroup {
         clone.flags |= CLONE_INTO_CGROUP;
         clone.cgroup = cgroup.as_raw_fd() as u64;
@@ -116,6 +140,11 @@ pub(crate) fn launch(
         return Err(io::Error::from_raw_os_error(failed));
     }
     Ok(Launched { pid, pidfd })
+}
+
+/// Whether this process has to do without root's rights.
+pub(crate) fn is_rootless() -> bool {
+    !rustix::process::geteuid().is_root()
 }
 
 /// Clones by `clone3`. The child runs `run(argument)` on the stack that `arguments` name.
@@ -182,6 +211,14 @@ extern "C" fn run(child: *mut c_void) -> ! {
 unsafe fn become_jailer(child: &Child) -> Option<std::convert::Infallible> {
     // SAFETY: arrays and strings end with null and outlive the calls.
     unsafe {
+        for (path, text) in child.identity.iter().flat_map(|identity| &identity.0) {
+            let file = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            let length = text.as_bytes().len();
+            // Closed by exec, or with the process.
+            if file < 0 || libc::write(file, text.as_ptr().cast(), length) != length as isize {
+                return None;
+            }
+        }
         for (number, copy) in child.descriptors.iter().enumerate() {
             // The copies are all at CLEAR and above, so no target is a later source, and the new
             // number is not close-on-exec.

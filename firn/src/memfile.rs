@@ -100,8 +100,8 @@ pub(crate) fn sealed_huge(
     seal(file)
 }
 
-/// A sealed executable copy of `source` that its user may execute but not read: exec then leaves
-/// the process not dumpable, so that nothing of the same user can trace it.
+/// A sealed executable copy of `source` that may be executed and not read, not even by its owner: exec
+/// then leaves the process not dumpable, so that nothing of the same user can trace it.
 pub(crate) fn sealed_executable(name: &str, source: &mut File) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
@@ -110,8 +110,10 @@ pub(crate) fn sealed_executable(name: &str, source: &mut File) -> io::Result<Own
     };
     let mut file = File::from(fd);
     io::copy(source, &mut file)?;
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o711))?;
-    seal(file)
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o700))?;
+    let sealed = seal(file)?;
+    rustix::fs::fchmod(&sealed, Mode::from_raw_mode(0o111))?;
+    Ok(sealed)
 }
 
 /// Opens the file of `fd` anew for reading: with its own offset, which two processes that got the

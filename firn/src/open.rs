@@ -14,7 +14,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt,
+    os::{fd::AsFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
     sync::Mutex,
     time::Duration,
@@ -22,7 +22,10 @@ use std::{
 
 use rustix::fs::FlockOperation;
 
-use crate::{HostConfig, ImageError, cgroup::Cgroups, dir::Dir, process::kill_stranger};
+use crate::{
+    HostConfig, ImageError, artifacts::Artifacts, cgroup::Cgroups, dir::Dir, launch,
+    process::kill_stranger,
+};
 
 /// Prefix of temporary files and directories that this crate makes beside their targets.
 pub(crate) const TEMPORARY: &str = ".firn-tmp-";
@@ -66,11 +69,16 @@ pub enum OpenError {
     /// KVM is there but can't be used.
     #[error("/dev/kvm can't be used: {0}")]
     Kvm(io::Error),
-    /// Building jails needs root.
-    #[error("jails can only be built by root (this is user {uid})")]
+    /// This user may not make user namespaces, without which only root can build jails.
+    #[error(
+        "jails can only be built by root, or by users who may make user namespaces, which user {uid} \
+         may not: {source}"
+    )]
     NotRoot {
         /// Who this is.
         uid: u32,
+        /// Why not.
+        source: io::Error,
     },
     /// No way to limit microVMs.
     #[error("control groups: {0}")]
@@ -222,10 +230,27 @@ pub(crate) fn check_config(config: &HostConfig) -> Result<(), OpenError> {
     if config.uids.start < 65_537 || config.uids.is_empty() || config.uids.end == u32::MAX {
         return wrong("uids", "must be a range above 65536 with at least one id");
     }
-    let uid = rustix::process::geteuid();
-    if !uid.is_root() {
-        return Err(OpenError::NotRoot { uid: uid.as_raw() });
+    Ok(())
+}
+
+/// Whether jails can be built: by root always, by others if they may make user namespaces. Tried, since
+/// each distribution has its own ways to forbid it.
+pub(crate) fn check_user(artifacts: &Artifacts) -> Result<(), OpenError> {
+    if !launch::is_rootless() {
+        return Ok(());
     }
+    let null = artifacts.null.as_fd();
+    let arguments = [c"firn-jailer".to_owned(), c"--version".to_owned()];
+    launch::launch(artifacts.jailer.as_fd(), &arguments, &[null; 3], None)
+        .and_then(|launched| crate::process::wait(&launched.pidfd))
+        .map_err(|source| OpenError::NotRoot {
+            uid: rustix::process::geteuid().as_raw(),
+            source,
+        })?;
+    tracing::warn!(
+        "not root: all microVMs run as this user, each in a user namespace of its own, and without a \
+         user that no other process has"
+    );
     Ok(())
 }
 
@@ -236,8 +261,11 @@ pub(crate) fn open_cgroups(
 ) -> Result<Option<Cgroups>, OpenError> {
     let mut cgroups = match Cgroups::open(&state.host_id) {
         Ok(cgroups) => cgroups,
-        Err(error) if config.allow_no_cgroups && config.io_bytes_per_second.is_none() => {
-            tracing::warn!(%error, "microVMs run without limits");
+        Err(error)
+            if (config.allow_no_cgroups || launch::is_rootless())
+                && config.io_bytes_per_second.is_none() =>
+        {
+            tracing::warn!(%error, "no control groups: microVMs run without limits");
             return Ok(None);
         }
         Err(error) => return Err(OpenError::Cgroup(error.to_string())),

@@ -169,7 +169,13 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
     let at = |step| move |source: io::Error| ShellError::Spawn { step, source };
     let artifacts = &inner.artifacts;
     let _launching = inner.live.launching(|| inner.is_closed()).ok_or(ShellError::Closed)?;
-    let uid = inner.uids.take().ok_or(ShellError::NoUid { limit: inner.config.uids.len() })?;
+    let uid = match launch::is_rootless() {
+        false => {
+            let limit = inner.config.uids.len();
+            Some(inner.uids.take().ok_or(ShellError::NoUid { limit })?)
+        }
+        true => None,
+    };
     let name = inner.next_name();
     let delta = inner.state.run.nameless().map_err(at("make a /tmp disk"))?;
     let (control, theirs) = Control::pair().map_err(at("make a control socket"))?;
@@ -197,12 +203,17 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
         }
         Ok(())
     };
-    argument("--uid", &uid.id())?;
-    argument("--gid", &uid.id())?;
+    if let Some(uid) = &uid {
+        argument("--uid", &uid.id())?;
+        argument("--gid", &uid.id())?;
+    }
     argument("--nofile", &DESCRIPTORS)?;
     argument("--fsize", &longest)?;
     argument("--memlock", &LOCKED)?;
     argument("--cgroups", &procs.len())?;
+    if uid.is_none() {
+        arguments.push(c"--only-user".to_owned());
+    }
 
     let null = artifacts.null.as_fd();
     let mut descriptors = vec![
@@ -229,10 +240,8 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
                 Some(group) => group.remove().await,
                 None => true,
             };
-            if removed {
-                // A user whose group would not go may still have a process: never reuse it.
-                drop(uid);
-            } else {
+            // A user whose group would not go may still have a process: never reuse it.
+            if let (false, Some(uid)) = (removed, uid) {
                 uid.keep();
             }
             inner.state.forget(number);

@@ -1,5 +1,5 @@
 //! The command line, parsed by hand: `--name value` pairs, each required, each once, each value a
-//! number within its range. There are no paths: all files come as descriptors. The caller is firn;
+//! number within its range; `--only-user` stands for `--uid` and `--gid`. There are no paths: all files come as descriptors. The caller is firn;
 //! strictness here catches its mistakes, not an attacker.
 
 use std::fmt;
@@ -13,10 +13,8 @@ pub const MAX_CGROUPS: u64 = 8;
 /// What the cage is built from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// User id of the VMM.
-    pub uid: u32,
-    /// Group id of the VMM.
-    pub gid: u32,
+    /// Who the VMM is.
+    pub user: User,
     /// Most descriptors that the VMM may have.
     pub nofile: u64,
     /// Longest file in bytes that the VMM may make.
@@ -25,6 +23,21 @@ pub struct Plan {
     pub memlock: u64,
     /// Number of `cgroup.procs` descriptors of version 1, from descriptor 6 on.
     pub cgroups: u32,
+}
+
+/// Who a VMM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum User {
+    /// A user and a group that nothing else on the machine has.
+    Own {
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
+    /// The only user of the user namespace that the jailer was started in: outside of it, the one who
+    /// started firn.
+    Only,
 }
 
 /// A command line that makes no sense.
@@ -36,6 +49,8 @@ pub enum ArgumentError {
     NoValue(&'static str),
     /// Given more than once.
     Twice(&'static str),
+    /// `--only-user` and an id.
+    TwoUsers,
     /// Not given.
     Missing(&'static str),
     /// Not a decimal number within its range.
@@ -48,6 +63,7 @@ impl fmt::Display for ArgumentError {
             Self::Unknown(name) => write!(f, "unknown argument {name:?}"),
             Self::NoValue(name) => write!(f, "{name} needs a value"),
             Self::Twice(name) => write!(f, "{name} is given twice"),
+            Self::TwoUsers => write!(f, "--only-user comes without --uid and --gid"),
             Self::Missing(name) => write!(f, "{name} is missing"),
             Self::Number { name, value, min, max } => {
                 write!(f, "{name} must be a number from {min} to {max}, not {value:?}")
@@ -70,8 +86,15 @@ const NUMBERS: [(&str, u64, u64); 6] = [
 /// Parses the arguments after the program's name.
 pub fn parse(arguments: &[Vec<u8>]) -> Result<Plan, ArgumentError> {
     let mut numbers = [None; NUMBERS.len()];
+    let mut only_user = false;
     let mut rest = arguments.iter();
     while let Some(name) = rest.next() {
+        if name == b"--only-user" {
+            if std::mem::replace(&mut only_user, true) {
+                return Err(ArgumentError::Twice("--only-user"));
+            }
+            continue;
+        }
         let Some(index) = NUMBERS.iter().position(|n| n.0.as_bytes() == name) else {
             return Err(ArgumentError::Unknown(String::from_utf8_lossy(name).into_owned()));
         };
@@ -82,14 +105,12 @@ pub fn parse(arguments: &[Vec<u8>]) -> Result<Plan, ArgumentError> {
         }
     }
     let get = |index: usize| numbers[index].ok_or(ArgumentError::Missing(NUMBERS[index].0));
-    Ok(Plan {
-        uid: get(0)? as u32,
-        gid: get(1)? as u32,
-        nofile: get(2)?,
-        fsize: get(3)?,
-        memlock: get(4)?,
-        cgroups: get(5)? as u32,
-    })
+    let user = match (only_user, numbers[0], numbers[1]) {
+        (true, None, None) => User::Only,
+        (true, ..) => return Err(ArgumentError::TwoUsers),
+        (false, ..) => User::Own { uid: get(0)? as u32, gid: get(1)? as u32 },
+    };
+    Ok(Plan { user, nofile: get(2)?, fsize: get(3)?, memlock: get(4)?, cgroups: get(5)? as u32 })
 }
 
 /// Digits only: `u64::from_str` would also take a plus sign.
@@ -120,7 +141,10 @@ mod tests {
     #[test]
     fn a_whole_command_line_is_understood() {
         let plan = parse(&words(GOOD)).unwrap();
-        assert_eq!((plan.uid, plan.gid, plan.nofile, plan.cgroups), (70000, 70001, 256, 3));
+        assert_eq!(plan.user, User::Own { uid: 70000, gid: 70001 });
+        assert_eq!((plan.nofile, plan.cgroups), (256, 3));
+        let only = GOOD.replace("--uid 70000 --gid 70001", "--only-user");
+        assert_eq!(parse(&words(&only)).unwrap().user, User::Only);
     }
 
     #[test]
@@ -130,6 +154,9 @@ mod tests {
         assert_eq!(parse("--uid"), ArgumentError::NoValue("--uid"));
         assert_eq!(parse("--uid 70000 --uid 70000"), ArgumentError::Twice("--uid"));
         assert_eq!(parse("--uid 70000"), ArgumentError::Missing("--gid"));
+        assert_eq!(parse("--nofile 16"), ArgumentError::Missing("--uid"));
+        assert_eq!(parse("--only-user --only-user"), ArgumentError::Twice("--only-user"));
+        assert_eq!(parse("--only-user --gid 70000"), ArgumentError::TwoUsers);
         for bad in ["0", "1000", "-1", "+70000", "4294967295", "18446744073709551616", "x", "7e4"] {
             assert!(
                 matches!(parse(&format!("--uid {bad}")), ArgumentError::Number { .. }),
@@ -141,18 +168,47 @@ mod tests {
 
     proptest! {
         #[test]
+        fn what_is_asked_for_is_what_is_done(
+            uid in MIN_ID..u64::from(u32::MAX),
+            gid in MIN_ID..u64::from(u32::MAX),
+            nofile in 16u64..=4096,
+            fsize in 1u64 << 20..=1 << 40,
+            memlock in 0u64..=1 << 40,
+            cgroups in 0..=MAX_CGROUPS,
+            order in Just([0, 1, 2, 3, 4, 5]).prop_shuffle(),
+        ) {
+            let values = [uid, gid, nofile, fsize, memlock, cgroups];
+            let line = order.map(|index| format!("{} {}", NUMBERS[index].0, values[index]));
+            let user = User::Own { uid: uid as u32, gid: gid as u32 };
+            let plan = Plan { user, nofile, fsize, memlock, cgroups: cgroups as u32 };
+            prop_assert_eq!(parse(&words(&line.join(" "))), Ok(plan));
+            // One step over either end of a range, or one argument less.
+            for (index, (name, min, max)) in NUMBERS.into_iter().enumerate() {
+                let without = order.iter().filter(|&&i| i != index);
+                let rest: Vec<_> =
+                    without.map(|&i| format!("{} {}", NUMBERS[i].0, values[i])).collect();
+                let rest = rest.join(" ");
+                prop_assert_eq!(parse(&words(&rest)), Err(ArgumentError::Missing(name)));
+                for bad in min.checked_sub(1).into_iter().chain([max + 1]) {
+                    let found = parse(&words(&format!("{rest} {name} {bad}")));
+                    prop_assert!(matches!(found, Err(ArgumentError::Number { .. })), "{found:?}");
+                }
+            }
+        }
+
+        #[test]
         fn no_argument_makes_it_panic_or_hands_out_a_system_id(
             arguments in proptest::collection::vec(
                 prop_oneof![
                     proptest::collection::vec(any::<u8>(), 0..12),
-                    "(--uid|--gid|--nofile|--fsize|--memlock|--cgroups|/x|[0-9]{1,8})"
+                    "(--only-user|--uid|--gid|--nofile|--fsize|--memlock|--cgroups|/x|[0-9]{1,8})"
                         .prop_map(String::into_bytes),
                 ],
                 0..20,
             )
         ) {
-            if let Ok(plan) = parse(&arguments) {
-                prop_assert!(u64::from(plan.uid) >= MIN_ID && u64::from(plan.gid) >= MIN_ID);
+            if let Ok(Plan { user: User::Own { uid, gid }, .. }) = parse(&arguments) {
+                prop_assert!(u64::from(uid) >= MIN_ID && u64::from(gid) >= MIN_ID);
             }
         }
     }

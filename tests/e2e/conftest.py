@@ -141,6 +141,10 @@ class SecondDaemon:
     """A daemon with other flags beside that of the other tests; only programs at its own place can reach
     it."""
 
+    # What else is done before it, and what runs it.
+    before = ""
+    runner = ""
+
     def __init__(self, site, name, port, flags):
         self.site, self.port, self.flags = site, port, flags
         self.dir = f"/tmp/{name}"
@@ -153,7 +157,8 @@ class SecondDaemon:
 argument() {{ tr '\\0' '\\n' < /proc/$(pidof firnd | cut -d' ' -f1)/cmdline | grep -A1 -x -e "$1" | tail -n1; }}
 artifacts=$(argument --artifacts)
 mkdir -p {self.dir}
-setsid $artifacts/bin/firnd --artifacts $artifacts --state {self.state} --listen 127.0.0.1:{self.port} \\
+{self.before}
+setsid {self.runner} $artifacts/bin/firnd --artifacts $artifacts --state {self.state} --listen 127.0.0.1:{self.port} \\
     --patience 20 --no-cpu-limits {self.flags} >> {self.dir}/log 2>&1 &
 echo $! > {self.dir}/pid
 for _ in $(seq 120); do

@@ -92,6 +92,21 @@ fn landlock(version: io::Result<i64>) -> Finding {
     Finding::new(id, Severity::Note, what, why).fix(fix)
 }
 
+/// Whether this user may make user namespaces, as a daemon that is not root must, by making one.
+pub fn users_may_make_namespaces() -> bool {
+    // In a process of its own: it can't be undone, and not be done by a process of several threads.
+    let mut child = std::process::Command::new("/proc/self/exe");
+    let unshare = || {
+        // SAFETY: the new namespace is that of the process which is about to execute, and has one thread.
+        let done = unsafe { libc::unshare(libc::CLONE_NEWUSER) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: one system call, which allocates nothing.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut child, unshare) };
+    let quiet = std::process::Stdio::null;
+    child.arg("--version").stdout(quiet()).stderr(quiet()).status().is_ok_and(|s| s.success())
+}
+
 /// Who may make user namespaces: `limit` is everybody's, `debian` and `apparmor` are the settings
 /// of kernels that have them.
 fn user_namespaces(limit: &str, debian: &str, apparmor: &str) -> Option<Finding> {

@@ -15,6 +15,13 @@ pub fn examine() -> Vec<Finding> {
     let mounts = Mounts::parse(&read("/proc/self/mountinfo"), read);
     let mut findings = vec![controllers(&mounts)];
     findings.push(disks(&mounts));
+    if let Some(point) = mounts.unified.as_deref().filter(|_| !rustix::process::geteuid().is_root())
+    {
+        let group = own_group(&read("/proc/self/cgroup"), point);
+        let control = format!("{group}/cgroup.subtree_control");
+        let ours = rustix::fs::access(control.as_str(), rustix::fs::Access::WRITE_OK).is_ok();
+        findings.push(delegated(ours, &read(&format!("{group}/cgroup.controllers"))));
+    }
     findings.extend(moves(&mounts));
     findings
 }
@@ -114,6 +121,30 @@ fn disks(mounts: &Mounts) -> Finding {
     )
 }
 
+/// Directory of the group that this process is in.
+fn own_group(lines: &str, point: &str) -> String {
+    let own = lines.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
+    format!("{point}{own}")
+}
+
+/// What a daemon that is not root can limit: `ours` says whether it may make groups below its own.
+fn delegated(ours: bool, controllers: &str) -> Finding {
+    let id = "host.cgroups-delegated";
+    let why = "Without root, microVMs are limited only below a control group that is this user's.";
+    let fix = "Start the daemon as a service of your user with `Delegate=memory cpu pids io`.";
+    let names: BTreeSet<_> = wanted(controllers.split_whitespace()).collect();
+    if !ours || names.is_empty() {
+        let what = "no control group is delegated to you: microVMs would have no limits";
+        return Finding::new(id, Severity::Warning, what, why).fix(fix);
+    }
+    let list = names.iter().cloned().collect::<Vec<_>>().join(", ");
+    let what = format!("a control group is delegated to you, with {list}");
+    if names.len() == CONTROLLERS.len() {
+        return Finding::new(id, Severity::Ok, what, why);
+    }
+    Finding::new(id, Severity::Warning, what, why).fix(fix)
+}
+
 /// Whether moving a process into a group waits for every CPU.
 fn moves(mounts: &Mounts) -> Option<Finding> {
     let id = "host.cgroups-moves";
@@ -193,6 +224,15 @@ mod tests {
         assert_eq!(disks(&v1()).severity, Severity::Note);
         let line = format!("{V1}33 25 0:29 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio\n");
         assert_eq!(disks(&Mounts::parse(&line, |_| String::new())).severity, Severity::Ok);
+    }
+
+    #[test]
+    fn what_is_not_delegated_is_said() {
+        assert_eq!(own_group("1:cpu:/x\n0::/user.slice/a\n", "/cg"), "/cg/user.slice/a");
+        assert_eq!(delegated(true, "cpu io memory pids").severity, Severity::Ok);
+        assert_eq!(delegated(true, "memory pids").severity, Severity::Warning);
+        assert!(delegated(false, "cpu memory pids").what.contains("no limits"));
+        assert!(delegated(true, "").what.contains("no limits"));
     }
 
     #[test]

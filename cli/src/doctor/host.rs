@@ -17,7 +17,7 @@ const PAGEMAP_SCAN_SINCE: (u32, u32) = (6, 7);
 pub fn examine() -> Vec<Finding> {
     let huge = |name: &str| read(&format!("/sys/kernel/mm/transparent_hugepage/{name}"));
     let mut findings = vec![
-        user(rustix::process::geteuid().is_root()),
+        user(rustix::process::geteuid().is_root(), super::cage::users_may_make_namespaces()),
         programs(std::env::var("PATH").unwrap_or_default().as_str()),
         memory(&read("/proc/meminfo")),
     ];
@@ -27,13 +27,20 @@ pub fn examine() -> Vec<Finding> {
     findings
 }
 
-fn user(root: bool) -> Finding {
+fn user(root: bool, namespaces: bool) -> Finding {
+    let id = "host.user";
     let why = "The jail gives every microVM its own user, namespaces and control group, which \
                takes root to set up; it then drops every right.";
     if root {
-        return Finding::new("host.user", Severity::Ok, "you are root", why);
+        return Finding::new(id, Severity::Ok, "you are root", why);
     }
-    Finding::new("host.user", Severity::Error, "you are not root", why)
+    if namespaces {
+        let what = "you are not root: microVMs get namespaces, but all of them your user, with its \
+                    groups, and limits only in a control group that is delegated to you";
+        return Finding::new(id, Severity::Warning, what, why)
+            .fix("For functions of others: run the daemon as root.");
+    }
+    Finding::new(id, Severity::Error, "you are not root, and may not make user namespaces", why)
         .fix("Run this, and the daemon, with sudo.")
 }
 

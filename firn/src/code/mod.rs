@@ -8,13 +8,14 @@
 //! sees that works on it, and what comes out in sealed memory. Whoever keeps that decides how.
 
 mod archive;
+mod confine;
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io,
     os::unix::fs::PermissionsExt,
-    path::Path,
-    process::Command,
+    path::{Path, PathBuf},
     thread,
 };
 
@@ -114,8 +115,8 @@ pub enum CodeError {
 }
 
 /// Checks `zip` and makes a read-only file system of it. The same archive always gives the same bytes.
-/// Takes about twice the unzipped size in memory meanwhile. Where mounting is not permitted, which
-/// nothing that can build jails has to fear, the tree lies in a temporary directory until it is done.
+/// Takes about twice the unzipped size in memory meanwhile. Where mounting is not permitted, as without
+/// root, the tree lies in a temporary directory until it is done.
 /// Blocks: call it where blocking is allowed.
 ///
 /// # Errors
@@ -167,29 +168,33 @@ fn mount_memory(tree: &Path) -> Result<(), Errno> {
 const UUID: &str = "6669726e-636f-6465-8000-000000000000";
 
 /// Makes an uncompressed EROFS: code is read once, and a decompressor in the guest would cost more
-/// than the bytes.
+/// than the bytes. The program that makes it is not ours and reads names and sizes of the archive's choice,
+/// so it is [confined](confine).
 fn make_file_system(tree: &Path, disk: &File) -> Result<(), CodeError> {
-    let mut command = Command::new("mkfs.erofs");
-    // Owners, times and attributes are the same whoever builds it.
-    command.args(["-T0", "--all-root", "-x-1", "--quiet"]).arg(format!("-U{UUID}"));
-    // The disk has no name but this.
-    command.arg("/proc/self/fd/0").arg(tree);
-    let stdin = disk.try_clone().map_err(io_at("make the disk"))?;
-    let path = std::env::var("PATH").unwrap_or_default();
-    let path = format!("{path}:/usr/sbin:/usr/bin:/sbin:/bin");
-    command.env_clear().env("PATH", path).env("LC_ALL", "C").stdin(stdin);
-    let output = command.output().map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => {
-            CodeError::Mkfs { reason: "not found: install the package erofs-utils".into() }
-        }
-        _ => CodeError::Mkfs { reason: e.to_string() },
+    let program = mkfs().ok_or_else(|| CodeError::Mkfs {
+        reason: "not found: install the package erofs-utils".into(),
     })?;
+    let uuid = format!("-U{UUID}");
+    // Owners, times and attributes are the same whoever builds it. The disk has no name but its
+    // descriptor's, and the tree none at all: it is where the program starts.
+    let arguments = ["-T0", "--all-root", "-x-1", "--quiet", &uuid, "/proc/self/fd/0", "."];
+    let stdin = disk.try_clone().map_err(io_at("make the disk"))?;
+    let output = confine::run(&program, &arguments, tree, stdin)
+        .map_err(|e| CodeError::Mkfs { reason: e.to_string() })?;
     if output.status.success() {
         return Ok(());
     }
     let words = String::from_utf8_lossy(&output.stderr);
     let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
     Err(CodeError::Mkfs { reason: format!("{}: {last}", output.status) })
+}
+
+/// Where `mkfs.erofs` is.
+fn mkfs() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = OsString::from("/usr/sbin:/usr/bin:/sbin:/bin");
+    let mut dirs = std::env::split_paths(&path).chain(std::env::split_paths(&system));
+    dirs.find_map(|dir| Some(dir.join("mkfs.erofs")).filter(|program| program.is_file()))
 }
 
 /// See [`crate::fuzzing::extract`].

@@ -26,7 +26,9 @@ async fn check_cage(install: &Install, exactly: &[u32]) {
     let host = install.open().await;
     let shell = host.shell(CLASS).await.unwrap();
     let pid = shell.pid();
-    for namespace in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+    let rootless = !rustix::process::geteuid().is_root();
+    let user = if rootless { &["user"][..] } else { &[] };
+    for namespace in ["mnt", "pid", "net", "ipc", "uts", "cgroup"].iter().chain(user) {
         let link = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(link(&pid.to_string()), link("self"), "{namespace}");
     }
@@ -40,13 +42,21 @@ async fn check_cage(install: &Install, exactly: &[u32]) {
     }
     assert_eq!(field("NoNewPrivs"), ["1"]);
     assert_eq!(field("NSpid").last(), Some(&"1"), "PID 1 of its namespace");
-    assert!(field("Groups").is_empty());
     let uid: u32 = field("Uid")[0].parse().unwrap();
-    assert!(install.config().uids.contains(&uid));
-    assert!(field("Uid").iter().chain(&field("Gid")).all(|id| *id == uid.to_string()));
-
-    // Not dumpable: its files in /proc belong to root, not to its user.
-    assert_eq!(fs::metadata(format!("/proc/{pid}/maps")).unwrap().uid(), 0);
+    let map: Vec<_> = proc(pid, "uid_map").split_whitespace().map(str::to_owned).collect();
+    if rootless {
+        // The only user of its namespace. What of it is not dumpable belongs to the namespace's root,
+        // who has no rights there any more.
+        assert_eq!(map, ["0", &rustix::process::geteuid().as_raw().to_string(), "1"]);
+        assert_eq!(proc(pid, "setgroups"), "deny\n");
+    } else {
+        assert_eq!(map, ["0", "0", "4294967295"]);
+        assert!(field("Groups").is_empty());
+        assert!(install.config().uids.contains(&uid));
+        assert!(field("Uid").iter().chain(&field("Gid")).all(|id| *id == uid.to_string()));
+        // Not dumpable: its files in /proc belong to root, not to its user.
+        assert_eq!(fs::metadata(format!("/proc/{pid}/maps")).unwrap().uid(), 0);
+    }
     assert_eq!(proc(pid, "environ"), "");
     assert_eq!(proc(pid, "cmdline"), "firn-vmm\0");
     let root: Vec<_> = fs::read_dir(format!("/proc/{pid}/root/")).unwrap().collect();
@@ -83,15 +93,16 @@ async fn check_cage(install: &Install, exactly: &[u32]) {
     assert!(target(2).starts_with("pipe:"));
     assert!(target(3).starts_with("socket:"));
 
-    for controller in ["memory", "cpu", "pids"] {
+    // Without root there are only those that somebody has delegated.
+    for controller in ["memory", "cpu", "pids"].iter().filter(|_| !rootless) {
         let groups = proc(pid, "cgroup");
         let line = groups.lines().find(|l| {
             let names = l.split(':').nth(1).unwrap();
-            names.is_empty() || names.split(',').any(|name| name == controller)
+            names.is_empty() || names.split(',').any(|name| name == *controller)
         });
         let own = groups.lines().any(|l| {
             let names = l.split(':').nth(1).unwrap();
-            let ours = names.is_empty() || names.split(',').any(|name| name == controller);
+            let ours = names.is_empty() || names.split(',').any(|name| name == *controller);
             ours && l.contains("/firn/") && l.ends_with("/vm-1")
         });
         assert!(own, "{controller}: {line:?} of {groups}");
@@ -112,7 +123,7 @@ pub async fn a_step_of_the_jailer_that_fails_is_named() {
     let host = install.open().await;
     match host.shell(CLASS).await {
         Err(ShellError::Died { exit }) => {
-            assert_eq!(exit.code, Some(63));
+            assert_eq!(exit.code, Some(64));
             assert!(exit.detail.contains("can't execute the VMM"), "{exit}");
         }
         other => panic!("{other:?}"),

@@ -59,8 +59,12 @@ pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
     }
     archive.copy("init", 0o755, &agent)?;
     add_busybox(&mut archive)?;
-    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
-    archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+    archive.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n",
+    )?;
+    archive.file("etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")?;
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n")?;
     let mut present = BTreeSet::new();
     for program in PROGRAMS {
