@@ -1,9 +1,11 @@
 //! An installation in a temporary directory, and how to look at what a host does to the machine.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -79,16 +81,26 @@ impl Install {
     }
 }
 
-/// A program of this workspace, built if it is not there.
+/// Where programs lie that need not be built.
+pub const PROGRAMS: &str = "FIRN_PROGRAMS";
+
+/// A program of this workspace as it is now.
 pub fn program(name: &str) -> PathBuf {
-    let deps = std::env::current_exe().unwrap();
-    let path = deps.parent().and_then(Path::parent).unwrap().join(name);
-    if !path.exists() {
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-        let built = std::process::Command::new(cargo).args(["build", "-p", name]).status();
-        assert!(built.is_ok_and(|s| s.success()), "can't build {name}");
+    if let Some(dir) = std::env::var_os(PROGRAMS) {
+        return Path::new(&dir).join(name);
     }
-    path
+    static BUILT: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let deps = std::env::current_exe().unwrap();
+    // What cargo builds for these tests does not include it: one of before may lie there.
+    let mut built = BUILT.lock().unwrap();
+    if built.insert(name.to_owned()) {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+        let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+        let mut build = std::process::Command::new(cargo);
+        build.args(["build", "--quiet", "--package", name, "--profile", profile]);
+        assert!(build.status().is_ok_and(|s| s.success()), "can't build {name}");
+    }
+    deps.parent().and_then(Path::parent).unwrap().join(name)
 }
 
 /// Control groups of this installation's host.

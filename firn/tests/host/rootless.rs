@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::install::program;
+use crate::install::{PROGRAMS, program};
 
 /// Nobody in particular.
 const USER: u32 = 54_321;
@@ -35,8 +35,7 @@ pub async fn an_ordinary_user_can_do_it_too() {
     }
     // This executable and the programs that it looks for, where that user can read them.
     let dir = tempfile::tempdir_in("/tmp").unwrap();
-    let this = dir.path().join("deps/host");
-    fs::create_dir(dir.path().join("deps")).unwrap();
+    let this = dir.path().join("host");
     fs::copy(std::env::current_exe().unwrap(), &this).unwrap();
     for name in ["firn-vmm", "firn-jailer"] {
         fs::copy(program(name), dir.path().join(name)).unwrap();
@@ -46,6 +45,7 @@ pub async fn an_ordinary_user_can_do_it_too() {
     let output = Command::new(this)
         .args(TESTS)
         .env("TMPDIR", dir.path())
+        .env(PROGRAMS, dir.path())
         .stdin(Stdio::null())
         .uid(USER)
         .gid(group)
