@@ -1,6 +1,6 @@
 //! The command line, parsed by hand: `--name value` pairs, each required, each once, each value a
-//! number within its range; `--only-user` stands for `--uid` and `--gid`. There are no paths: all files come as descriptors. The caller is firn;
-//! strictness here catches its mistakes, not an attacker.
+//! number within its range; `--only-user` stands for `--uid` and `--gid`. There are no paths: all files
+//! come as descriptors. The caller is firn; strictness here catches its mistakes, not an attacker.
 
 use std::fmt;
 
