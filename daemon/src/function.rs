@@ -1,15 +1,54 @@
 //! What a function is: the record that the store keeps and everything that follows from it alone
 //! (its ARN, its environment, the fingerprint that decides which instances may serve it).
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, macros::format_description};
 
 use crate::{api::names::Place, envelope::Envelope};
 
-/// The only version that there is so far.
-pub const LATEST: &str = "$LATEST";
+/// Which version of a function: the one that its owner changes, or one that was published and stays
+/// as it was. In this order they are listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// `$LATEST`
+    Latest,
+    /// A number, from 1 on.
+    Published(u32),
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Latest => f.write_str("$LATEST"),
+            Self::Published(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+impl FromStr for Version {
+    type Err = ();
+
+    /// Takes each version in one spelling only: no sign, no leading zero.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if text == "$LATEST" {
+            return Ok(Self::Latest);
+        }
+        let number = text.parse().map_err(drop)?;
+        match number > 0 && text.starts_with(|c: char| matches!(c, '1'..='9')) {
+            true => Ok(Self::Published(number)),
+            false => Err(()),
+        }
+    }
+}
+
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
 
 /// A function's code as it was uploaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,26 +106,54 @@ impl fmt::Debug for Config {
     }
 }
 
-/// One function.
+/// One version of a function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
     /// Bare name.
     pub name: String,
+    /// Which version it is.
+    pub version: Version,
     /// What the owner sets.
     pub config: Config,
-    /// Its code.
+    /// Its code; versions that were published without a new upload between them share it.
     pub code: Code,
-    /// Tags.
+    /// Tags of the whole function; with `$LATEST` alone.
     pub tags: BTreeMap<String, String>,
     /// Milliseconds since the epoch.
     pub last_modified_ms: i64,
     /// Changes with every update.
     pub revision: String,
-    /// Its keys.
+    /// Its keys, those of all its versions.
     pub envelope: Envelope,
 }
 
 impl Function {
+    /// What tells versions of all functions apart: `name`, or `name:7` for a published one.
+    pub fn qualified_name(&self) -> String {
+        match self.version {
+            Version::Latest => self.name.clone(),
+            Version::Published(number) => format!("{}:{number}", self.name),
+        }
+    }
+
+    /// The version `number` of the function, as `$LATEST` is now.
+    pub fn published(&self, number: u32, description: Option<String>) -> Self {
+        let mut version = self.clone();
+        version.version = Version::Published(number);
+        version.revision = uuid::Uuid::new_v4().to_string();
+        version.tags.clear();
+        version.config.description = description.unwrap_or(version.config.description);
+        version
+    }
+
+    /// Whether publishing `self` would repeat `other`. A description alone makes no difference:
+    /// whoever publishes may give the version one of its own.
+    pub fn publishes_as(&self, other: &Self) -> bool {
+        let description = self.config.description.clone();
+        self.code.sha256 == other.code.sha256
+            && self.config == Config { description, ..other.config.clone() }
+    }
+
     /// `LastModified` as Lambda spells it.
     pub fn last_modified(&self) -> String {
         let nanos = i128::from(self.last_modified_ms) * 1_000_000;
@@ -141,7 +208,7 @@ impl Function {
             ("AWS_EXECUTION_ENV", format!("AWS_Lambda_{}", config.runtime)),
             ("AWS_LAMBDA_FUNCTION_NAME", self.name.clone()),
             ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", config.memory_mb.to_string()),
-            ("AWS_LAMBDA_FUNCTION_VERSION", LATEST.to_owned()),
+            ("AWS_LAMBDA_FUNCTION_VERSION", self.version.to_string()),
             ("AWS_LAMBDA_INITIALIZATION_TYPE", initialization.to_owned()),
             ("AWS_LAMBDA_LOG_GROUP_NAME", format!("/aws/lambda/{}", self.name)),
             ("AWS_LAMBDA_LOG_STREAM_NAME", log_stream.to_owned()),
@@ -185,6 +252,7 @@ pub(crate) mod tests {
         Function {
             envelope: Envelope::generate(&TestKeys(1)).unwrap(),
             name: name.into(),
+            version: Version::Latest,
             config: Config {
                 runtime: "python3.11".into(),
                 role: "arn:aws:iam::000000000000:role/r".into(),
@@ -232,11 +300,45 @@ pub(crate) mod tests {
         assert!(changed(|f| f.code.sha256 = "11".repeat(32)));
         assert!(changed(|f| drop(f.config.environment.insert("A1".into(), "1".into()))));
         assert!(changed(|f| f.name = "g".into()));
+        assert!(changed(|f| f.version = Version::Published(1)));
         assert!(!changed(|f| f.config.description = "else".into()));
         assert!(!changed(|f| f.config.timeout_s = 900));
         assert!(!changed(|f| f.revision = "r2".into()));
         assert!(!changed(|f| f.code.blob = "another upload of the same".into()));
         assert!(changed(|f| f.envelope = Envelope::generate(&TestKeys(2)).unwrap()));
+    }
+
+    #[test]
+    fn versions_have_one_spelling() {
+        for (text, version) in [
+            ("$LATEST", Some(Version::Latest)),
+            ("1", Some(Version::Published(1))),
+            ("4294967295", Some(Version::Published(u32::MAX))),
+            ("4294967296", None),
+            ("0", None),
+            ("01", None),
+            ("+1", None),
+            ("-1", None),
+            ("", None),
+            ("$latest", None),
+        ] {
+            assert_eq!(text.parse().ok(), version, "{text:?}");
+            assert!(version.is_none_or(|v| v.to_string() == text));
+        }
+        assert!(Version::Latest < Version::Published(1));
+    }
+
+    #[test]
+    fn what_is_published_stays_apart_from_what_changes() {
+        let mut latest = example("f");
+        latest.tags.insert("team".into(), "x".into());
+        let version = latest.published(7, Some("the seventh".into()));
+        assert_eq!((version.qualified_name().as_str(), version.tags.len()), ("f:7", 0));
+        assert_ne!(version.revision, latest.revision);
+        assert!(latest.publishes_as(&version), "only the description differs");
+        latest.config.timeout_s += 1;
+        assert!(!latest.publishes_as(&version));
+        assert_eq!(latest.published(8, None).config.description, latest.config.description);
     }
 
     #[test]

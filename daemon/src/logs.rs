@@ -17,6 +17,8 @@ use firn::LogLine;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
+use crate::function::Version;
+
 /// Bytes of log that an invocation returns at most.
 pub const TAIL: usize = 4096;
 
@@ -67,11 +69,11 @@ impl Logs {
         Ok(Self { queue })
     }
 
-    /// A new stream of `function`.
-    pub fn stream(&self, function: &str) -> Stream {
+    /// A new stream of a version of `function`.
+    pub fn stream(&self, function: &str, version: Version) -> Stream {
         let now = OffsetDateTime::now_utc();
         let name = format!(
-            "{:04}/{:02}/{:02}/[$LATEST]{}",
+            "{:04}/{:02}/{:02}/[{version}]{}",
             now.year(),
             u8::from(now.month()),
             now.day(),
@@ -252,7 +254,7 @@ mod tests {
     async fn lines_reach_the_file_and_the_tail() {
         let dir = tempfile::tempdir().unwrap();
         let logs = Logs::open(dir.path().to_owned(), Bounds::default()).unwrap();
-        let mut stream = logs.stream("f");
+        let mut stream = logs.stream("f", Version::Latest);
         assert!(stream.name().contains("/[$LATEST]"));
         stream.service("before").await;
         stream.begin_tail();
@@ -274,7 +276,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bounds = Bounds { stream_bytes: 200_000, streams: 2 };
         let logs = Logs::open(dir.path().to_owned(), bounds).unwrap();
-        let mut stream = logs.stream("f");
+        let mut stream = logs.stream("f", Version::Latest);
         for i in 0..20_000 {
             stream.output(&line(&format!("line {i} {}", "x".repeat(100)), false)).await;
             assert!(stream.pending.len() < 2 * CHUNK && stream.tail.len() < 16 * TAIL);
@@ -294,7 +296,7 @@ mod tests {
         let logs =
             Logs::open(dir.path().to_owned(), Bounds { stream_bytes: 1000, streams: 3 }).unwrap();
         for _ in 0..7 {
-            let mut stream = logs.stream("f");
+            let mut stream = logs.stream("f", Version::Latest);
             stream.service("x").await;
             stream.flush().await;
         }

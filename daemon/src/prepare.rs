@@ -83,6 +83,7 @@ enum PrepareError {
 pub struct Preparer<B: Backend> {
     workshop: Workshop<B>,
     dir: PathBuf,
+    /// By qualified name.
     functions: Mutex<HashMap<String, Entry<B::Resident>>>,
     bases: Mutex<HashMap<PathBuf, B::Resident>>,
     generations: AtomicU64,
@@ -138,23 +139,24 @@ impl<B: Backend> Preparer<B> {
             status: Status::Preparing,
             resident: None,
         };
+        let key = function.qualified_name();
         {
             let mut functions = self.lock();
-            let current = functions.get(&function.name).filter(|e| e.fingerprint == fingerprint);
+            let current = functions.get(&key).filter(|e| e.fingerprint == fingerprint);
             if current.is_some_and(|e| !matches!(e.status, Status::Failed(_))) {
                 return;
             }
-            functions.insert(function.name.clone(), fresh);
+            functions.insert(key.clone(), fresh);
         }
         let preparer = self.clone();
         tokio::spawn(async move {
             let Ok(_turn) = preparer.gate.acquire().await else { return };
-            if !preparer.is_current(&function.name, generation) {
+            if !preparer.is_current(&key, generation) {
                 return;
             }
             let dir = preparer.dir.join(format!("fn-{fingerprint}"));
             let result = preparer.prepare(&function, &dir).await;
-            preparer.conclude(&function.name, generation, &dir, result);
+            preparer.conclude(&key, generation, &dir, result);
         });
     }
 
@@ -258,7 +260,7 @@ impl<B: Backend> Preparer<B> {
             match backend.make_resident(dir, &key, Some(&base), Some(&code)).await {
                 Ok(resident) => return Ok(resident),
                 Err(error) => {
-                    tracing::warn!(function = function.name, %error, "making a new snapshot");
+                    tracing::warn!(function = function.qualified_name(), %error, "making a new snapshot");
                     remove(dir);
                 }
             }
@@ -277,7 +279,7 @@ impl<B: Backend> Preparer<B> {
             machine.retire().await;
             return Err(failure);
         }
-        let meta = SnapshotMeta { label: function.name.clone(), key: key.clone() };
+        let meta = SnapshotMeta { label: function.qualified_name(), key: key.clone() };
         output.during(machine.snapshot(dir, meta)).await?;
         output.stream.flush().await;
         Ok(backend.make_resident(dir, &key, Some(&base), Some(&code)).await?)

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use crate::function::Version;
+
 /// `START …`
-pub fn start(request_id: &str) -> String {
-    format!("START RequestId: {request_id} Version: {}", crate::function::LATEST)
+pub fn start(request_id: &str, version: Version) -> String {
+    format!("START RequestId: {request_id} Version: {version}")
 }
 
 /// `END …`
@@ -108,7 +110,8 @@ mod tests {
 
     #[test]
     fn lines_are_lambdas() {
-        assert_eq!(start("id"), "START RequestId: id Version: $LATEST");
+        assert_eq!(start("id", Version::Latest), "START RequestId: id Version: $LATEST");
+        assert_eq!(start("id", Version::Published(7)), "START RequestId: id Version: 7");
         assert_eq!(end("id"), "END RequestId: id");
         assert_eq!(
             WARM.to_string(),

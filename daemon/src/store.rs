@@ -4,17 +4,18 @@
 //! under the same lock, so memory never says what a restart would not. Writing blocks: call it
 //! through [`tokio::task::spawn_blocking`].
 //!
-//! Each record is sealed with its function's key: the environment is encrypted, and bound to all other
-//! columns, so that none can be altered or moved to another function. A whole record of earlier can be
-//! put back; that takes write access to this directory.
+//! Each version of a function has a record, sealed with the function's key: the environment is encrypted,
+//! and bound to all other columns, so that none can be altered or moved to another function or version. A
+//! whole record of earlier can be put back; that takes write access to this directory.
 
 use std::{
     collections::BTreeMap,
     fs::File,
     io,
+    ops::Bound::{Excluded, Included, Unbounded},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use firn::keys::{KeyError, KeyService};
@@ -23,7 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     envelope::Envelope,
-    function::{Code, Config, Function},
+    function::{Code, Config, Function, Version},
 };
 
 /// The oldest schema that can be read. The one before kept code and environments in the clear; bringing
@@ -32,7 +33,8 @@ const OLDEST: usize = 2;
 
 /// The schema, one step a version from [`OLDEST`] on. Released steps never change; add new ones at the
 /// end.
-const MIGRATIONS: [&str; 1] = ["CREATE TABLE functions (
+const MIGRATIONS: [&str; 2] = [
+    "CREATE TABLE functions (
         name             TEXT    NOT NULL PRIMARY KEY,
         runtime          TEXT    NOT NULL,
         role             TEXT    NOT NULL,
@@ -49,14 +51,67 @@ const MIGRATIONS: [&str; 1] = ["CREATE TABLE functions (
         code_blob        TEXT    NOT NULL UNIQUE,
         last_modified_ms INTEGER NOT NULL,
         revision         TEXT    NOT NULL
-    ) STRICT, WITHOUT ROWID;"];
+    ) STRICT, WITHOUT ROWID;",
+    // Version 0 is $LATEST. `numbers` outlives functions: no number is ever given twice.
+    "CREATE TABLE versions (
+        name             TEXT    NOT NULL,
+        version          INTEGER NOT NULL CHECK (version BETWEEN 0 AND 4294967295),
+        runtime          TEXT    NOT NULL,
+        role             TEXT    NOT NULL,
+        handler          TEXT    NOT NULL,
+        description      TEXT    NOT NULL,
+        timeout_s        INTEGER NOT NULL CHECK (timeout_s BETWEEN 1 AND 900),
+        memory_mb        INTEGER NOT NULL CHECK (memory_mb BETWEEN 128 AND 10240),
+        wrapped_key      BLOB    NOT NULL,
+        environment      BLOB    NOT NULL,
+        tracing          TEXT    NOT NULL,
+        tags             TEXT    NOT NULL CHECK (json_valid(tags)),
+        code_sha256      TEXT    NOT NULL CHECK (length(code_sha256) = 64),
+        code_size        INTEGER NOT NULL,
+        code_blob        TEXT    NOT NULL,
+        last_modified_ms INTEGER NOT NULL,
+        revision         TEXT    NOT NULL,
+        PRIMARY KEY (name, version)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO versions SELECT name, 0, runtime, role, handler, description, timeout_s, memory_mb,
+        wrapped_key, environment, tracing, tags, code_sha256, code_size, code_blob, last_modified_ms,
+        revision FROM functions;
+    DROP TABLE functions;
+    CREATE TABLE numbers (
+        name TEXT    NOT NULL PRIMARY KEY,
+        last INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;",
+];
+
+/// One function.
+type Versions = BTreeMap<Version, Arc<Function>>;
+
+/// A version that was asked for, and whether that made it.
+#[derive(Debug)]
+pub struct Published {
+    /// The version.
+    pub version: Arc<Function>,
+    /// False: `$LATEST` has not changed since this one was published.
+    pub new: bool,
+}
+
+/// What a change has made.
+#[derive(Debug)]
+pub struct Updated {
+    /// `$LATEST` before.
+    pub old: Arc<Function>,
+    /// `$LATEST` now.
+    pub new: Arc<Function>,
+    /// Its version, if one was to be published.
+    pub published: Option<Published>,
+}
 
 /// All functions.
 #[derive(Debug)]
 pub struct Store {
     connection: Mutex<Connection>,
     keys: Arc<dyn KeyService>,
-    functions: RwLock<BTreeMap<String, Arc<Function>>>,
+    functions: RwLock<BTreeMap<String, Versions>>,
 }
 
 /// Why the store could not be opened or written.
@@ -123,6 +178,9 @@ pub enum StoreError {
     /// A write failed (disk full, for one). Nothing has changed.
     #[error("the store could not be written: {0}")]
     Write(#[from] rusqlite::Error),
+    /// The numbers for versions have run out.
+    #[error("{0} has no numbers left for versions")]
+    Numbers(String),
     /// A record could not be turned into JSON.
     #[error("the store could not encode a record: {0}")]
     Encode(#[from] serde_json::Error),
@@ -178,7 +236,7 @@ impl Store {
             transaction.pragma_update(None, "user_version", version as i64).map_err(failed)?;
             transaction.commit().map_err(failed)?;
         }
-        let mut functions = BTreeMap::new();
+        let mut functions = BTreeMap::<String, Versions>::new();
         for row in rows(&connection).map_err(failed)? {
             let name = row.name.clone();
             let function = row.open(&*keys).map_err(|source| StoreError::Record {
@@ -186,7 +244,7 @@ impl Store {
                 name: name.clone(),
                 source,
             })?;
-            functions.insert(name, Arc::new(function));
+            functions.entry(name).or_default().insert(function.version, Arc::new(function));
         }
         let (connection, functions) = (Mutex::new(connection), RwLock::new(functions));
         Ok(Self { connection, keys, functions })
@@ -200,46 +258,81 @@ impl Store {
         Ok(Envelope::generate(&*self.keys)?)
     }
 
-    /// The function of that name.
-    pub fn get(&self, name: &str) -> Option<Arc<Function>> {
-        self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    /// A version of a function.
+    pub fn get(&self, name: &str, version: Version) -> Option<Arc<Function>> {
+        self.read().get(name)?.get(&version).cloned()
     }
 
     /// At most `limit` functions in the order of their names, from after `after` on, and whether
     /// there are more.
     pub fn list(&self, after: Option<&str>, limit: usize) -> (Vec<Arc<Function>>, bool) {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
-        let mut rest = functions.range::<str, _>((after.map_or(Unbounded, Excluded), Unbounded));
-        let page = rest.by_ref().take(limit).map(|(_, f)| f.clone()).collect();
-        (page, rest.next().is_some())
+        let functions = self.read();
+        let rest = functions.range::<str, _>((after.map_or(Unbounded, Excluded), Unbounded));
+        page(rest.filter_map(|(_, versions)| versions.get(&Version::Latest)), limit)
     }
 
-    /// All functions.
+    /// The same for all versions of all functions.
+    pub fn list_all(
+        &self,
+        after: Option<(&str, Version)>,
+        limit: usize,
+    ) -> (Vec<Arc<Function>>, bool) {
+        let functions = self.read();
+        let from = after.map_or(Unbounded, |(name, _)| Included(name));
+        let all = functions.range::<str, _>((from, Unbounded)).flat_map(|(_, v)| v.values());
+        page(all.skip_while(|f| after.is_some_and(|a| (f.name.as_str(), f.version) <= a)), limit)
+    }
+
+    /// The same for the versions of one function.
+    pub fn versions(
+        &self,
+        name: &str,
+        after: Option<Version>,
+        limit: usize,
+    ) -> (Vec<Arc<Function>>, bool) {
+        let functions = self.read();
+        let Some(versions) = functions.get(name) else { return (Vec::new(), false) };
+        let rest = versions.range((after.map_or(Unbounded, Excluded), Unbounded));
+        page(rest.map(|(_, version)| version), limit)
+    }
+
+    /// All versions of all functions.
     pub fn all(&self) -> Vec<Arc<Function>> {
-        self.list(None, usize::MAX).0
+        self.list_all(None, usize::MAX).0
     }
 
-    /// Whether any function uses the code in that blob.
+    /// Whether any version uses the code in that blob. Once none does, none ever will.
     pub fn uses_code(&self, blob: &str) -> bool {
-        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions.values().any(|f| f.code.blob == blob)
+        self.read().values().flat_map(Versions::values).any(|f| f.code.blob == blob)
     }
 
-    /// Adds a function.
+    /// Adds a function, and publishes its first version if that is wanted.
     ///
     /// # Errors
     /// [`StoreError::Exists`], or that it could not be written.
-    pub fn create(&self, function: Function) -> Result<Arc<Function>, StoreError> {
-        let connection = self.lock();
-        if self.get(&function.name).is_some() {
+    pub fn create(
+        &self,
+        function: Function,
+        publish: bool,
+    ) -> Result<(Arc<Function>, Option<Arc<Function>>), StoreError> {
+        let mut connection = self.lock();
+        if self.read().contains_key(&function.name) {
             return Err(StoreError::Exists(function.name));
         }
-        self.write(&connection, function)
+        let transaction = connection.transaction()?;
+        insert(&transaction, &function)?;
+        let version = match publish {
+            true => Some(Arc::new(number(&transaction, &function, None)?)),
+            false => None,
+        };
+        transaction.commit()?;
+        let function = Arc::new(function);
+        self.remember([Some(&function), version.as_ref()]);
+        Ok((function, version))
     }
 
-    /// Replaces a function by what `change` makes of it, if it still has the revision that the
-    /// caller believes in. Returns the old and the new one.
+    /// Replaces `$LATEST` by what `change` makes of it, if it still has the revision that the
+    /// caller believes in, and publishes it if that is wanted.
     ///
     /// # Errors
     /// [`StoreError::Unknown`], [`StoreError::Revision`], what `change` says, or that it could not
@@ -248,68 +341,204 @@ impl Store {
         &self,
         name: &str,
         revision: Option<&str>,
+        publish: bool,
         change: impl FnOnce(&Function) -> Result<Function, E>,
-    ) -> Result<(Arc<Function>, Arc<Function>), E> {
-        let connection = self.lock();
-        let old = self.get(name).ok_or_else(|| StoreError::Unknown(name.to_owned()))?;
+    ) -> Result<Updated, E> {
+        let mut connection = self.lock();
+        let (old, last) = self.ends(name)?;
         check_revision(&old, revision)?;
-        let new = self.write(&connection, change(&old)?)?;
-        Ok((old, new))
+        let new = Arc::new(change(&old)?);
+        let write = || {
+            let transaction = connection.transaction()?;
+            delete(&transaction, &old)?;
+            insert(&transaction, &new)?;
+            let published = match publish {
+                true => Some(publication(&transaction, &new, last, None)?),
+                false => None,
+            };
+            transaction.commit()?;
+            Ok::<_, StoreError>(published)
+        };
+        let published = write()?;
+        self.remember([Some(&new), published.as_ref().map(|p| &p.version)]);
+        Ok(Updated { old, new, published })
     }
 
-    /// Removes a function.
+    /// Publishes `$LATEST` under the next number, if it still has the revision that the caller
+    /// believes in and `check` has nothing against it; where nothing has changed since the last
+    /// version, that one stands.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`], [`StoreError::Revision`], what `check` says, or that it could not
+    /// be written.
+    pub fn publish<E: From<StoreError>>(
+        &self,
+        name: &str,
+        revision: Option<&str>,
+        description: Option<String>,
+        check: impl FnOnce(&Function) -> Result<(), E>,
+    ) -> Result<Published, E> {
+        let mut connection = self.lock();
+        let (latest, last) = self.ends(name)?;
+        check_revision(&latest, revision)?;
+        check(&latest)?;
+        let write = || {
+            let transaction = connection.transaction()?;
+            let published = publication(&transaction, &latest, last, description)?;
+            transaction.commit()?;
+            Ok::<_, StoreError>(published)
+        };
+        let published = write()?;
+        self.remember([Some(&published.version), None]);
+        Ok(published)
+    }
+
+    /// Removes a function with all its versions, and gives them.
     ///
     /// # Errors
     /// [`StoreError::Unknown`], or that it could not be written.
-    pub fn delete(&self, name: &str) -> Result<Arc<Function>, StoreError> {
+    pub fn delete(&self, name: &str) -> Result<Vec<Arc<Function>>, StoreError> {
         let connection = self.lock();
-        let old = self.get(name).ok_or_else(|| StoreError::Unknown(name.to_owned()))?;
-        connection.execute("DELETE FROM functions WHERE name = ?1", [name])?;
-        self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.ends(name)?;
+        connection.execute("DELETE FROM versions WHERE name = ?1", [name])?;
+        let versions = self.remembered().remove(name).unwrap_or_default();
+        Ok(versions.into_values().collect())
+    }
+
+    /// Removes a version of a function, and gives it.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`], or that it could not be written.
+    pub fn delete_version(&self, name: &str, number: u32) -> Result<Arc<Function>, StoreError> {
+        let connection = self.lock();
+        let version = Version::Published(number);
+        let unknown = || StoreError::Unknown(format!("{name}:{number}"));
+        let old = self.get(name, version).ok_or_else(unknown)?;
+        delete(&connection, &old)?;
+        if let Some(versions) = self.remembered().get_mut(name) {
+            versions.remove(&version);
+        }
         Ok(old)
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
-        // A panic elsewhere can't have left a transaction open: each write is one statement.
+        // A panic elsewhere can't have left a transaction open: dropping one rolls it back.
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(
-        &self,
-        connection: &Connection,
-        function: Function,
-    ) -> Result<Arc<Function>, StoreError> {
-        let Function { name, config, code, tags, last_modified_ms, revision, envelope } = &function;
-        let environment = Zeroizing::new(serde_json::to_vec(&config.environment)?);
-        let environment = envelope.record.seal(&context(&bound(&function)?), &environment)?;
-        connection.execute(
-            "INSERT OR REPLACE INTO functions (name, runtime, role, handler, description,
-                timeout_s, memory_mb, environment, tracing, tags, code_sha256, code_size,
-                last_modified_ms, revision, code_blob, wrapped_key)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
-            params![
-                name,
-                config.runtime,
-                config.role,
-                config.handler,
-                config.description,
-                config.timeout_s,
-                config.memory_mb,
-                environment,
-                config.tracing,
-                serde_json::to_string(tags)?,
-                code.sha256,
-                code.size as i64,
-                last_modified_ms,
-                revision,
-                code.blob,
-                envelope.wrapped(),
-            ],
-        )?;
-        let function = Arc::new(function);
-        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
-        functions.insert(function.name.clone(), function.clone());
-        Ok(function)
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Versions>> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is in memory, for changes; only with the connection held.
+    fn remembered(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Versions>> {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, written: [Option<&Arc<Function>>; 2]) {
+        let mut functions = self.remembered();
+        for function in written.into_iter().flatten() {
+            let versions = functions.entry(function.name.clone()).or_default();
+            versions.insert(function.version, function.clone());
+        }
+    }
+
+    /// `$LATEST` and the version that was published last, if there is one.
+    fn ends(&self, name: &str) -> Result<(Arc<Function>, Option<Arc<Function>>), StoreError> {
+        let unknown = || StoreError::Unknown(name.to_owned());
+        let functions = self.read();
+        let versions = functions.get(name).ok_or_else(unknown)?;
+        let latest = versions.get(&Version::Latest).ok_or_else(unknown)?;
+        let last = versions.values().next_back().filter(|last| last.version != Version::Latest);
+        Ok((latest.clone(), last.cloned()))
+    }
+}
+
+fn page<'a>(
+    mut rest: impl Iterator<Item = &'a Arc<Function>>,
+    limit: usize,
+) -> (Vec<Arc<Function>>, bool) {
+    let page = rest.by_ref().take(limit).cloned().collect();
+    (page, rest.next().is_some())
+}
+
+/// The version that publishing `latest` gives.
+fn publication(
+    connection: &Connection,
+    latest: &Function,
+    last: Option<Arc<Function>>,
+    description: Option<String>,
+) -> Result<Published, StoreError> {
+    match last.filter(|last| latest.publishes_as(last)) {
+        Some(version) => Ok(Published { version, new: false }),
+        None => {
+            let version = Arc::new(number(connection, latest, description)?);
+            Ok(Published { version, new: true })
+        }
+    }
+}
+
+/// Writes `latest` under the next number.
+fn number(
+    connection: &Connection,
+    latest: &Function,
+    description: Option<String>,
+) -> Result<Function, StoreError> {
+    let number: i64 = connection.query_row(
+        "INSERT INTO numbers VALUES (?1, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last",
+        [&latest.name],
+        |row| row.get(0),
+    )?;
+    let number = u32::try_from(number).map_err(|_| StoreError::Numbers(latest.name.clone()))?;
+    let version = latest.published(number, description);
+    insert(connection, &version)?;
+    Ok(version)
+}
+
+fn insert(connection: &Connection, function: &Function) -> Result<(), StoreError> {
+    let Function { name, version, config, code, tags, last_modified_ms, revision, envelope } =
+        function;
+    let environment = Zeroizing::new(serde_json::to_vec(&config.environment)?);
+    let environment = envelope.record.seal(&context(&bound(function)?), &environment)?;
+    // Never in place of another record.
+    connection.execute(
+        "INSERT INTO versions (name, runtime, role, handler, description, timeout_s, memory_mb,
+            environment, tracing, tags, code_sha256, code_size, last_modified_ms, revision,
+            code_blob, wrapped_key, version)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
+        params![
+            name,
+            config.runtime,
+            config.role,
+            config.handler,
+            config.description,
+            config.timeout_s,
+            config.memory_mb,
+            environment,
+            config.tracing,
+            serde_json::to_string(tags)?,
+            code.sha256,
+            code.size as i64,
+            last_modified_ms,
+            revision,
+            code.blob,
+            envelope.wrapped(),
+            column(*version),
+        ],
+    )?;
+    Ok(())
+}
+
+fn delete(connection: &Connection, function: &Function) -> rusqlite::Result<usize> {
+    let key = params![function.name, column(function.version)];
+    connection.execute("DELETE FROM versions WHERE name = ?1 AND version = ?2", key)
+}
+
+/// A version as it is stored.
+fn column(version: Version) -> u32 {
+    match version {
+        Version::Latest => 0,
+        Version::Published(number) => number,
     }
 }
 
@@ -327,14 +556,19 @@ pub fn check_revision(function: &Function, revision: Option<&str>) -> Result<(),
     }
 }
 
-/// All of a record that lies in the clear, in a form that no other record has.
+/// All of a record that lies in the clear, in a form that no other record has: that of `$LATEST` begins
+/// with a list of texts, as it did before there were versions, and that of any other with a list of lists.
 fn bound(function: &Function) -> serde_json::Result<Vec<u8>> {
-    let Function { name, config, code, tags, last_modified_ms, revision, .. } = function;
+    let Function { name, version, config, code, tags, last_modified_ms, revision, .. } = function;
     let Config { runtime, role, handler, description, timeout_s, memory_mb, tracing, .. } = config;
-    serde_json::to_vec(&(
+    let record = (
         (name, runtime, role, handler, description, timeout_s, memory_mb, tracing, tags),
         (&code.sha256, code.size, &code.blob, last_modified_ms, revision),
-    ))
+    );
+    match version {
+        Version::Latest => serde_json::to_vec(&record),
+        Version::Published(number) => serde_json::to_vec(&(record, number)),
+    }
 }
 
 fn context(bound: &[u8]) -> [&[u8]; 2] {
@@ -344,6 +578,7 @@ fn context(bound: &[u8]) -> [&[u8]; 2] {
 /// A record as it is stored.
 struct Stored {
     name: String,
+    version: Version,
     /// Without its environment.
     config: Config,
     environment: Vec<u8>,
@@ -360,6 +595,7 @@ impl Stored {
         let altered = |_| KeyError::Altered { what: "the record" };
         let mut function = Function {
             name: self.name,
+            version: self.version,
             config: self.config,
             code: self.code,
             tags: self.tags,
@@ -379,13 +615,17 @@ fn rows(connection: &Connection) -> rusqlite::Result<Vec<Stored>> {
     let mut statement = connection.prepare(
         "SELECT name, runtime, role, handler, description, timeout_s, memory_mb, environment,
                 tracing, tags, code_sha256, code_size, last_modified_ms, revision, code_blob,
-                wrapped_key
-         FROM functions",
+                wrapped_key, version
+         FROM versions",
     )?;
     let rows = statement.query_map([], |row| {
         let (sha256, size) = (row.get(10)?, row.get::<_, i64>(11)?.unsigned_abs());
         Ok(Stored {
             name: row.get(0)?,
+            version: match row.get(16)? {
+                0 => Version::Latest,
+                number => Version::Published(number),
+            },
             config: Config {
                 runtime: row.get(1)?,
                 role: row.get(2)?,
@@ -434,8 +674,8 @@ mod tests {
         let (dir, store) = store();
         let mut function = example("a");
         function.tags.insert("k".into(), "v \"quoted\"".into());
-        store.create(function.clone()).unwrap();
-        store.create(example("b")).unwrap();
+        store.create(function.clone(), false).unwrap();
+        store.create(example("b"), false).unwrap();
         store.delete("b").unwrap();
         drop(store);
         let store = open(&dir).unwrap();
@@ -445,16 +685,16 @@ mod tests {
     #[test]
     fn names_are_unique_and_revisions_guard() {
         let (_dir, store) = store();
-        store.create(example("a")).unwrap();
-        assert!(matches!(store.create(example("a")), Err(StoreError::Exists(_))));
+        store.create(example("a"), false).unwrap();
+        assert!(matches!(store.create(example("a"), false), Err(StoreError::Exists(_))));
         let change = |f: &Function| -> Result<Function, StoreError> {
             Ok(Function { revision: "r2".into(), ..f.clone() })
         };
-        let refused = store.update("a", Some("r0"), change);
+        let refused = store.update("a", Some("r0"), false, change);
         assert!(matches!(refused, Err(StoreError::Revision { .. })));
-        let (old, new) = store.update("a", Some("r1"), change).unwrap();
+        let Updated { old, new, .. } = store.update("a", Some("r1"), false, change).unwrap();
         assert_eq!((old.revision.as_str(), new.revision.as_str()), ("r1", "r2"));
-        assert!(matches!(store.update("x", None, change), Err(StoreError::Unknown(_))));
+        assert!(matches!(store.update("x", None, false, change), Err(StoreError::Unknown(_))));
         assert!(matches!(store.delete("x"), Err(StoreError::Unknown(_))));
     }
 
@@ -462,7 +702,7 @@ mod tests {
     fn pages_are_in_order_and_complete() {
         let (_dir, store) = store();
         for name in ["c", "a", "e", "b", "d"] {
-            store.create(example(name)).unwrap();
+            store.create(example(name), false).unwrap();
         }
         let names =
             |page: &[Arc<Function>]| -> String { page.iter().map(|f| f.name.as_str()).collect() };
@@ -497,7 +737,7 @@ mod tests {
         let (dir, store) = store();
         let mut function = example("a");
         function.config.environment.insert("TOKEN".into(), "planted-secret".into());
-        store.create(function).unwrap();
+        store.create(function, false).unwrap();
         for entry in std::fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();
             let bytes = std::fs::read(&path).unwrap();
@@ -510,22 +750,36 @@ mod tests {
     #[test]
     fn altered_and_swapped_records_and_other_keys_are_refused() {
         let (dir, store) = store();
-        store.create(example("a")).unwrap();
+        store.create(example("a"), false).unwrap();
         let mut other = example("b");
         other.config.environment.insert("TOKEN".into(), "b".into());
-        store.create(other).unwrap();
+        store.create(other, false).unwrap();
+        // The versions of a function have the same key, and these even the same environment.
+        store.publish("b", None, None, no_objection).unwrap();
+        let change = |f: &Function| -> Result<Function, StoreError> {
+            Ok(Function { config: Config { timeout_s: 9, ..f.config.clone() }, ..f.clone() })
+        };
+        store.update("b", None, true, change).unwrap();
         drop(store);
         let path = dir.path().join("store.sqlite");
-        let swap = "UPDATE functions SET environment =
-            (SELECT environment FROM functions WHERE name = 'b') WHERE name = 'a'";
+        let swap = "UPDATE versions SET environment =
+            (SELECT environment FROM versions WHERE name = 'b' AND version = 0) WHERE name = 'a'";
+        let among_versions = "UPDATE versions SET environment =
+            (SELECT environment FROM versions WHERE name = 'b' AND version = 1)
+            WHERE name = 'b' AND version = 2";
         for sql in [
             swap,
-            "UPDATE functions SET handler = 'evil.handler' WHERE name = 'a'",
-            "UPDATE functions SET code_sha256 = replace(code_sha256, '0', '1') WHERE name = 'a'",
-            "UPDATE functions SET code_blob = 'x' WHERE name = 'a'",
-            "UPDATE functions SET name = 'c' WHERE name = 'a'",
-            "UPDATE functions SET environment = x'00' WHERE name = 'a'",
-            "UPDATE functions SET wrapped_key = x'00' WHERE name = 'a'",
+            among_versions,
+            "UPDATE versions SET version = 3 WHERE name = 'b' AND version = 1",
+            "UPDATE OR REPLACE versions SET version = 0 WHERE name = 'b' AND version = 1",
+            "UPDATE OR REPLACE versions SET version = 1 WHERE name = 'b' AND version = 0",
+            "UPDATE versions SET timeout_s = 10 WHERE name = 'b' AND version = 2",
+            "UPDATE versions SET handler = 'evil.handler' WHERE name = 'a'",
+            "UPDATE versions SET code_sha256 = replace(code_sha256, '0', '1') WHERE name = 'a'",
+            "UPDATE versions SET code_blob = 'x' WHERE name = 'a'",
+            "UPDATE versions SET name = 'c' WHERE name = 'a'",
+            "UPDATE versions SET environment = x'00' WHERE name = 'a'",
+            "UPDATE versions SET wrapped_key = x'00' WHERE name = 'a'",
         ] {
             let saved = std::fs::read(&path).unwrap();
             let connection = Connection::open(&path).unwrap();
@@ -536,7 +790,7 @@ mod tests {
             assert!(matches!(error, StoreError::Record { .. }), "{sql}: {error}");
             std::fs::write(&path, saved).unwrap();
         }
-        assert_eq!(open(&dir).unwrap().all().len(), 2);
+        assert_eq!(open(&dir).unwrap().all().len(), 4);
         let error = Store::open(&path, Arc::new(TestKeys(2))).unwrap_err();
         assert!(error.to_string().contains("put back the key file"), "{error}");
     }
@@ -544,9 +798,114 @@ mod tests {
     #[test]
     fn code_in_use_is_known() {
         let (_dir, store) = store();
-        store.create(example("a")).unwrap();
+        store.create(example("a"), false).unwrap();
         assert!(store.uses_code("blob-a"));
+        store.publish("a", None, None, no_objection).unwrap();
+        let change = |f: &Function| -> Result<Function, StoreError> {
+            let code = Code { sha256: "11".repeat(32), blob: "new".into(), ..f.code.clone() };
+            Ok(Function { code, ..f.clone() })
+        };
+        store.update("a", None, false, change).unwrap();
+        assert!(store.uses_code("blob-a") && store.uses_code("new"));
+        store.delete_version("a", 1).unwrap();
+        assert!(!store.uses_code("blob-a") && store.uses_code("new"));
         store.delete("a").unwrap();
-        assert!(!store.uses_code("blob-a"));
+        assert!(!store.uses_code("new"));
+    }
+
+    fn no_objection(_: &Function) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    #[test]
+    fn versions_are_numbered_once_and_stay_as_they_are() {
+        let (dir, store) = store();
+        let (_, first) = store.create(example("a"), true).unwrap();
+        let first = first.unwrap();
+        assert_eq!(first.version, Version::Published(1));
+        let again = store.publish("a", None, Some("same".into()), no_objection).unwrap();
+        assert!(!again.new && again.version == first, "nothing has changed");
+        let change = |f: &Function| -> Result<Function, StoreError> {
+            Ok(Function { config: Config { memory_mb: 256, ..f.config.clone() }, ..f.clone() })
+        };
+        let updated = store.update("a", None, true, change).unwrap();
+        let second = updated.published.unwrap();
+        assert!(second.new && second.version.version == Version::Published(2));
+        assert_eq!(store.get("a", Version::Published(1)), Some(first));
+        store.delete_version("a", 2).unwrap();
+        assert!(matches!(store.delete_version("a", 2), Err(StoreError::Unknown(_))));
+        let stale = store.publish("a", Some("r0"), None, no_objection);
+        assert!(matches!(stale, Err(StoreError::Revision { .. })));
+        let refused =
+            store.publish("a", None, None, |_| Err(StoreError::Unknown("objection".into())));
+        assert!(refused.is_err());
+        drop(store);
+        let store = open(&dir).unwrap();
+        let third = store.publish("a", None, None, no_objection).unwrap();
+        assert_eq!(third.version.version, Version::Published(3), "2 was given away");
+        assert_eq!(store.delete("a").unwrap().len(), 3);
+        assert!(store.all().is_empty());
+        let (_, next) = store.create(example("a"), true).unwrap();
+        assert_eq!(next.unwrap().version, Version::Published(4), "numbers outlive functions");
+    }
+
+    #[test]
+    fn pages_of_versions_are_in_order_and_complete() {
+        let (_dir, store) = store();
+        for name in ["a", "b", "c"] {
+            store.create(example(name), name != "c").unwrap();
+        }
+        let (all, mut listed, mut after) = (store.all(), Vec::new(), None);
+        loop {
+            let after_ref = after.as_ref().map(|(name, version): &(String, _)| (&**name, *version));
+            let (page, more) = store.list_all(after_ref, 2);
+            listed.extend(page);
+            let last = listed.last().unwrap();
+            after = Some((last.name.clone(), last.version));
+            if !more {
+                break;
+            }
+        }
+        assert_eq!(listed, all);
+        let names: Vec<String> = all.iter().map(|f| f.qualified_name()).collect();
+        assert_eq!(names, ["a", "a:1", "b", "b:1", "c"]);
+        let (page, more) = store.versions("a", None, 1);
+        assert_eq!((page[0].version, more), (Version::Latest, true));
+        let (page, more) = store.versions("a", Some(Version::Latest), 1);
+        assert_eq!((page[0].version, more), (Version::Published(1), false));
+    }
+
+    #[test]
+    fn a_store_of_before_versions_is_brought_up_to_date() {
+        let (dir, store) = store();
+        let function = example("a");
+        // What records were bound to then; it must be the same for ever.
+        let then = r#"[["a","python3.11","arn:aws:iam::000000000000:role/r",
+            "lambda_function.lambda_handler","",3,128,"PassThrough",{}],
+            ["0000000000000000000000000000000000000000000000000000000000000000",300,"blob-a",
+            1767225600000,"r1"]]"#;
+        let then: String = then.split_whitespace().collect();
+        assert_eq!(String::from_utf8(bound(&function).unwrap()).unwrap(), then);
+        let environment = br#"{"STAGE":"test"}"#;
+        let context: [&[u8]; 2] = [b"firnd record", then.as_bytes()];
+        let environment = function.envelope.record.seal(&context, environment).unwrap();
+        let old = store.lock();
+        old.execute_batch("DROP TABLE versions; DROP TABLE numbers;").unwrap();
+        old.execute_batch(MIGRATIONS[0]).unwrap();
+        old.pragma_update(None, "user_version", 2).unwrap();
+        old.execute(
+            "INSERT INTO functions VALUES ('a', 'python3.11', 'arn:aws:iam::000000000000:role/r',
+                'lambda_function.lambda_handler', '', 3, 128, ?1, ?2, 'PassThrough', '{}', ?3, 300,
+                'blob-a', 1767225600000, 'r1')",
+            params![function.envelope.wrapped(), environment, function.code.sha256],
+        )
+        .unwrap();
+        drop(old);
+        drop(store);
+        let store = open(&dir).unwrap();
+        assert_eq!(store.all(), [Arc::new(function)]);
+        assert!(store.publish("a", None, None, no_objection).unwrap().new);
+        drop(store);
+        assert_eq!(open(&dir).unwrap().all().len(), 2);
     }
 }

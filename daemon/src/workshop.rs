@@ -72,7 +72,7 @@ impl<B: Backend> Workshop<B> {
     /// A log for a new instance of `function`.
     pub fn output(&self, function: &Function) -> (Output, LogSink) {
         let (sink, lines) = mpsc::channel(LINES);
-        (Output { stream: self.logs.stream(&function.name), lines }, sink)
+        (Output { stream: self.logs.stream(&function.name, function.version), lines }, sink)
     }
 
     /// The function's code as a disk.

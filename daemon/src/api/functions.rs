@@ -11,33 +11,29 @@ use axum::{
     extract::{Request, State},
     http::{HeaderMap, Response, StatusCode, header},
 };
-use base64::{
-    Engine,
-    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
-};
+use base64::{Engine, engine::general_purpose::STANDARD};
 use firn::code::{CodeError, MAX_UNZIPPED, MAX_ZIPPED};
 use serde_json::{Value, json};
 
 use super::{
     App, MAX_UPLOAD, Parameters, Target, blocking,
     error::ApiError,
-    json, names, read_body,
+    json, names,
+    pages::{self, Page},
+    read_body,
     shapes::{
         CodeUpload, CreateFunction, FunctionConfiguration, UpdateFunctionCode,
         UpdateFunctionConfiguration,
     },
-    validate,
+    validate, versions,
 };
 use crate::{
     backend::Backend,
     code::Upload,
     envelope::Envelope,
-    function::{Function, LATEST, now_ms},
-    store::{StoreError, check_revision},
+    function::{Function, Version, now_ms},
+    store::{Published, StoreError, Updated, check_revision},
 };
-
-/// Functions in one page of ListFunctions, at most.
-const PAGE: usize = 50;
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
@@ -60,8 +56,9 @@ pub async fn create<B: Backend>(
     let _turn = app.uploads.acquire().await;
     let body = body(request, "CreateFunction").await?;
     let work = app.clone();
-    let function = blocking(move || {
+    let (function, version) = blocking(move || {
         let input: CreateFunction = parse(&body)?;
+        validate::publish_to(input.publish_to.as_deref())?;
         let name = input.function_name.as_deref().ok_or_else(|| {
             ApiError::validation("functionName", "null", "Member must not be null".into())
         })?;
@@ -76,27 +73,34 @@ pub async fn create<B: Backend>(
         let name = reference.name;
         let tags = input.settings.tags.clone().unwrap_or_default();
         let config = validate::create(input.settings, &work.backend.runtimes())?;
-        if work.store.get(&name).is_some() {
+        if work.store.get(&name, Version::Latest).is_some() {
             return Err(StoreError::Exists(name).into());
         }
         let envelope = work.store.envelope()?;
         let upload = store_code(&work, &name, &envelope, input.code.unwrap_or_default())?;
-        let function = work.store.create(Function {
+        let function = Function {
             name,
+            version: Version::Latest,
             config,
             code: upload.code.clone(),
             tags,
             last_modified_ms: now_ms(),
             revision: uuid::Uuid::new_v4().to_string(),
             envelope,
-        })?;
+        };
+        let created = work.store.create(function, input.publish)?;
         upload.keep();
-        Ok(function)
+        Ok(created)
     })
     .await?;
     tracing::info!(function = function.name, "function created");
     app.scheduler.deployed(&function, None);
-    json(StatusCode::CREATED, &FunctionConfiguration::of(&function, &app.place, false))
+    match version {
+        Some(version) => {
+            versions::answer(&app, StatusCode::CREATED, &Published { version, new: true })
+        }
+        None => json(StatusCode::CREATED, &FunctionConfiguration::of(&function, &app.place, None)),
+    }
 }
 
 /// GetFunction.
@@ -106,18 +110,19 @@ pub async fn get<B: Backend>(
     headers: HeaderMap,
 ) -> Result<Response<Body>, ApiError> {
     let function = app.find(&reference)?;
-    let qualified = reference.qualifier.is_some();
+    let qualifier = reference.qualifier.as_deref();
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
-    let (name, sha256) = (&function.name, &function.code.sha256);
+    let (name, sha256) = (function.qualified_name(), &function.code.sha256);
     let mut output = json!({
-        "Configuration": FunctionConfiguration::of(&function, &app.place, qualified),
+        "Configuration": FunctionConfiguration::of(&function, &app.place, qualifier),
         "Code": {
             "RepositoryType": "S3",
             "Location": format!("http://{host}/firn/v1/functions/{name}/code?sha256={sha256}"),
         },
     });
-    if !function.tags.is_empty() {
-        output["Tags"] = json!(function.tags);
+    let latest = app.store.get(&function.name, Version::Latest);
+    if let Some(latest) = latest.filter(|latest| !latest.tags.is_empty()) {
+        output["Tags"] = json!(latest.tags);
     }
     json(StatusCode::OK, &output)
 }
@@ -128,26 +133,17 @@ pub async fn get_configuration<B: Backend>(
     Target(reference): Target,
 ) -> Result<Response<Body>, ApiError> {
     let function = app.find(&reference)?;
-    let qualified = reference.qualifier.is_some();
-    json(StatusCode::OK, &FunctionConfiguration::of(&function, &app.place, qualified))
+    let qualifier = reference.qualifier.as_deref();
+    json(StatusCode::OK, &FunctionConfiguration::of(&function, &app.place, qualifier))
 }
 
 /// ListFunctions.
 pub async fn list<B: Backend>(
     State(app): State<Arc<App<B>>>,
-    Parameters(query): Parameters,
+    query: Parameters,
 ) -> Result<Response<Body>, ApiError> {
-    let limit = match query.get("MaxItems") {
-        None => PAGE,
-        Some(text) => match text.parse() {
-            Ok(n @ 1..=10_000) => PAGE.min(n),
-            _ => {
-                let range = "Member must have value between 1 and 10000";
-                return Err(ApiError::validation("maxItems", text, range.into()));
-            }
-        },
-    };
-    let all_versions = match query.get("FunctionVersion").map(String::as_str) {
+    let page = Page::of(&query)?;
+    let all_versions = match query.0.get("FunctionVersion").map(String::as_str) {
         None => false,
         Some("ALL") => true,
         Some(other) => {
@@ -155,18 +151,30 @@ pub async fn list<B: Backend>(
             return Err(ApiError::validation("functionVersion", other, values.into()));
         }
     };
-    let after = match query.get("Marker").filter(|marker| !marker.is_empty()) {
-        None => None,
-        Some(marker) => {
-            let name = URL_SAFE_NO_PAD.decode(marker).ok().and_then(|b| String::from_utf8(b).ok());
-            let invalid = || ApiError::InvalidParameterValue("Invalid pagination token".into());
-            Some(name.ok_or_else(invalid)?)
+    let place = &app.place;
+    let after = page.after.as_deref();
+    let (functions, more) = match all_versions {
+        false => app.store.list(after, page.limit),
+        true => {
+            let parse = |text: &str| match text.split_once(':') {
+                None => Ok((text.to_owned(), Version::Latest)),
+                Some((name, version)) => {
+                    version.parse().map(|v| (name.to_owned(), v)).map_err(|()| pages::invalid())
+                }
+            };
+            let after = after.map(parse).transpose()?;
+            let after = after.as_ref().map(|(name, version)| (name.as_str(), *version));
+            app.store.list_all(after, page.limit)
         }
     };
-    let (page, more) = app.store.list(after.as_deref(), limit);
-    let next = page.last().filter(|_| more).map(|last| URL_SAFE_NO_PAD.encode(&last.name));
-    let functions: Vec<_> =
-        page.iter().map(|f| FunctionConfiguration::of(f, &app.place, all_versions)).collect();
+    let next = Page::next(functions.last().map(|last| last.qualified_name()), more);
+    let functions: Vec<_> = functions
+        .iter()
+        .map(|f| match all_versions {
+            false => FunctionConfiguration::of(f, place, None),
+            true => FunctionConfiguration::qualified(f, place),
+        })
+        .collect();
     json(StatusCode::OK, &json!({"Functions": functions, "NextMarker": next}))
 }
 
@@ -181,15 +189,11 @@ pub async fn update_code<B: Backend>(
     let current = app.find(&reference)?;
     refuse_qualifier(&reference)?;
     let work = app.clone();
-    let (old, new, dry_run) = blocking(move || {
+    let updated = blocking(move || {
         let input: UpdateFunctionCode = parse(&body)?;
+        validate::publish_to(input.publish_to.as_deref())?;
         let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
         check_revision(&current, revision)?;
-        if input.publish {
-            return Err(ApiError::InvalidParameterValue(
-                "Firn does not support Publish (versions) yet. Leave it out.".into(),
-            ));
-        }
         for architecture in input.architectures.iter().flatten() {
             if architecture != "x86_64" {
                 return Err(ApiError::InvalidParameterValue(format!(
@@ -212,19 +216,27 @@ pub async fn update_code<B: Backend>(
             })
         };
         if input.dry_run {
-            return Ok((current.clone(), Arc::new(change(&current)?), true));
+            return Ok(Err(change(&current)?));
         }
-        let (old, new) = work.store.update(&current.name, revision, change)?;
+        let updated = work.store.update(&current.name, revision, input.publish, change)?;
         upload.keep();
-        work.code.remove(&old.code);
-        Ok((old, new, false))
+        remove_unused(&work, &updated.old);
+        Ok(Ok(updated))
     })
     .await?;
-    if !dry_run {
-        tracing::info!(function = new.name, "code updated");
-        app.scheduler.deployed(&new, Some(&old));
+    let Updated { old, new, published } = match updated {
+        Ok(updated) => updated,
+        // A dry run: as it would be.
+        Err(new) => {
+            return json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, None));
+        }
+    };
+    tracing::info!(function = new.name, "code updated");
+    app.scheduler.deployed(&new, Some(&old));
+    match published {
+        Some(published) => versions::answer(&app, StatusCode::OK, &published),
+        None => json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, None)),
     }
-    json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, false))
 }
 
 /// UpdateFunctionConfiguration.
@@ -238,11 +250,11 @@ pub async fn update_configuration<B: Backend>(
     let current = app.find(&reference)?;
     refuse_qualifier(&reference)?;
     let work = app.clone();
-    let (old, new) = blocking(move || {
+    let Updated { old, new, .. } = blocking(move || {
         let input: UpdateFunctionConfiguration = parse(&body)?;
         let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
         let runtimes = work.backend.runtimes();
-        work.store.update(&current.name, revision, |function| {
+        work.store.update(&current.name, revision, false, |function| {
             Ok::<_, ApiError>(Function {
                 config: validate::update(&function.config, input.settings, &runtimes)?,
                 last_modified_ms: now_ms(),
@@ -254,33 +266,47 @@ pub async fn update_configuration<B: Backend>(
     .await?;
     tracing::info!(function = new.name, "configuration updated");
     app.scheduler.deployed(&new, Some(&old));
-    json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, false))
+    json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, None))
 }
 
-/// DeleteFunction.
+/// DeleteFunction: of a whole function, or of one version.
 pub async fn delete<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
 ) -> Result<Response<Body>, ApiError> {
     let function = app.find(&reference)?;
-    if reference.qualifier.as_deref() == Some(LATEST) {
+    if reference.qualifier.as_deref() == Some("$LATEST") {
         return Err(ApiError::InvalidParameterValue(
             "$LATEST version cannot be deleted without deleting the function.".into(),
         ));
     }
     let work = app.clone();
-    let old = blocking(move || {
-        let old = work.store.delete(&function.name)?;
-        work.code.remove(&old.code);
-        Ok(old)
+    let gone = blocking(move || {
+        let gone = match function.version {
+            Version::Latest => work.store.delete(&function.name)?,
+            Version::Published(number) => vec![work.store.delete_version(&function.name, number)?],
+        };
+        gone.iter().for_each(|version| remove_unused(&work, version));
+        Ok(gone)
     })
     .await?;
-    tracing::info!(function = old.name, "function deleted");
-    app.scheduler.removed(&old);
-    app.logs.remove(&old.name).await;
+    for version in &gone {
+        tracing::info!(function = version.qualified_name(), "deleted");
+        app.scheduler.removed(version);
+    }
+    if let Some(latest) = gone.first().filter(|f| f.version == Version::Latest) {
+        app.logs.remove(&latest.name).await;
+    }
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
+}
+
+/// Removes the code of what has gone or changed, unless another version has the same.
+fn remove_unused<B: Backend>(app: &App<B>, old: &Function) {
+    if !app.store.uses_code(&old.code.blob) {
+        app.code.remove(&old.code);
+    }
 }
 
 /// GetAccountSettings.
@@ -289,6 +315,7 @@ pub async fn account_settings<B: Backend>(
 ) -> Result<Response<Body>, ApiError> {
     let functions = app.store.all();
     let code_size: u64 = functions.iter().map(|f| f.code.size).sum();
+    let count = functions.iter().filter(|f| f.version == Version::Latest).count();
     let settings: Value = json!({
         "AccountLimit": {
             // 75 GB is Lambda's figure; here the disk is the limit.
@@ -298,18 +325,21 @@ pub async fn account_settings<B: Backend>(
             "ConcurrentExecutions": app.concurrency,
             "UnreservedConcurrentExecutions": app.concurrency,
         },
-        "AccountUsage": {"TotalCodeSize": code_size, "FunctionCount": functions.len()},
+        "AccountUsage": {"TotalCodeSize": code_size, "FunctionCount": count},
     });
     json(StatusCode::OK, &settings)
 }
 
-async fn body(request: Request, operation: &'static str) -> Result<bytes::Bytes, ApiError> {
+pub(super) async fn body(
+    request: Request,
+    operation: &'static str,
+) -> Result<bytes::Bytes, ApiError> {
     let (parts, body) = request.into_parts();
     let too_large = |_| ApiError::RequestEntityTooLarge { limit: MAX_UPLOAD, operation };
     read_body(&parts.headers, body, MAX_UPLOAD, too_large).await
 }
 
-fn parse<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+pub(super) fn parse<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     // An absent body means that no member is given.
     let body = if body.is_empty() { b"{}" } else { body };
     serde_json::from_slice(body).map_err(|error| {
@@ -326,7 +356,7 @@ fn parse<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     })
 }
 
-fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiError> {
+pub(super) fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiError> {
     match &reference.qualifier {
         None => Ok(()),
         Some(qualifier) => Err(ApiError::InvalidParameterValue(format!(

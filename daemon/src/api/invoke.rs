@@ -14,7 +14,7 @@ use firn::Invocation;
 use super::{App, MAX_EVENT, RequestInfo, Target, announced, error::ApiError, read_body};
 use crate::{
     backend::Backend,
-    function::LATEST,
+    function::Version,
     scheduler::{self, Refusal, Served, StartKind, Trace},
 };
 
@@ -88,6 +88,7 @@ pub async fn invoke<B: Backend>(
         timeout: function.timeout(),
         payload,
     };
+    let version = function.version;
     let request = scheduler::Request { function, invocation, force, trace };
     let served = app.scheduler.invoke(request).await.map_err(|refusal| match refusal {
         Refusal::Throttled => ApiError::TooManyRequests {
@@ -97,22 +98,22 @@ pub async fn invoke<B: Backend>(
         Refusal::Impossible(message) => ApiError::ResourceConflict(message),
         Refusal::Failed(message) => ApiError::Service(message),
     })?;
-    Ok(respond(served, tail, &trace_id))
+    Ok(respond(served, version, tail, &trace_id))
 }
 
-fn respond(served: Served, tail: bool, trace_id: &str) -> Response<Body> {
+fn respond(served: Served, version: Version, tail: bool, trace_id: &str) -> Response<Body> {
     let Served { kind, answer, tail: log, mut trace } = served;
     trace.mark("responding");
     let mut response = Response::new(Body::from(answer.payload));
     let headers = response.headers_mut();
     let text = HeaderValue::from_static;
     headers.insert(header::CONTENT_TYPE, text("application/json"));
-    headers.insert("x-amz-executed-version", text(LATEST));
     headers.insert("x-firn-start-kind", text(kind.word()));
     if let Some(error) = answer.function_error {
         headers.insert("x-amz-function-error", text(error));
     }
     let made = [
+        (HeaderName::from_static("x-amz-executed-version"), Some(version.to_string())),
         (HeaderName::from_static("x-amz-log-result"), tail.then(|| STANDARD.encode(log))),
         (HeaderName::from_static("x-firn-phases"), serde_json::to_string(&trace).ok()),
         (TRACE_ID, Some(trace_id.to_owned())),

@@ -8,8 +8,10 @@ mod firn_api;
 mod functions;
 mod invoke;
 pub mod names;
+mod pages;
 pub mod shapes;
 pub mod validate;
+mod versions;
 
 #[cfg(test)]
 mod tests;
@@ -39,7 +41,11 @@ use self::{
     names::{Place, Reference},
 };
 use crate::{
-    backend::Backend, code::CodeStore, function::Function, logs::Logs, scheduler::Scheduler,
+    backend::Backend,
+    code::CodeStore,
+    function::{Function, Version},
+    logs::Logs,
+    scheduler::Scheduler,
     store::Store,
 };
 
@@ -106,15 +112,16 @@ impl<B: Backend> App<B> {
         })
     }
 
-    /// The function that a reference means.
+    /// The version of a function that a reference means: `$LATEST` where it does not say.
     ///
     /// # Errors
     /// [`ApiError::ResourceNotFound`] with the ARN as the caller meant it.
     fn find(&self, reference: &Reference) -> Result<Arc<Function>, ApiError> {
-        reference
-            .reaches(&self.place)
-            .then(|| self.store.get(&reference.name))
-            .flatten()
+        let version = reference.qualifier.as_deref().map_or(Ok(Version::Latest), str::parse);
+        version
+            .ok()
+            .filter(|_| reference.reaches(&self.place))
+            .and_then(|version| self.store.get(&reference.name, version))
             .ok_or_else(|| self.missing(reference))
     }
 
@@ -129,11 +136,13 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let function = get(functions::get::<B>).delete(functions::delete::<B>);
     let configuration =
         get(functions::get_configuration::<B>).put(functions::update_configuration::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 10] = [
+    let versions = get(versions::list::<B>).post(versions::publish::<B>);
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 11] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
         ("/2015-03-31/functions/{name}/code", put(functions::update_code::<B>)),
+        ("/2015-03-31/functions/{name}/versions", versions),
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
         ("/firn/v1/health", get(firn_api::health::<B>)),

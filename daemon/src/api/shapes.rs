@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::names::Place;
-use crate::function::{Function, LATEST};
+use crate::function::{Function, Version};
 
 /// Everything that CreateFunction and UpdateFunctionConfiguration have in common.
 #[derive(Debug, Default, Deserialize)]
@@ -26,8 +26,6 @@ pub struct Settings {
     pub(crate) package_type: Option<String>,
     pub(crate) architectures: Option<Vec<String>>,
     pub(crate) ephemeral_storage: Option<EphemeralStorage>,
-    #[serde(deserialize_with = "null_is_default")]
-    pub(crate) publish: bool,
     pub(crate) snap_start: Option<SnapStart>,
     pub(crate) tracing_config: Option<TracingConfig>,
     pub(crate) logging_config: Option<LoggingConfig>,
@@ -93,6 +91,9 @@ pub struct LoggingConfig {
 #[serde(rename_all = "PascalCase")]
 pub struct CreateFunction<'a> {
     pub(crate) function_name: Option<String>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(crate) publish: bool,
+    pub(crate) publish_to: Option<String>,
     #[serde(borrow, default)]
     pub(crate) code: Option<CodeUpload<'a>>,
     #[serde(flatten)]
@@ -117,9 +118,20 @@ pub struct UpdateFunctionCode<'a> {
     pub(crate) dry_run: bool,
     #[serde(default, deserialize_with = "null_is_default")]
     pub(crate) publish: bool,
+    pub(crate) publish_to: Option<String>,
     pub(crate) architectures: Option<Vec<String>>,
     #[serde(flatten, borrow)]
     pub(crate) code: CodeUpload<'a>,
+}
+
+/// PublishVersion.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct PublishVersion {
+    pub(crate) code_sha256: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) revision_id: Option<String>,
+    pub(crate) publish_to: Option<String>,
 }
 
 /// Where code comes from. The zip file is borrowed from the body: it may be 70 MB of base64.
@@ -167,7 +179,7 @@ pub struct FunctionConfiguration<'a> {
     memory_size: u32,
     last_modified: String,
     code_sha256: String,
-    version: &'static str,
+    version: Version,
     #[serde(skip_serializing_if = "Option::is_none")]
     environment: Option<Value>,
     tracing_config: Value,
@@ -184,13 +196,14 @@ pub struct FunctionConfiguration<'a> {
 impl<'a> FunctionConfiguration<'a> {
     /// How a function looks from outside. By the time that a function is in the store its code is
     /// unpacked and it can be invoked, so it is `Active` at once: there is nothing to wait for.
-    pub fn of(function: &'a Function, place: &Place, qualified: bool) -> Self {
+    /// Its ARN ends with the qualifier by which it was asked for, if there was one.
+    pub fn of(function: &'a Function, place: &Place, qualifier: Option<&str>) -> Self {
         let arn = place.arn(&function.name);
         let config = &function.config;
         let environment = &config.environment;
         Self {
             function_name: &function.name,
-            function_arn: if qualified { format!("{arn}:{LATEST}") } else { arn },
+            function_arn: qualifier.map_or(arn.clone(), |qualifier| format!("{arn}:{qualifier}")),
             runtime: &config.runtime,
             role: &config.role,
             handler: &config.handler,
@@ -200,7 +213,7 @@ impl<'a> FunctionConfiguration<'a> {
             memory_size: config.memory_mb,
             last_modified: function.last_modified(),
             code_sha256: function.code.sha256_base64(),
-            version: LATEST,
+            version: function.version,
             environment: (!environment.is_empty())
                 .then(|| serde_json::json!({ "Variables": environment })),
             tracing_config: serde_json::json!({ "Mode": config.tracing }),
@@ -216,6 +229,11 @@ impl<'a> FunctionConfiguration<'a> {
                 "LogGroup": format!("/aws/lambda/{}", function.name),
             }),
         }
+    }
+
+    /// The same, with the version in its ARN.
+    pub fn qualified(function: &'a Function, place: &Place) -> Self {
+        Self::of(function, place, Some(&function.version.to_string()))
     }
 }
 
@@ -271,7 +289,7 @@ mod tests {
     fn configuration_has_the_models_names() {
         let function = crate::function::tests::example("hello");
         let place = Place { region: "us-east-1".into(), account: "000000000000".into() };
-        let json = serde_json::to_value(FunctionConfiguration::of(&function, &place, true));
+        let json = serde_json::to_value(FunctionConfiguration::qualified(&function, &place));
         let json = json.unwrap();
         assert_eq!(
             json["FunctionArn"],

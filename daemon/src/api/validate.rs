@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{ApiError, violation},
-    shapes::Settings,
+    shapes::{PublishVersion, Settings},
 };
 use crate::function::Config;
 
@@ -139,6 +139,30 @@ pub fn update(
     apply(current.clone(), settings, runtimes)
 }
 
+/// What a version may be published as.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn publish(input: &PublishVersion) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    found.length("description", input.description.as_deref(), DESCRIPTION);
+    found.check()?;
+    publish_to(input.publish_to.as_deref())
+}
+
+/// Refuses what only functions on capacity providers have.
+///
+/// # Errors
+/// Says so.
+pub fn publish_to(target: Option<&str>) -> Result<(), ApiError> {
+    match target {
+        None => Ok(()),
+        Some(_) => Err(ApiError::InvalidParameterValue(
+            "Firn does not support PublishTo yet. Leave it out.".into(),
+        )),
+    }
+}
+
 fn members(settings: &Settings) -> Violations {
     let mut found = Violations::default();
     found.range("memorySize", settings.memory_size, MEMORY);
@@ -209,9 +233,6 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
         && size != 512
     {
         return refuse(&format!("an EphemeralStorage Size of {size} (only 512)"));
-    }
-    if settings.publish {
-        return refuse("Publish (versions)");
     }
     if settings
         .snap_start
@@ -399,7 +420,6 @@ mod tests {
             (json!({"EphemeralStorage": {"Size": 1024}}), "1024"),
             (json!({"Layers": ["arn:x"]}), "Layers"),
             (json!({"VpcConfig": {"SubnetIds": ["s"], "SecurityGroupIds": []}}), "VpcConfig"),
-            (json!({"Publish": true}), "Publish"),
             (
                 json!({"Environment": {"Variables": {"AWS_REGION": "x", "_HANDLER": "y"}}}),
                 "Reserved keys used in this request: AWS_REGION, _HANDLER",

@@ -2,8 +2,8 @@
 //! else one that is booted.
 //!
 //! Rules that hold here:
-//! - An instance serves one request at a time, and only the function and fingerprint that it was
-//!   made for.
+//! - An instance serves one request at a time, and only the version of a function and the
+//!   fingerprint that it was made for.
 //! - With [`Isolation::PerInvocation`], an instance that has served is taken back to its snapshot
 //!   before it waits for the next request, or retired if it was booted.
 //! - A request that has begun runs to its end even if its caller goes away.
@@ -35,7 +35,7 @@ use self::{
 };
 use crate::{
     backend::{Backend, Machine},
-    function::{Function, now_ms},
+    function::{Function, Version, now_ms},
     outcome::Answer,
     prepare::Preparer,
     workshop::{Output, Workshop},
@@ -155,6 +155,8 @@ pub enum Refusal {
 pub struct Listed {
     /// Whose it is.
     pub function_name: String,
+    /// Of which version.
+    pub version: Version,
     /// Process id of its VMM.
     pub pid: u32,
     /// How it came to be.
@@ -175,6 +177,7 @@ struct Worker<M> {
     listed_as: String,
     start: StartKind,
     output: Output,
+    /// The qualified name of what it serves.
     function: String,
     fingerprint: String,
     /// It has given back what it can.
@@ -229,30 +232,33 @@ impl<B: Backend> Scheduler<B> {
         scheduler
     }
 
-    /// A function is new or has changed.
+    /// A version of a function is new, or `$LATEST` has changed.
     pub fn deployed(&self, function: &Arc<Function>, before: Option<&Function>) {
         let place = &self.workshop.place;
+        let key = function.qualified_name();
         let fingerprint = function.fingerprint(place);
-        for worker in self.pools.switch(&function.name, &fingerprint) {
+        for worker in self.pools.switch(&key, &fingerprint) {
             self.retire(worker);
         }
         if let Some(old) = before.map(|f| f.fingerprint(place)).filter(|old| *old != fingerprint) {
-            self.preparer.forget(&function.name, &old);
+            self.preparer.forget(&key, &old);
         }
         self.preparer.ensure(function.clone());
     }
 
-    /// A function is gone.
+    /// A version of a function is gone.
     pub fn removed(&self, function: &Function) {
-        for worker in self.pools.remove(&function.name) {
+        let key = function.qualified_name();
+        for worker in self.pools.remove(&key) {
             self.retire(worker);
         }
-        self.preparer.forget(&function.name, &function.fingerprint(&self.workshop.place));
+        self.preparer.forget(&key, &function.fingerprint(&self.workshop.place));
     }
 
     /// Where the snapshot of a function stands.
     pub fn snapshot(&self, function: &Function) -> crate::prepare::Status {
-        self.preparer.status(&function.name, &function.fingerprint(&self.workshop.place))
+        self.preparer
+            .status(&function.qualified_name(), &function.fingerprint(&self.workshop.place))
     }
 
     /// All live instances by id.
@@ -371,9 +377,10 @@ impl<B: Backend> Scheduler<B> {
         request: &Request,
         fingerprint: &str,
     ) -> Worker<B::Machine> {
-        let function = request.function.name.clone();
+        let function = request.function.qualified_name();
         let listed = Listed {
-            function_name: function.clone(),
+            function_name: request.function.name.clone(),
+            version: request.function.version,
             pid: machine.pid(),
             start,
             started_ms: now_ms(),

@@ -1,4 +1,4 @@
-//! Which instances wait for work, by function: plain bookkeeping, no I/O and no waiting.
+//! Which instances wait for work, by function and version: plain bookkeeping, no I/O and no waiting.
 //!
 //! An instance is taken, serves, and comes back in two steps: [`Pools::returning`] before it is
 //! paused and [`Pools::returned`] after. A request that comes in between waits that moment rather
@@ -12,7 +12,8 @@ use std::{
 
 use tokio::sync::oneshot;
 
-/// Idle instances of all functions; `W` is an instance and what belongs to it.
+/// Idle instances of all functions, each version apart under its qualified name; `W` is an instance and
+/// what belongs to it.
 #[derive(Debug)]
 pub struct Pools<W> {
     functions: Mutex<HashMap<String, Pool<W>>>,

@@ -21,6 +21,7 @@ use crate::{
 impl<B: Backend> Scheduler<B> {
     /// Finds or starts an instance and has it serve.
     pub(super) async fn serve(self: &Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
+        let key = request.function.qualified_name();
         let fingerprint = request.function.fingerprint(&self.workshop.place);
         // What instances that wait are: as they were left, or as their snapshot was.
         let waiting = match self.limits.isolation {
@@ -28,7 +29,7 @@ impl<B: Backend> Scheduler<B> {
             Isolation::PerInvocation => StartKind::Reset,
         };
         if request.force.is_none_or(|force| force == waiting) {
-            if let Some(worker) = self.take(&request.function.name, &fingerprint).await {
+            if let Some(worker) = self.take(&key, &fingerprint).await {
                 return self.serve_waiting(worker, request, waiting).await;
             }
             if request.force.is_some() {
@@ -49,7 +50,7 @@ impl<B: Backend> Scheduler<B> {
         let _starting = self.admit(class).await?;
         request.trace.mark("scheduled");
         if request.force != Some(StartKind::Boot) {
-            let snapshot = self.preparer.resident(&request.function.name, &fingerprint);
+            let snapshot = self.preparer.resident(&key, &fingerprint);
             if let Some(snapshot) = snapshot {
                 match self.serve_thawed(&snapshot, &mut request, &fingerprint).await? {
                     Some(served) => return Ok(served),
@@ -59,7 +60,7 @@ impl<B: Backend> Scheduler<B> {
                     }
                 }
             } else if request.force.is_some() {
-                let status = self.preparer.status(&request.function.name, &fingerprint);
+                let status = self.preparer.status(&key, &fingerprint);
                 return Err(Refusal::Impossible(format!(
                     "X-Firn-Start: thaw is impossible: the state of this function's snapshot is \
                      {:?}",
@@ -84,7 +85,7 @@ impl<B: Backend> Scheduler<B> {
         // What it printed after its last answer belongs before this one.
         worker.output.drain().await;
         worker.output.stream.begin_tail();
-        worker.output.stream.service(&report::start(&request.invocation.request_id)).await;
+        worker.output.stream.service(&start_line(&request)).await;
         let begun = Instant::now();
         let result = worker.output.during(worker.machine.invoke(&request.invocation)).await;
         if let Ok(report) = &result {
@@ -102,7 +103,7 @@ impl<B: Backend> Scheduler<B> {
     ) -> Result<Option<Served>, Refusal> {
         let (function, invocation) = (&request.function, &request.invocation);
         let (mut output, sink) = self.workshop.output(function);
-        output.stream.service(&report::start(&invocation.request_id)).await;
+        output.stream.service(&start_line(request)).await;
         let begun = Instant::now();
         let thaw = self.workshop.backend.thaw(snapshot, Some(invocation), Some(sink));
         match output.during(thaw).await {
@@ -119,8 +120,9 @@ impl<B: Backend> Scheduler<B> {
                 Err(Refusal::Failed("the thawed instance did not answer its first event".into()))
             }
             Err(StartError::Refused { message, .. }) => {
-                tracing::error!(function = function.name, message, "a snapshot can't be thawed");
-                self.preparer.discredit(&function.name, fingerprint, message);
+                let key = function.qualified_name();
+                tracing::error!(function = key, message, "a snapshot can't be thawed");
+                self.preparer.discredit(&key, fingerprint, message);
                 Ok(None)
             }
             Err(StartError::Died { exit }) => {
@@ -166,7 +168,7 @@ impl<B: Backend> Scheduler<B> {
         // A function that failed to initialise is invoked all the same: as in Lambda, the
         // invocation repeats the initialisation and answers with what that says.
         let init_us = if loaded.error.is_none() { loaded.init_us } else { 0 };
-        worker.output.stream.service(&report::start(&request.invocation.request_id)).await;
+        worker.output.stream.service(&start_line(&request)).await;
         let begun = Instant::now();
         let result = worker.output.during(worker.machine.invoke(&request.invocation)).await;
         if let Ok(report) = &result {
@@ -229,6 +231,10 @@ impl Request {
             trace: Trace::default(),
         }
     }
+}
+
+fn start_line(request: &Request) -> String {
+    report::start(&request.invocation.request_id, request.function.version)
 }
 
 /// The answer for an instance that was still silent after the function's time was up.

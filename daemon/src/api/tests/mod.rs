@@ -3,6 +3,7 @@
 mod control;
 mod invocations;
 mod isolation;
+mod versions;
 
 use std::{
     net::SocketAddr,
