@@ -16,6 +16,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     api::names::{Place, is_region},
+    events::Bounds,
     scheduler::{Isolation, Limits, Reserve},
 };
 
@@ -55,6 +56,16 @@ pub struct Options {
     /// Invocations at once.
     #[arg(long, default_value_t = 1000, value_name = "COUNT")]
     pub concurrency: u32,
+    /// Deliveries of asynchronous events at once; never more than half of --concurrency.
+    #[arg(long, default_value_t = 100, value_name = "COUNT")]
+    pub event_concurrency: u32,
+    /// Most MiB of events that wait to be delivered; one function has half of it at most.
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    pub event_queue: u64,
+    /// Seconds between an asynchronous event's first attempt and its second; twice as many lie between
+    /// the second and the third.
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
+    pub event_retry_delay: f64,
     /// What a request may find of those before it. warm: what its instance kept, as in Lambda.
     /// per-invocation: nothing; instances are taken back to their function's snapshot after each
     /// response, before they wait for the next request.
@@ -136,6 +147,21 @@ impl Options {
             self.concurrency
         );
         ensure!(
+            (1..=100_000).contains(&self.event_concurrency),
+            "--event-concurrency {} must be between 1 and 100000",
+            self.event_concurrency
+        );
+        ensure!(
+            (4..=1 << 30).contains(&self.event_queue),
+            "--event-queue {} must be between 4 and 1073741824 MiB",
+            self.event_queue
+        );
+        ensure!(
+            (0.0..=3600.0).contains(&self.event_retry_delay),
+            "--event-retry-delay {} must be between 0 and 3600 seconds",
+            self.event_retry_delay
+        );
+        ensure!(
             (0.0..=86_400.0).contains(&self.idle_timeout),
             "--idle-timeout {} must be between 0 and 86400 seconds",
             self.idle_timeout
@@ -181,6 +207,15 @@ impl Options {
                 dir: self.state.clone(),
             },
             isolation: self.isolation,
+        }
+    }
+
+    /// What bounds asynchronous invocation.
+    pub fn events(&self) -> Bounds {
+        Bounds {
+            slots: self.event_concurrency.min(self.concurrency / 2).max(1) as usize,
+            bytes: self.event_queue << 20,
+            retry: Duration::from_secs_f64(self.event_retry_delay),
         }
     }
 
@@ -280,6 +315,9 @@ mod tests {
             ("--region", "mars"),
             ("--account", "12"),
             ("--concurrency", "0"),
+            ("--event-concurrency", "0"),
+            ("--event-queue", "3"),
+            ("--event-retry-delay", "-1"),
             ("--idle-timeout", "-1"),
             ("--idle-timeout", "NaN"),
             ("--reclaim-after", "-1"),

@@ -12,6 +12,8 @@ pub struct Envelope {
     pub code: Key,
     /// Encrypts the secrets in its record, and authenticates the rest of it.
     pub record: Key,
+    /// Encrypts events that wait for it.
+    pub events: Key,
     /// Goes into its fingerprint, which would otherwise tell whether a guess at its environment is
     /// right.
     pub fingerprint: Key,
@@ -54,8 +56,14 @@ impl Envelope {
             wrapped,
             code: key.derive("firnd 2026-11 encryption of a function's code"),
             record: key.derive("firnd 2026-11 encryption of a function's record"),
+            events: key.derive("firnd 2026-11 encryption of a function's events"),
             fingerprint: key.derive("firnd 2026-11 fingerprint of a function"),
         }
+    }
+
+    /// Tells this function from all others, of the same name, too. It tells nothing of the key.
+    pub fn id(&self) -> String {
+        blake3::hash(&self.wrapped).to_hex()[..32].to_owned()
     }
 
     /// The data key as the key service wrapped it.
@@ -90,6 +98,7 @@ pub(crate) mod tests {
         let envelope = Envelope::generate(&TestKeys(0xab)).unwrap();
         assert_ne!(envelope.code.as_bytes(), envelope.record.as_bytes());
         assert_ne!(envelope.code.as_bytes(), envelope.fingerprint.as_bytes());
+        assert_ne!(envelope.record.as_bytes(), envelope.events.as_bytes());
         assert_eq!(format!("{envelope:?} {envelope:#?}"), "Envelope Envelope");
         assert_eq!(Envelope::open(&TestKeys(0xab), vec![0xab; 40]).unwrap(), envelope);
         assert!(Envelope::open(&TestKeys(0xab), vec![0xac; 40]).is_err());

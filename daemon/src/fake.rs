@@ -1,10 +1,11 @@
 //! A backend without microVMs, for this crate's tests: functions are commands in their events.
 //!
 //! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `die`, `flood`, `timeout` do as
-//! they say; `remember` answers with what the last `remember` brought; anything else is echoed.
+//! they say; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
 
 use std::{
     fs,
+    io::Write,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -39,6 +40,8 @@ pub struct Counters {
     pub broken: AtomicBool,
     /// Preparation takes this long.
     pub slow_load: Mutex<Duration>,
+    /// Where invocations are written down, a line each: request id, ARN, event.
+    pub ledger: Mutex<Option<fs::File>>,
     /// Environments that were loaded.
     pub environments: Mutex<Vec<Vec<(String, String)>>>,
 }
@@ -217,6 +220,11 @@ impl Machine for FakeMachine {
         });
         let event: serde_json::Value =
             serde_json::from_slice(&invocation.payload).unwrap_or_default();
+        if let Some(ledger) = &mut *self.counters.ledger.lock().unwrap() {
+            let Invocation { request_id, function_arn, .. } = invocation;
+            // One write, so that no line is ever half there.
+            ledger.write_all(format!("{request_id} {function_arn} {event}\n").as_bytes()).unwrap();
+        }
         let respond = |payload: Vec<u8>| Outcome::Response {
             payload,
             content_type: "application/json".into(),
@@ -230,6 +238,10 @@ impl Machine for FakeMachine {
             "remember" => {
                 let before = std::mem::replace(&mut self.memory, event["what"].clone());
                 respond(before.to_string().into())
+            }
+            "stumble" if self.memory.is_null() => {
+                self.memory = true.into();
+                Outcome::Error(FunctionError::Exited { status: "exit status 1".into() })
             }
             "exit" => Outcome::Error(FunctionError::Exited { status: "exit status 1".into() }),
             "raise" => Outcome::Error(FunctionError::Reported {

@@ -9,6 +9,7 @@ mod backend;
 mod code;
 mod config;
 mod envelope;
+mod events;
 #[cfg(test)]
 mod fake;
 mod function;
@@ -36,6 +37,9 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{backend::Backend, config::Options, workshop::Workshop};
+
+/// Time that what became of the last deliveries of events gets to be written down.
+const LAST_WRITES: Duration = Duration::from_secs(2);
 
 /// Runs the daemon as its command line says.
 pub fn main() -> ExitCode {
@@ -161,15 +165,24 @@ async fn daemon<B: Backend>(
     for function in &functions {
         scheduler.deployed(function, None);
     }
+    let bounds = options.events();
+    let queue = events::queue::Queue::open(&state.join("events.sqlite"), bounds.bytes)?;
+    let clock = events::clock::Clock::default();
+    let events = events::Events::start(queue, store.clone(), scheduler.clone(), clock, bounds);
     let concurrency = options.concurrency as usize;
-    let app = api::App::new(store, workshop, scheduler.clone(), concurrency);
+    let app = api::App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
     let address = listener.local_addr().context("the listener has no address")?;
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);
+    let stop = async {
+        stop.await;
+        events.stop();
+    };
     serve::serve(listener, api::router(app), stop, patience, serve::Bounds::default()).await;
     tracing::info!("stopping");
     scheduler.close(patience).await;
+    events.close(LAST_WRITES).await;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What Lambda's API has no words for, under `/firn/v1`: readiness, snapshots, instances, code.
+//! What Lambda's API has no words for, under `/firn/v1`: readiness, snapshots, instances, the queue of events, code.
 
 use std::sync::Arc;
 
@@ -43,6 +43,13 @@ pub async fn instances<B: Backend>(
     State(app): State<Arc<App<B>>>,
 ) -> Result<Response<Body>, ApiError> {
     json(StatusCode::OK, &json!({ "Instances": app.scheduler.instances() }))
+}
+
+/// How much is queued for asynchronous invocation.
+pub async fn events<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+) -> Result<Response<Body>, ApiError> {
+    json(StatusCode::OK, &app.events.usage().await?)
 }
 
 /// A function's code as it was uploaded: where `Code.Location` of GetFunction leads.

@@ -295,6 +295,7 @@ pub async fn delete<B: Backend>(
         app.scheduler.removed(version);
     }
     if let Some(latest) = gone.first().filter(|f| f.version == Version::Latest) {
+        app.events.removed(latest).await;
         app.logs.remove(&latest.name).await;
     }
     let mut response = Response::new(Body::empty());

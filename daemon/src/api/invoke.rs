@@ -1,4 +1,4 @@
-//! Invoke.
+//! Invoke, InvokeAsync.
 
 use std::sync::Arc;
 
@@ -11,10 +11,14 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use firn::Invocation;
 
-use super::{App, MAX_EVENT, RequestInfo, Target, announced, error::ApiError, read_body};
+use super::{
+    App, MAX_ASYNC_EVENT, MAX_EVENT, MAX_INVOKE_ARGS, RequestInfo, Target, announced,
+    error::ApiError, json, names::Reference, read_body,
+};
 use crate::{
     backend::Backend,
-    function::Version,
+    events::queue::QueueError,
+    function::{Function, Version},
     scheduler::{self, Refusal, Served, StartKind, Trace},
 };
 
@@ -27,7 +31,19 @@ const CLIENT_CONTEXT: &str = "x-amz-client-context";
 const TRACE_ID: HeaderName = HeaderName::from_static("x-amzn-trace-id");
 const START: &str = "x-firn-start";
 
-/// Invoke, for the invocation types `RequestResponse` and `DryRun`.
+impl From<QueueError> for ApiError {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::Full { function, bytes } => {
+                tracing::warn!(function, bytes, "the queue of events is full");
+                Self::TooManyRequests { reason: "CallerRateLimitExceeded", retry_after: 1 }
+            }
+            other => Self::Service(other.to_string()),
+        }
+    }
+}
+
+/// Invoke.
 pub async fn invoke<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
@@ -40,10 +56,15 @@ pub async fn invoke<B: Backend>(
         info.ok_or_else(|| ApiError::Service("the request has no id".into()))?;
     let mut trace = Trace::new(received);
 
-    let size = announced(headers).unwrap_or(MAX_EVENT).min(MAX_EVENT);
+    let asynchronous = headers.get(INVOCATION_TYPE).is_some_and(|kind| kind == "Event");
+    let (limit, too_large): (_, fn(_) -> _) = match asynchronous {
+        true => (MAX_ASYNC_EVENT, |size| too_large(size, "Event", MAX_ASYNC_EVENT)),
+        false => (MAX_EVENT, |size| too_large(size, "RequestResponse", MAX_EVENT)),
+    };
+    let size = announced(headers).unwrap_or(limit).min(limit);
     // Held until the answer is there: this is what bounds the memory for events.
-    let _room = app.events.acquire_many((size / 1024 + 1) as u32).await;
-    let payload = read_body(headers, body, MAX_EVENT, too_large).await?;
+    let _room = app.room.acquire_many((size / 1024 + 1) as u32).await;
+    let payload = read_body(headers, body, limit, too_large).await?;
     trace.mark("body");
 
     let function = app.find(&reference)?;
@@ -70,11 +91,13 @@ pub async fn invoke<B: Backend>(
             *response.status_mut() = StatusCode::NO_CONTENT;
             return Ok(response);
         }
-        Some("Event") => {
+        Some("Event") if force.is_some() => {
             return Err(ApiError::InvalidParameterValue(
-                "Firn does not support the invocation type Event yet. Use RequestResponse.".into(),
+                "X-Firn-Start goes with the invocation type RequestResponse only.".into(),
             ));
         }
+        // As in Lambda, the function does not get the client context then.
+        Some("Event") => return accept(&app, &function, &reference, headers, id, payload).await,
         _ => {}
     }
     let payload = checked_event(payload)?;
@@ -99,6 +122,45 @@ pub async fn invoke<B: Backend>(
         Refusal::Failed(message) => ApiError::Service(message),
     })?;
     Ok(respond(served, version, tail, &trace_id))
+}
+
+/// InvokeAsync, which Invoke with the invocation type `Event` has replaced.
+pub async fn invoke_async<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Target(reference): Target,
+    request: Request,
+) -> Result<Response<Body>, ApiError> {
+    let (parts, body) = request.into_parts();
+    let info = parts.extensions.get::<RequestInfo>().cloned();
+    let RequestInfo { id, .. } =
+        info.ok_or_else(|| ApiError::Service("the request has no id".into()))?;
+    let _room = app.room.acquire_many((MAX_INVOKE_ARGS / 1024) as u32).await;
+    let too_large = |size| too_large(size, "Event", MAX_INVOKE_ARGS);
+    let payload = read_body(&parts.headers, body, MAX_INVOKE_ARGS, too_large).await?;
+    let function = app.find(&reference)?;
+    accept(&app, &function, &reference, &parts.headers, id, payload).await?;
+    json(StatusCode::ACCEPTED, &serde_json::json!({ "Status": 202 }))
+}
+
+/// Queues an event; the answer says that it is on the disk.
+async fn accept<B: Backend>(
+    app: &App<B>,
+    function: &Function,
+    reference: &Reference,
+    headers: &HeaderMap,
+    id: String,
+    payload: Bytes,
+) -> Result<Response<Body>, ApiError> {
+    let payload = checked_event(payload)?;
+    let trace_id = trace_id(headers);
+    let trace = HeaderValue::try_from(&trace_id);
+    app.events.accept(function, id, reference.arn(&app.place), trace_id, payload).await?;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::ACCEPTED;
+    if let Ok(trace) = trace {
+        response.headers_mut().insert(TRACE_ID, trace);
+    }
+    Ok(response)
 }
 
 fn respond(served: Served, version: Version, tail: bool, trace_id: &str) -> Response<Body> {
@@ -126,13 +188,12 @@ fn respond(served: Served, version: Version, tail: bool, trace_id: &str) -> Resp
     response
 }
 
-fn too_large(size: Option<usize>) -> ApiError {
+fn too_large(size: Option<usize>, kind: &str, limit: usize) -> ApiError {
     ApiError::RequestTooLarge(match size {
         Some(size) => format!(
-            "{size} byte payload is too large for the RequestResponse invocation type (limit \
-             {MAX_EVENT} bytes)"
+            "{size} byte payload is too large for the {kind} invocation type (limit {limit} bytes)"
         ),
-        None => format!("Request must be smaller than {MAX_EVENT} bytes for the Invoke operation"),
+        None => format!("Request must be smaller than {limit} bytes for the Invoke operation"),
     })
 }
 

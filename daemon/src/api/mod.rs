@@ -43,6 +43,7 @@ use self::{
 use crate::{
     backend::Backend,
     code::CodeStore,
+    events::Events,
     function::{Function, Version},
     logs::Logs,
     scheduler::Scheduler,
@@ -54,6 +55,12 @@ pub const MAX_UPLOAD: usize = 70_167_211;
 
 /// Most bytes of an event.
 pub const MAX_EVENT: usize = 6_291_456;
+
+/// Most bytes of an event that is invoked asynchronously; 256 KB until October 2025.
+pub const MAX_ASYNC_EVENT: usize = 1_048_576;
+
+/// Most bytes of an event of the older operation InvokeAsync.
+pub const MAX_INVOKE_ARGS: usize = 262_144;
 
 /// Uploads that are handled at once: each may occupy several times its size.
 const UPLOADS: usize = 4;
@@ -81,6 +88,8 @@ pub struct App<B: Backend> {
     pub logs: Logs,
     /// Who runs them.
     pub scheduler: Arc<Scheduler<B>>,
+    /// What is invoked asynchronously.
+    pub events: Arc<Events<B>>,
     /// What runs them.
     pub backend: B,
     /// What ARNs say.
@@ -88,7 +97,7 @@ pub struct App<B: Backend> {
     /// The limit that GetAccountSettings shows.
     pub concurrency: usize,
     uploads: Semaphore,
-    events: Semaphore,
+    room: Semaphore,
 }
 
 impl<B: Backend> App<B> {
@@ -97,6 +106,7 @@ impl<B: Backend> App<B> {
         store: Arc<Store>,
         workshop: crate::workshop::Workshop<B>,
         scheduler: Arc<Scheduler<B>>,
+        events: Arc<Events<B>>,
         concurrency: usize,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -104,11 +114,12 @@ impl<B: Backend> App<B> {
             code: workshop.code,
             logs: workshop.logs,
             scheduler,
+            events,
             backend: workshop.backend,
             place: workshop.place,
             concurrency,
             uploads: Semaphore::new(UPLOADS),
-            events: Semaphore::new(EVENT_KIB),
+            room: Semaphore::new(EVENT_KIB),
         })
     }
 
@@ -137,16 +148,18 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let configuration =
         get(functions::get_configuration::<B>).put(functions::update_configuration::<B>);
     let versions = get(versions::list::<B>).post(versions::publish::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 11] = [
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 13] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
         ("/2015-03-31/functions/{name}/code", put(functions::update_code::<B>)),
         ("/2015-03-31/functions/{name}/versions", versions),
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
+        ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
         ("/firn/v1/health", get(firn_api::health::<B>)),
         ("/firn/v1/instances", get(firn_api::instances::<B>)),
+        ("/firn/v1/events", get(firn_api::events::<B>)),
         ("/firn/v1/functions/{name}/snapshot", get(firn_api::snapshot::<B>)),
         ("/firn/v1/functions/{name}/code", get(firn_api::code::<B>)),
     ];

@@ -1,6 +1,8 @@
 //! The API over real connections, with a backend that needs no KVM.
 
 mod control;
+mod crash;
+mod events;
 mod invocations;
 mod isolation;
 mod versions;
@@ -23,6 +25,7 @@ use crate::{
     api::names::Place,
     code::CodeStore,
     envelope::tests::TestKeys,
+    events::{self as queueing, Events, clock::Clock, queue::Queue},
     fake::{Counters, Fake},
     logs::{Bounds, Logs},
     prepare::Preparer,
@@ -39,6 +42,8 @@ struct Daemon {
     address: SocketAddr,
     fake: Arc<Counters>,
     scheduler: Arc<Scheduler<Fake>>,
+    events: Arc<Events<Fake>>,
+    clock: Clock,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
@@ -92,6 +97,8 @@ async fn start_within(
     bounds: serve::Bounds,
 ) -> Daemon {
     let fake = Fake::default();
+    let ledger = std::fs::File::options().create(true).append(true).open(dir.join("ledger"));
+    *fake.0.ledger.lock().unwrap() = Some(ledger.unwrap());
     let store = Arc::new(Store::open(&dir.join("store.sqlite"), Arc::new(TestKeys(1))).unwrap());
     let functions = store.all();
     let workshop = Workshop {
@@ -107,13 +114,22 @@ async fn start_within(
     for function in &functions {
         scheduler.deployed(function, None);
     }
-    let app = App::new(store, workshop, scheduler.clone(), concurrency);
+    let clock = Clock::default();
+    let event_bounds = queueing::Bounds {
+        slots: (concurrency / 2).max(1),
+        bytes: 64 << 20,
+        retry: Duration::from_secs(60),
+    };
+    let queue = Queue::open(&dir.join("events.sqlite"), event_bounds.bytes).unwrap();
+    let events =
+        Events::start(queue, store.clone(), scheduler.clone(), clock.clone(), event_bounds);
+    let app = App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
     tokio::spawn(serve::serve(listener, router(app), until, Duration::from_secs(5), bounds));
-    Daemon { address, fake: fake.0, scheduler, stop: Some(stop) }
+    Daemon { address, fake: fake.0, scheduler, events, clock, stop: Some(stop) }
 }
 
 impl Daemon {
