@@ -168,7 +168,14 @@ async fn daemon<B: Backend>(
     let bounds = options.events();
     let queue = events::queue::Queue::open(&state.join("events.sqlite"), bounds.bytes)?;
     let clock = events::clock::Clock::default();
-    let events = events::Events::start(queue, store.clone(), scheduler.clone(), clock, bounds);
+    let events = events::Events::start(
+        queue,
+        store.clone(),
+        scheduler.clone(),
+        options.place(),
+        clock,
+        bounds,
+    )?;
     let concurrency = options.concurrency as usize;
     let app = api::App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
     let address = listener.local_addr().context("the listener has no address")?;

@@ -294,8 +294,10 @@ pub async fn delete<B: Backend>(
         tracing::info!(function = version.qualified_name(), "deleted");
         app.scheduler.removed(version);
     }
+    if let Some(first) = gone.first() {
+        app.events.removed(first).await;
+    }
     if let Some(latest) = gone.first().filter(|f| f.version == Version::Latest) {
-        app.events.removed(latest).await;
         app.logs.remove(&latest.name).await;
     }
     let mut response = Response::new(Body::empty());

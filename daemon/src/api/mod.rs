@@ -4,6 +4,7 @@
 //! That is why the daemon binds to loopback unless told otherwise.
 
 pub mod error;
+mod event_config;
 mod firn_api;
 mod functions;
 mod invoke;
@@ -148,7 +149,12 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let configuration =
         get(functions::get_configuration::<B>).put(functions::update_configuration::<B>);
     let versions = get(versions::list::<B>).post(versions::publish::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 13] = [
+    let event_config = get(event_config::get::<B>)
+        .put(event_config::put::<B>)
+        .post(event_config::update::<B>)
+        .delete(event_config::delete::<B>);
+    let event_configs = get(event_config::list::<B>);
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 15] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
@@ -157,6 +163,8 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
         ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
+        ("/2019-09-25/functions/{name}/event-invoke-config", event_config),
+        ("/2019-09-25/functions/{name}/event-invoke-config/list", event_configs),
         ("/firn/v1/health", get(firn_api::health::<B>)),
         ("/firn/v1/instances", get(firn_api::instances::<B>)),
         ("/firn/v1/events", get(firn_api::events::<B>)),

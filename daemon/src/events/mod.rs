@@ -11,16 +11,20 @@
 //! - Deliveries take at most half of the invocations that the daemon runs at once, and one function at
 //!   most half of these: neither synchronous callers nor other functions starve.
 //! - In memory are the events in delivery and a page of each lane's ids; never the queue.
+//! - What becomes of an event goes to its destination as another event, in the commit in which it leaves
+//!   the queue; after sixteen destinations that ends, for it is a loop.
 //! - Events of a deleted function are dropped, also if another one takes its name.
 
 pub mod clock;
 pub mod queue;
+mod record;
 mod sealed;
+pub mod settings;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -35,22 +39,28 @@ use tokio::{
 
 use self::{
     clock::Clock,
-    queue::{Entry, Fate, Queue, QueueError},
+    queue::{Entry, Fate, Found, New, Queue, QueueError, Setting},
+    record::{Condition, Ended},
     sealed::{Event, Head},
+    settings::{Known, Settings},
 };
 use crate::{
-    api::names::Reference,
+    api::names::{Place, Reference},
     backend::Backend,
     function::{Function, Version},
+    outcome::Answer,
     scheduler::{Refusal, Request, Scheduler, Served, Trace},
     store::Store,
 };
 
-/// Retries after an error of the function.
+/// Retries after an error of the function, unless they are set.
 const RETRIES: u32 = 2;
 
-/// How long an event may wait.
+/// How long an event may wait, unless that is set.
 const MAX_AGE: Duration = Duration::from_secs(6 * 3600);
+
+/// Destinations that one event may come through after another, as in Lambda.
+const HOPS: u32 = 16;
 
 /// First and longest pause of a lane whose events are refused.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
@@ -78,6 +88,10 @@ pub struct Events<B: Backend> {
     queue: Queue,
     store: Arc<Store>,
     scheduler: Arc<Scheduler<B>>,
+    place: Place,
+    known: RwLock<Known>,
+    /// Held by who changes settings.
+    changing: tokio::sync::Mutex<()>,
     clock: Clock,
     bounds: Bounds,
     slots: Arc<Semaphore>,
@@ -132,28 +146,44 @@ enum Step {
 }
 
 impl<B: Backend> Events<B> {
-    /// Delivers what is in `queue`, where `functions` have events, and what will come.
+    /// Delivers what is in `queue`, where `found` is, and what will come, to functions of `place`.
+    ///
+    /// # Errors
+    /// [`QueueError::Seal`]: settings were altered.
     pub fn start(
-        (queue, functions): (Queue, Vec<String>),
+        (queue, found): (Queue, Found),
         store: Arc<Store>,
         scheduler: Arc<Scheduler<B>>,
+        place: Place,
         clock: Clock,
         bounds: Bounds,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>, QueueError> {
+        let mut known = BTreeMap::new();
+        for setting in found.settings {
+            let function = store.get(&setting.function, Version::Latest);
+            // Others are of a function that was deleted just before the daemon ended.
+            if let Some(function) = function.filter(|f| f.envelope.id() == setting.owner) {
+                let settings = Settings::open(&function, &setting)?;
+                known.insert((setting.function, setting.qualifier), (setting.owner, settings));
+            }
+        }
         let events = Arc::new(Self {
             queue,
             store,
             scheduler,
+            place,
+            known: RwLock::new(known),
+            changing: tokio::sync::Mutex::default(),
             clock,
             bounds,
             slots: Arc::new(Semaphore::new(bounds.slots)),
             lanes: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
-        for function in functions {
+        for function in found.functions {
             events.wake(&function);
         }
-        events
+        Ok(events)
     }
 
     /// Accepts an event for `function`, called by the name `function_arn`. When this returns, it is on
@@ -176,8 +206,72 @@ impl<B: Backend> Events<B> {
         Ok(())
     }
 
-    /// Drops the events of a deleted function. Deliveries that have begun end as they end.
+    /// What is set for events of a function that was called by `qualifier`.
+    pub fn settings(&self, function: &Function, qualifier: &str) -> Option<Settings> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let (owner, settings) = known.get(&(function.name.clone(), qualifier.to_owned()))?;
+        (*owner == function.envelope.id()).then(|| settings.clone())
+    }
+
+    /// All that is set for events of a function, by qualifier.
+    pub fn all_settings(&self, function: &Function) -> Vec<(String, Settings)> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let all = known.range((function.name.clone(), String::new())..);
+        let id = function.envelope.id();
+        all.take_while(|((name, _), _)| *name == function.name)
+            .filter(|(_, (owner, _))| *owner == id)
+            .map(|((_, qualifier), (_, settings))| (qualifier.clone(), settings.clone()))
+            .collect()
+    }
+
+    /// Replaces what is set for events of a function by what `change` makes of it; `None`: nothing.
+    ///
+    /// # Errors
+    /// What `change` says, or any [`QueueError`]; then nothing has changed.
+    pub async fn set<E: From<QueueError>>(
+        &self,
+        function: &Function,
+        qualifier: &str,
+        change: impl FnOnce(Option<Settings>) -> Result<Option<Settings>, E>,
+    ) -> Result<Option<Settings>, E> {
+        let _changing = self.changing.lock().await;
+        let new = change(self.settings(function, qualifier))?
+            .map(|settings| Settings { modified_ms: self.clock.now(), ..settings });
+        let setting = match &new {
+            Some(settings) => settings.seal(function, qualifier).map_err(QueueError::from)?,
+            None => Setting {
+                function: function.name.clone(),
+                owner: function.envelope.id(),
+                qualifier: qualifier.to_owned(),
+                sealed: None,
+            },
+        };
+        self.queue.set(setting).await?;
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let key = (function.name.clone(), qualifier.to_owned());
+        match &new {
+            Some(settings) => known.insert(key, (function.envelope.id(), settings.clone())),
+            None => known.remove(&key),
+        };
+        Ok(new)
+    }
+
+    /// Drops the settings of a deleted version, or all settings and events of a deleted function.
+    /// Deliveries that have begun end as they end.
     pub async fn removed(&self, function: &Function) {
+        if function.version != Version::Latest {
+            let qualifier = function.version.to_string();
+            if let Err(error) = self.set(function, &qualifier, |_| Ok::<_, QueueError>(None)).await
+            {
+                tracing::warn!(function = function.name, qualifier, %error, "settings remain");
+            }
+            return;
+        }
+        {
+            let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+            let id = function.envelope.id();
+            known.retain(|(name, _), (owner, _)| *name != function.name || *owner != id);
+        }
         let lane = self.lanes().remove(&function.name);
         if let Some((_, task)) = lane {
             task.abort();
@@ -324,13 +418,37 @@ impl<B: Backend> Events<B> {
             }
             tokio::time::sleep(WRITE_AGAIN).await;
         }
+        if let Fate::Done(Some(next)) = &fate {
+            self.wake(&next.function);
+        }
     }
 
-    /// What the name means now that an event was accepted under.
-    fn called(&self, function_arn: &str) -> Option<Arc<Function>> {
-        let Reference { name, qualifier, .. } = Reference::parse(function_arn, None).ok()?;
-        let version = qualifier.as_deref().map_or(Ok(Version::Latest), str::parse).ok()?;
-        self.store.get(&name, version)
+    /// The event in which a destination hears of another one, if it has one.
+    fn follow(&self, settings: &Settings, head: &Head, ended: &Ended<'_>) -> Option<New> {
+        let destination = match ended.condition {
+            Condition::Success => settings.on_success.as_ref(),
+            _ => settings.on_failure.as_ref(),
+        };
+        let destination = destination?;
+        let request_id = ended.request_id;
+        if head.hops >= HOPS {
+            tracing::warn!(destination, request_id, "destinations lead in a circle: stopped");
+            return None;
+        }
+        let named = Reference::parse(destination, None).ok();
+        let Some(function) = named.and_then(|r| self.store.get(&r.name, Version::Latest)) else {
+            tracing::error!(destination, request_id, "a destination does not exist");
+            return None;
+        };
+        let now = self.clock.now();
+        let head = Head {
+            function_arn: destination.clone(),
+            trace_id: head.trace_id.clone(),
+            hops: head.hops + 1,
+        };
+        let event = Event { head, payload: ended.record(now) };
+        let sealed = event.seal(&function, uuid::Uuid::new_v4().to_string(), now);
+        sealed.inspect_err(|error| tracing::error!(destination, request_id, %error, "lost")).ok()
     }
 
     /// Has an event run, and says what becomes of it; `None`: it stays as it is, for the next start.
@@ -349,41 +467,57 @@ impl<B: Backend> Events<B> {
                 return Some(Fate::Done(None));
             }
         };
-        let Some(function) = self.called(&event.head.function_arn) else {
+        let called = Reference::parse(&event.head.function_arn, None).ok();
+        let qualifier = called.and_then(|called| called.qualifier).unwrap_or("$LATEST".into());
+        let version = qualifier.parse().ok();
+        let Some(function) = version.and_then(|version| self.store.get(name, version)) else {
             tracing::warn!(function = name, request_id, "dropped an event of a deleted version");
             return Some(Fate::Done(None));
         };
-        let deadline = row.accepted_ms.saturating_add(ms(MAX_AGE));
+        let settings = self.settings(&latest, &qualifier).unwrap_or_default();
+        let ended = |condition, attempts, answer: Option<&Answer>| {
+            let ended = Ended {
+                request_id,
+                function_arn: format!("{}:{qualifier}", self.place.arn(name)),
+                condition,
+                attempts,
+                payload: &event.payload,
+                answer: answer.map(|answer| (answer, function.version)),
+            };
+            Some(Fate::Done(self.follow(&settings, &event.head, &ended)))
+        };
+        let age = settings.max_age_s.map_or(MAX_AGE, |s| Duration::from_secs(s.into()));
+        let deadline = row.accepted_ms.saturating_add(ms(age));
         if self.clock.now() >= deadline {
             tracing::warn!(function = name, request_id, attempts, "an event is too old");
-            return Some(Fate::Done(None));
+            return ended(Condition::EventAgeExceeded, *attempts, None);
         }
         let invocation = Invocation {
             request_id: request_id.to_owned(),
-            function_arn: event.head.function_arn,
-            trace_id: event.head.trace_id,
+            function_arn: event.head.function_arn.clone(),
+            trace_id: event.head.trace_id.clone(),
             client_context: String::new(),
             cognito_identity: String::new(),
             timeout: function.timeout(),
-            payload: event.payload,
+            payload: event.payload.clone(),
         };
         let trace = Trace::new(std::time::Instant::now());
-        let request = Request { function, invocation, force: None, trace };
+        let request = Request { function: function.clone(), invocation, force: None, trace };
         let result = self.scheduler.invoke(request).await;
         let later = |due: i64| due.min(deadline);
         match result {
             Ok(Served { answer, .. }) if answer.function_error.is_none() => {
                 lane.state().pause = Duration::ZERO;
-                Some(Fate::Done(None))
+                ended(Condition::Success, attempts + 1, Some(&answer))
             }
             // What fails while the daemon stops may have failed because of that.
             _ if self.stopping() => None,
-            Ok(_) => {
+            Ok(Served { answer, .. }) => {
                 lane.state().pause = Duration::ZERO;
                 let attempts = attempts + 1;
-                if attempts > RETRIES {
+                if attempts > settings.retries.unwrap_or(RETRIES) {
                     tracing::warn!(function = name, request_id, attempts, "an event has failed");
-                    return Some(Fate::Done(None));
+                    return ended(Condition::RetriesExhausted, attempts, Some(&answer));
                 }
                 let due_ms = self.clock.now().saturating_add(ms(self.bounds.retry * attempts));
                 Some(Fate::Again { due_ms: later(due_ms), attempts })

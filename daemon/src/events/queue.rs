@@ -16,7 +16,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::{mpsc, oneshot};
 
 /// The schema, one step a version from 1 on. Released steps never change; add new ones at the end.
-const MIGRATIONS: [&str; 1] = ["CREATE TABLE events (
+const MIGRATIONS: [&str; 2] = [
+    "CREATE TABLE events (
         id          INTEGER PRIMARY KEY AUTOINCREMENT,
         function    TEXT    NOT NULL,
         owner       TEXT    NOT NULL,
@@ -26,7 +27,15 @@ const MIGRATIONS: [&str; 1] = ["CREATE TABLE events (
         attempts    INTEGER NOT NULL,
         sealed      BLOB    NOT NULL
     ) STRICT;
-    CREATE INDEX due ON events (function, due_ms, id);"];
+    CREATE INDEX due ON events (function, due_ms, id);",
+    "CREATE TABLE settings (
+        function  TEXT NOT NULL,
+        qualifier TEXT NOT NULL,
+        owner     TEXT NOT NULL,
+        sealed    BLOB NOT NULL,
+        PRIMARY KEY (function, qualifier)
+    ) STRICT, WITHOUT ROWID;",
+];
 
 /// Commands that may wait for the thread; further ones wait to be sent.
 const WAITING: usize = 1024;
@@ -53,6 +62,28 @@ pub struct New {
     pub accepted_ms: i64,
     /// The event.
     pub sealed: Vec<u8>,
+}
+
+/// What is set for the events of a function.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    /// Name of the function.
+    pub function: String,
+    /// As of [`New`].
+    pub owner: String,
+    /// Version or alias.
+    pub qualifier: String,
+    /// What is set; `None`: no longer anything.
+    pub sealed: Option<Vec<u8>>,
+}
+
+/// What is there when the queue is opened.
+#[derive(Debug)]
+pub struct Found {
+    /// Functions that have events.
+    pub functions: Vec<String>,
+    /// All settings.
+    pub settings: Vec<Setting>,
 }
 
 /// An event in the queue.
@@ -142,6 +173,7 @@ enum Command {
 enum Write {
     Add(New),
     Settle(i64, Fate),
+    Set(Setting),
     Forget { function: String, owner: String },
 }
 
@@ -153,15 +185,15 @@ pub struct Queue {
 
 impl Queue {
     /// Opens the queue in the file at `path`, made if need be, for at most `limit` bytes of events. Also
-    /// gives the names of the functions that have events in it.
+    /// gives what is in it.
     ///
     /// # Errors
     /// Any [`QueueError`].
-    pub fn open(path: &Path, limit: u64) -> Result<(Self, Vec<String>), QueueError> {
+    pub fn open(path: &Path, limit: u64) -> Result<(Self, Found), QueueError> {
         Self::open_with(path, limit, BATCH)
     }
 
-    fn open_with(path: &Path, limit: u64, batch: usize) -> Result<(Self, Vec<String>), QueueError> {
+    fn open_with(path: &Path, limit: u64, batch: usize) -> Result<(Self, Found), QueueError> {
         let io = |error| QueueError::File(Arc::new(error));
         // SQLite gives its other files the same mode.
         let mut file = File::options();
@@ -181,13 +213,14 @@ impl Queue {
         }
         let room = Room::of(&connection, limit)?;
         let functions = room.used.keys().cloned().collect();
+        let settings = settings(&connection)?;
         let (commands, receiver) = mpsc::channel(WAITING);
         let owner = Owner { connection, room, batch };
         thread::Builder::new()
             .name("events".into())
             .spawn(move || owner.run(receiver))
             .map_err(io)?;
-        Ok((Self { commands }, functions))
+        Ok((Self { commands }, Found { functions, settings }))
     }
 
     /// Queues an event; when this returns, it is on the disk.
@@ -206,7 +239,15 @@ impl Queue {
         self.ask(|reply| Command::Write(Write::Settle(id, fate), reply)).await
     }
 
-    /// Drops all events of a function.
+    /// Writes down what is set, or that it no longer is.
+    ///
+    /// # Errors
+    /// Any [`QueueError`] but [`QueueError::Full`].
+    pub async fn set(&self, setting: Setting) -> Result<(), QueueError> {
+        self.ask(|reply| Command::Write(Write::Set(setting), reply)).await
+    }
+
+    /// Drops all events and settings of a function.
     ///
     /// # Errors
     /// Any [`QueueError`].
@@ -455,7 +496,22 @@ impl Write {
                 connection.prepare_cached(sql)?.execute(params![id, due_ms, attempts])?;
                 Ok(())
             }
+            Self::Set(Setting { function, qualifier, owner, sealed: Some(sealed) }) => {
+                let sql = "INSERT OR REPLACE INTO settings (function, qualifier, owner, sealed)
+                           VALUES (?1, ?2, ?3, ?4)";
+                let mut statement = connection.prepare_cached(sql)?;
+                statement.execute(params![function, qualifier, owner, sealed])?;
+                Ok(())
+            }
+            Self::Set(Setting { function, qualifier, owner, sealed: None }) => {
+                let sql = "DELETE FROM settings
+                           WHERE function = ?1 AND qualifier = ?2 AND owner = ?3";
+                connection.prepare_cached(sql)?.execute(params![function, qualifier, owner])?;
+                Ok(())
+            }
             Self::Forget { function, owner } => {
+                let sql = "DELETE FROM settings WHERE function = ?1 AND owner = ?2";
+                connection.prepare_cached(sql)?.execute(params![function, owner])?;
                 let sql = "DELETE FROM events WHERE function = ?1 AND owner = ?2
                            RETURNING length(sealed)";
                 let mut statement = connection.prepare_cached(sql)?;
@@ -472,6 +528,20 @@ impl Write {
             }
         }
     }
+}
+
+fn settings(connection: &Connection) -> rusqlite::Result<Vec<Setting>> {
+    let mut statement =
+        connection.prepare("SELECT function, owner, qualifier, sealed FROM settings")?;
+    let rows = statement.query_map([], |row| {
+        Ok(Setting {
+            function: row.get(0)?,
+            owner: row.get(1)?,
+            qualifier: row.get(2)?,
+            sealed: row.get(3)?,
+        })
+    })?;
+    rows.collect()
 }
 
 fn insert(connection: &Connection, room: &mut Room, event: &New) -> rusqlite::Result<()> {
@@ -503,7 +573,8 @@ mod tests {
     }
 
     fn open(dir: &tempfile::TempDir, limit: u64) -> (Queue, Vec<String>) {
-        Queue::open(&dir.path().join("events.sqlite"), limit).unwrap()
+        let (queue, found) = Queue::open(&dir.path().join("events.sqlite"), limit).unwrap();
+        (queue, found.functions)
     }
 
     #[tokio::test]

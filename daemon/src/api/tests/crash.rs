@@ -23,7 +23,11 @@ use tokio::{
     sync::watch,
 };
 
-use super::{FUNCTIONS, events::ledger, limits, start, zip};
+use super::{
+    FUNCTIONS,
+    events::{arn, config, ledger},
+    limits, start, zip,
+};
 
 const DIR: &str = "FIRND_CRASH_TEST";
 const READY: &str = "ready on ";
@@ -93,12 +97,17 @@ async fn no_accepted_event_is_lost_however_often_the_daemon_is_killed() {
     let dir = tempfile::tempdir().unwrap();
     let mut victim = Victim::spawn(dir.path());
     let address = victim.address();
-    let function = json!({
-        "FunctionName": "f", "Runtime": "python3.11", "Handler": "a.b",
-        "Role": "arn:aws:iam::000000000000:role/r", "Code": {"ZipFile": zip("1")},
-    });
-    let create = format!("POST {FUNCTIONS} HTTP/1.1");
-    assert_eq!(call(address, &create, &function.to_string()).await.unwrap().0, 201);
+    for name in ["f", "told"] {
+        let function = json!({
+            "FunctionName": name, "Runtime": "python3.11", "Handler": "a.b",
+            "Role": "arn:aws:iam::000000000000:role/r", "Code": {"ZipFile": zip("1")},
+        });
+        let create = format!("POST {FUNCTIONS} HTTP/1.1");
+        assert_eq!(call(address, &create, &function.to_string()).await.unwrap().0, 201);
+    }
+    let told = json!({"DestinationConfig": {"OnFailure": {"Destination": arn("told")}}});
+    let put = format!("PUT {} HTTP/1.1", config("f"));
+    assert_eq!(call(address, &put, &told.to_string()).await.unwrap().0, 200);
 
     let target = watch::Sender::new(Some(address));
     let (counter, accepted) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(BTreeSet::new())));
@@ -155,7 +164,13 @@ async fn no_accepted_event_is_lost_however_often_the_daemon_is_killed() {
     assert_eq!(left, 0, "events are left in the queue");
 
     let mut runs: HashMap<u64, Vec<String>> = HashMap::new();
+    let mut told: HashMap<u64, BTreeSet<String>> = HashMap::new();
     for ran in ledger(dir.path()) {
+        if ran.arn == arn("told") {
+            let n = ran.event["requestPayload"]["n"].as_u64().unwrap();
+            told.entry(n).or_default().insert(ran.id);
+            continue;
+        }
         runs.entry(ran.event["n"].as_u64().unwrap()).or_default().push(ran.id);
     }
     let accepted = accepted.lock().unwrap();
@@ -165,6 +180,9 @@ async fn no_accepted_event_is_lost_however_often_the_daemon_is_killed() {
         assert!(ids.iter().all(|id| *id == ids[0]), "event {n} has several ids");
         let least = if n.is_multiple_of(4) { 3 } else { 1 };
         assert!(ids.len() >= least, "event {n} has run {} of {least} times", ids.len());
+        // Its destination hears of each that failed, as one event.
+        let records = told.get(n).map_or(0, BTreeSet::len);
+        assert_eq!(records, usize::from(n.is_multiple_of(4)), "records of event {n}");
         repeated += usize::from(ids.len() > least);
         total += ids.len();
     }

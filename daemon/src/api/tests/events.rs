@@ -12,7 +12,7 @@ const EVENT: (&str, &str) = ("X-Amz-Invocation-Type", "Event");
 /// One invocation as the fake has written it down.
 pub(super) struct Ran {
     pub(super) id: String,
-    arn: String,
+    pub(super) arn: String,
     pub(super) event: Value,
 }
 
@@ -245,4 +245,163 @@ async fn events_of_deleted_functions_are_dropped() {
     assert_eq!(ledger(dir.path()).len(), 1);
     d.submit("f", &json!(1)).await;
     ran(dir.path(), 2).await;
+}
+
+pub(super) fn config(name: &str) -> String {
+    format!("/2019-09-25/functions/{name}/event-invoke-config")
+}
+
+pub(super) fn arn(name: &str) -> String {
+    format!("arn:aws:lambda:us-east-1:000000000000:function:{name}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_are_put_updated_listed_and_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut d = start(dir.path(), limits(), 0).await;
+    for name in ["f", "g"] {
+        d.create(name, json!({})).await;
+    }
+    let path = config("f");
+    let none = d.get(&path).await.expect(404, "ResourceNotFoundException");
+    assert!(none.contains("function:f:$LATEST doesn't have an EventInvokeConfig"), "{none}");
+    d.send("POST", &path, &json!({"MaximumRetryAttempts": 1}))
+        .await
+        .expect(404, "ResourceNotFoundException");
+    let put = json!({
+        "MaximumRetryAttempts": 1,
+        "DestinationConfig": {"OnFailure": {"Destination": arn("g")}},
+    });
+    let set = d.send("PUT", &path, &put).await;
+    assert_eq!(set.status, 200);
+    let set = set.json();
+    assert_eq!(set["FunctionArn"], format!("{}:$LATEST", arn("f")));
+    assert_eq!(
+        (&set["MaximumRetryAttempts"], set.get("MaximumEventAgeInSeconds")),
+        (&json!(1), None)
+    );
+    let destinations = json!({"OnSuccess": {}, "OnFailure": {"Destination": arn("g")}});
+    assert_eq!(set["DestinationConfig"], destinations);
+    assert!(set["LastModified"].as_f64().unwrap() > 1.7e9);
+    let update = json!({
+        "MaximumEventAgeInSeconds": 60,
+        "DestinationConfig": {"OnSuccess": {"Destination": arn("g")}, "OnFailure": {"Destination": ""}},
+    });
+    let updated = d.send("POST", &path, &update).await.json();
+    assert_eq!(
+        (&updated["MaximumRetryAttempts"], &updated["MaximumEventAgeInSeconds"]),
+        (&json!(1), &json!(60))
+    );
+    let destinations = json!({"OnSuccess": {"Destination": arn("g")}, "OnFailure": {}});
+    assert_eq!(updated["DestinationConfig"], destinations);
+    let published = d.send("POST", &format!("{FUNCTIONS}/f/versions"), &json!({})).await;
+    assert_eq!(published.status, 201);
+    let first = format!("{path}?Qualifier=1");
+    assert_eq!(d.send("PUT", &first, &json!({"MaximumRetryAttempts": 0})).await.status, 200);
+
+    d.events.stop();
+    d.stop.take().unwrap().send(()).unwrap();
+    drop(d);
+    let d = start(dir.path(), limits(), 0).await;
+    assert_eq!(d.get(&path).await.json(), updated);
+    let listed = d.get(&format!("{path}/list?MaxItems=1")).await.json();
+    assert_eq!(listed["FunctionEventInvokeConfigs"], json!([updated]));
+    let next = listed["NextMarker"].as_str().unwrap();
+    let listed = d.get(&format!("{path}/list?Marker={next}")).await.json();
+    assert_eq!(listed["FunctionEventInvokeConfigs"][0]["FunctionArn"], format!("{}:1", arn("f")));
+    assert_eq!(listed["NextMarker"], Value::Null);
+    d.call("DELETE", &format!("{FUNCTIONS}/f?Qualifier=1"), &[], b"").await;
+    let listed = d.get(&format!("{path}/list")).await.json();
+    assert_eq!(listed["FunctionEventInvokeConfigs"].as_array().unwrap().len(), 1);
+    assert_eq!(d.call("DELETE", &path, &[], b"").await.status, 204);
+    d.call("DELETE", &path, &[], b"").await.expect(404, "ResourceNotFoundException");
+    assert_eq!(d.send("PUT", &path, &put).await.status, 200);
+    d.call("DELETE", &format!("{FUNCTIONS}/f"), &[], b"").await;
+    d.create("f", json!({})).await;
+    d.get(&path).await.expect(404, "ResourceNotFoundException");
+
+    let destination = |arn: &str| json!({"DestinationConfig": {"OnFailure": {"Destination": arn}}});
+    let invalid = "InvalidParameterValueException";
+    for (input, exception, words) in [
+        (json!({}), invalid, "at least one of"),
+        (json!({"MaximumRetryAttempts": 3}), "ValidationException", "less than or equal to 2"),
+        (json!({"MaximumEventAgeInSeconds": 59}), "ValidationException", "equal to 60"),
+        (json!({"MaximumRetryAttempts": "x"}), "SerializationException", "wrong type"),
+        (destination("x"), "ValidationException", "onFailure"),
+        (destination("arn:aws:sqs:us-east-1:000000000000:q"), invalid, "does not support"),
+        (destination(&arn("f")), invalid, "itself"),
+        (destination(&arn("h")), invalid, "no such function"),
+        (destination(&arn("g").replace("us-east", "eu-west")), invalid, "no such function"),
+    ] {
+        let body = d.send("PUT", &path, &input).await.expect(400, exception);
+        assert!(body.contains(words), "{input}: {body}");
+    }
+    d.get(&path).await.expect(404, "ResourceNotFoundException");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_bound_attempts_and_age_and_destinations_hear_of_the_end() {
+    let (dir, d) = daemon().await;
+    for name in ["f", "good", "bad"] {
+        d.create(name, json!({})).await;
+        d.snapshot_is(name, "ready").await;
+    }
+    let settings = json!({
+        "MaximumRetryAttempts": 1,
+        "MaximumEventAgeInSeconds": 90,
+        "DestinationConfig": {
+            "OnSuccess": {"Destination": arn("good")}, "OnFailure": {"Destination": arn("bad")},
+        },
+    });
+    assert_eq!(d.send("PUT", &config("f"), &settings).await.status, 200);
+    let id = d.submit("f", &json!({"n": 1})).await;
+    let heard = &ran(dir.path(), 2).await[1];
+    assert_eq!(heard.arn, arn("good"));
+    assert_ne!(heard.id, id);
+    let context = json!({
+        "requestId": id, "functionArn": format!("{}:$LATEST", arn("f")),
+        "condition": "Success", "approximateInvokeCount": 1,
+    });
+    assert_eq!(heard.event["requestContext"], context);
+    assert_eq!(heard.event["requestPayload"], json!({"n": 1}));
+    assert_eq!(heard.event["responsePayload"], json!({"n": 1}));
+    assert_eq!(
+        heard.event["responseContext"],
+        json!({"statusCode": 200, "executedVersion": "$LATEST"})
+    );
+
+    d.submit("f", &json!({"do": "raise"})).await;
+    ran(dir.path(), 3).await;
+    a_while().await;
+    d.clock.advance(Duration::from_secs(60));
+    let heard = &ran(dir.path(), 5).await[4];
+    assert_eq!(heard.arn, arn("bad"));
+    assert_eq!(heard.event["requestContext"]["condition"], "RetriesExhausted");
+    assert_eq!(heard.event["requestContext"]["approximateInvokeCount"], 2);
+    assert_eq!(heard.event["responseContext"]["functionError"], "Unhandled");
+    assert_eq!(heard.event["responsePayload"]["errorType"], "ValueError");
+
+    d.submit("f", &json!({"do": "raise"})).await;
+    ran(dir.path(), 6).await;
+    a_while().await;
+    d.clock.advance(Duration::from_secs(91));
+    let heard = &ran(dir.path(), 7).await[6];
+    assert_eq!(heard.event["requestContext"]["condition"], "EventAgeExceeded");
+    assert_eq!(heard.event.get("responsePayload"), None);
+    d.queue_is(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn destinations_in_a_circle_end() {
+    let (dir, d) = daemon().await;
+    for (name, next) in [("f", "g"), ("g", "f")] {
+        d.create(name, json!({})).await;
+        d.create(next, json!({})).await;
+        let settings = json!({"DestinationConfig": {"OnSuccess": {"Destination": arn(next)}}});
+        assert_eq!(d.send("PUT", &config(name), &settings).await.status, 200);
+    }
+    d.submit("f", &json!(1)).await;
+    ran(dir.path(), 17).await;
+    d.queue_is(0).await;
+    assert_eq!(ledger(dir.path()).len(), 17);
 }

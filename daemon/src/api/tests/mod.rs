@@ -121,8 +121,15 @@ async fn start_within(
         retry: Duration::from_secs(60),
     };
     let queue = Queue::open(&dir.join("events.sqlite"), event_bounds.bytes).unwrap();
-    let events =
-        Events::start(queue, store.clone(), scheduler.clone(), clock.clone(), event_bounds);
+    let events = Events::start(
+        queue,
+        store.clone(),
+        scheduler.clone(),
+        workshop.place.clone(),
+        clock.clone(),
+        event_bounds,
+    )
+    .unwrap();
     let app = App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
