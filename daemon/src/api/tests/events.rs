@@ -32,7 +32,7 @@ pub(super) fn ledger(dir: &Path) -> Vec<Ran> {
 
 /// Waits until so many have run; no more may have.
 async fn ran(dir: &Path, count: usize) -> Vec<Ran> {
-    for _ in 0..1000 {
+    for _ in 0..12_000 {
         let ran = ledger(dir);
         assert!(ran.len() <= count, "{} have run, not {count}", ran.len());
         if ran.len() == count {
@@ -49,7 +49,7 @@ impl Daemon {
     }
 
     async fn queue_is(&self, events: u64) {
-        for _ in 0..1000 {
+        for _ in 0..12_000 {
             if self.queued().await == events {
                 return;
             }
