@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use time::{OffsetDateTime, macros::format_description};
 
 use crate::{api::names::Place, envelope::Envelope};
@@ -47,6 +47,13 @@ impl FromStr for Version {
 impl Serialize for Version {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Version {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|()| de::Error::custom("no version"))
     }
 }
 

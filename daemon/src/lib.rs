@@ -5,6 +5,7 @@
 //! a guest beyond `firn-proto`'s messages.
 
 mod api;
+mod attachments;
 mod backend;
 mod code;
 mod config;

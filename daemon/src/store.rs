@@ -6,7 +6,8 @@
 //!
 //! Each version of a function has a record, sealed with the function's key: the environment is encrypted,
 //! and bound to all other columns, so that none can be altered or moved to another function or version. A
-//! whole record of earlier can be put back; that takes write access to this directory.
+//! whole record of earlier can be put back; that takes write access to this directory. What is attached to
+//! a function as a whole is one more sealed document, bound to its name.
 
 use std::{
     collections::BTreeMap,
@@ -23,6 +24,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 use zeroize::Zeroizing;
 
 use crate::{
+    attachments::{Alias, Attachments},
     envelope::Envelope,
     function::{Code, Config, Function, Version},
 };
@@ -33,7 +35,7 @@ const OLDEST: usize = 2;
 
 /// The schema, one step a version from [`OLDEST`] on. Released steps never change; add new ones at the
 /// end.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "CREATE TABLE functions (
         name             TEXT    NOT NULL PRIMARY KEY,
         runtime          TEXT    NOT NULL,
@@ -81,10 +83,27 @@ const MIGRATIONS: [&str; 2] = [
         name TEXT    NOT NULL PRIMARY KEY,
         last INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE attachments (
+        name     TEXT NOT NULL PRIMARY KEY,
+        document BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;",
 ];
 
+/// The versions of one function.
+pub type Versions = BTreeMap<Version, Arc<Function>>;
+
 /// One function.
-type Versions = BTreeMap<Version, Arc<Function>>;
+#[derive(Debug, Default)]
+struct Entry {
+    versions: Versions,
+    attachments: Arc<Attachments>,
+}
+
+impl Entry {
+    fn latest(&self) -> Option<&Arc<Function>> {
+        self.versions.get(&Version::Latest)
+    }
+}
 
 /// A version that was asked for, and whether that made it.
 #[derive(Debug)]
@@ -111,7 +130,7 @@ pub struct Updated {
 pub struct Store {
     connection: Mutex<Connection>,
     keys: Arc<dyn KeyService>,
-    functions: RwLock<BTreeMap<String, Versions>>,
+    functions: RwLock<BTreeMap<String, Entry>>,
 }
 
 /// Why the store could not be opened or written.
@@ -178,6 +197,18 @@ pub enum StoreError {
     /// A write failed (disk full, for one). Nothing has changed.
     #[error("the store could not be written: {0}")]
     Write(#[from] rusqlite::Error),
+    /// Aliases lead to the version.
+    #[error(
+        "Version {version} of {name} is used by the alias(es) {aliases}: change or delete them first"
+    )]
+    Aliased {
+        /// The function.
+        name: String,
+        /// Its version.
+        version: Version,
+        /// Who uses it.
+        aliases: String,
+    },
     /// The numbers for versions have run out.
     #[error("{0} has no numbers left for versions")]
     Numbers(String),
@@ -236,7 +267,7 @@ impl Store {
             transaction.pragma_update(None, "user_version", version as i64).map_err(failed)?;
             transaction.commit().map_err(failed)?;
         }
-        let mut functions = BTreeMap::<String, Versions>::new();
+        let mut functions = BTreeMap::<String, Entry>::new();
         for row in rows(&connection).map_err(failed)? {
             let name = row.name.clone();
             let function = row.open(&*keys).map_err(|source| StoreError::Record {
@@ -244,7 +275,19 @@ impl Store {
                 name: name.clone(),
                 source,
             })?;
-            functions.entry(name).or_default().insert(function.version, Arc::new(function));
+            let versions = &mut functions.entry(name).or_default().versions;
+            versions.insert(function.version, Arc::new(function));
+        }
+        for (name, document) in documents(&connection).map_err(failed)? {
+            // Without its function it means nothing.
+            let Some(entry) = functions.get_mut(&name) else { continue };
+            let Some(latest) = entry.latest() else { continue };
+            let opened = latest.envelope.record.open(&attached(&name), &document).ok();
+            let source = KeyError::Altered { what: "what is attached to the function" };
+            let attachments = opened
+                .and_then(|json| serde_json::from_slice(&json).ok())
+                .ok_or(StoreError::Record { path: path.to_owned(), name, source })?;
+            entry.attachments = Arc::new(attachments);
         }
         let (connection, functions) = (Mutex::new(connection), RwLock::new(functions));
         Ok(Self { connection, keys, functions })
@@ -260,7 +303,7 @@ impl Store {
 
     /// A version of a function.
     pub fn get(&self, name: &str, version: Version) -> Option<Arc<Function>> {
-        self.read().get(name)?.get(&version).cloned()
+        self.read().get(name)?.versions.get(&version).cloned()
     }
 
     /// At most `limit` functions in the order of their names, from after `after` on, and whether
@@ -268,7 +311,7 @@ impl Store {
     pub fn list(&self, after: Option<&str>, limit: usize) -> (Vec<Arc<Function>>, bool) {
         let functions = self.read();
         let rest = functions.range::<str, _>((after.map_or(Unbounded, Excluded), Unbounded));
-        page(rest.filter_map(|(_, versions)| versions.get(&Version::Latest)), limit)
+        page(rest.filter_map(|(_, entry)| entry.latest()), limit)
     }
 
     /// The same for all versions of all functions.
@@ -279,7 +322,8 @@ impl Store {
     ) -> (Vec<Arc<Function>>, bool) {
         let functions = self.read();
         let from = after.map_or(Unbounded, |(name, _)| Included(name));
-        let all = functions.range::<str, _>((from, Unbounded)).flat_map(|(_, v)| v.values());
+        let all =
+            functions.range::<str, _>((from, Unbounded)).flat_map(|(_, f)| f.versions.values());
         page(all.skip_while(|f| after.is_some_and(|a| (f.name.as_str(), f.version) <= a)), limit)
     }
 
@@ -291,8 +335,8 @@ impl Store {
         limit: usize,
     ) -> (Vec<Arc<Function>>, bool) {
         let functions = self.read();
-        let Some(versions) = functions.get(name) else { return (Vec::new(), false) };
-        let rest = versions.range((after.map_or(Unbounded, Excluded), Unbounded));
+        let Some(entry) = functions.get(name) else { return (Vec::new(), false) };
+        let rest = entry.versions.range((after.map_or(Unbounded, Excluded), Unbounded));
         page(rest.map(|(_, version)| version), limit)
     }
 
@@ -303,7 +347,7 @@ impl Store {
 
     /// Whether any version uses the code in that blob. Once none does, none ever will.
     pub fn uses_code(&self, blob: &str) -> bool {
-        self.read().values().flat_map(Versions::values).any(|f| f.code.blob == blob)
+        self.read().values().flat_map(|f| f.versions.values()).any(|f| f.code.blob == blob)
     }
 
     /// Adds a function, and publishes its first version if that is wanted.
@@ -398,27 +442,93 @@ impl Store {
     /// # Errors
     /// [`StoreError::Unknown`], or that it could not be written.
     pub fn delete(&self, name: &str) -> Result<Vec<Arc<Function>>, StoreError> {
-        let connection = self.lock();
+        let mut connection = self.lock();
         self.ends(name)?;
-        connection.execute("DELETE FROM versions WHERE name = ?1", [name])?;
-        let versions = self.remembered().remove(name).unwrap_or_default();
-        Ok(versions.into_values().collect())
+        let transaction = connection.transaction()?;
+        transaction.execute("DELETE FROM versions WHERE name = ?1", [name])?;
+        transaction.execute("DELETE FROM attachments WHERE name = ?1", [name])?;
+        transaction.commit()?;
+        let entry = self.remembered().remove(name).unwrap_or_default();
+        Ok(entry.versions.into_values().collect())
     }
 
     /// Removes a version of a function, and gives it.
     ///
     /// # Errors
-    /// [`StoreError::Unknown`], or that it could not be written.
+    /// [`StoreError::Unknown`], [`StoreError::Aliased`], or that it could not be written.
     pub fn delete_version(&self, name: &str, number: u32) -> Result<Arc<Function>, StoreError> {
         let connection = self.lock();
         let version = Version::Published(number);
         let unknown = || StoreError::Unknown(format!("{name}:{number}"));
         let old = self.get(name, version).ok_or_else(unknown)?;
+        let attachments = self.attachments(name).unwrap_or_default();
+        let users = attachments.aliases.iter().filter(|(_, alias)| alias.uses(version));
+        let users: Vec<&str> = users.map(|(alias, _)| alias.as_str()).collect();
+        if !users.is_empty() {
+            let (name, aliases) = (name.to_owned(), users.join(", "));
+            return Err(StoreError::Aliased { name, version, aliases });
+        }
         delete(&connection, &old)?;
-        if let Some(versions) = self.remembered().get_mut(name) {
-            versions.remove(&version);
+        if let Some(entry) = self.remembered().get_mut(name) {
+            entry.versions.remove(&version);
         }
         Ok(old)
+    }
+
+    /// The version of a function that a qualifier means: `$LATEST`, a number, or what `choose` takes of
+    /// an alias.
+    pub fn resolve(
+        &self,
+        name: &str,
+        qualifier: &str,
+        choose: impl FnOnce(&Alias) -> Version,
+    ) -> Option<Arc<Function>> {
+        let version = match qualifier.parse() {
+            Ok(version) => version,
+            Err(()) => choose(self.attachments(name)?.aliases.get(qualifier)?),
+        };
+        self.get(name, version)
+    }
+
+    /// What is attached to a function.
+    pub fn attachments(&self, name: &str) -> Option<Arc<Attachments>> {
+        self.read().get(name).map(|entry| entry.attachments.clone())
+    }
+
+    /// Has `change` change what is attached to a function. It sees the function's versions, which stay
+    /// as they are meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`], what `change` says, or that it could not be written.
+    pub fn attach<T, E: From<StoreError>>(
+        &self,
+        name: &str,
+        change: impl FnOnce(&Versions, &mut Attachments) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let connection = self.lock();
+        let unknown = || StoreError::Unknown(name.to_owned());
+        let (versions, old) = {
+            let functions = self.read();
+            let entry = functions.get(name).ok_or_else(unknown)?;
+            (entry.versions.clone(), entry.attachments.clone())
+        };
+        let latest = versions.get(&Version::Latest).ok_or_else(unknown)?;
+        let mut new = Attachments::clone(&old);
+        let result = change(&versions, &mut new)?;
+        let write = || {
+            let document = serde_json::to_vec(&new)?;
+            let document = latest.envelope.record.seal(&attached(name), &document)?;
+            connection.execute(
+                "INSERT OR REPLACE INTO attachments VALUES (?1, ?2)",
+                params![name, document],
+            )?;
+            Ok::<_, StoreError>(())
+        };
+        write()?;
+        if let Some(entry) = self.remembered().get_mut(name) {
+            entry.attachments = Arc::new(new);
+        }
+        Ok(result)
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -426,20 +536,20 @@ impl Store {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Versions>> {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Entry>> {
         self.functions.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is in memory, for changes; only with the connection held.
-    fn remembered(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Versions>> {
+    fn remembered(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
         self.functions.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remember(&self, written: [Option<&Arc<Function>>; 2]) {
         let mut functions = self.remembered();
         for function in written.into_iter().flatten() {
-            let versions = functions.entry(function.name.clone()).or_default();
-            versions.insert(function.version, function.clone());
+            let entry = functions.entry(function.name.clone()).or_default();
+            entry.versions.insert(function.version, function.clone());
         }
     }
 
@@ -447,9 +557,10 @@ impl Store {
     fn ends(&self, name: &str) -> Result<(Arc<Function>, Option<Arc<Function>>), StoreError> {
         let unknown = || StoreError::Unknown(name.to_owned());
         let functions = self.read();
-        let versions = functions.get(name).ok_or_else(unknown)?;
-        let latest = versions.get(&Version::Latest).ok_or_else(unknown)?;
-        let last = versions.values().next_back().filter(|last| last.version != Version::Latest);
+        let entry = functions.get(name).ok_or_else(unknown)?;
+        let latest = entry.latest().ok_or_else(unknown)?;
+        let last =
+            entry.versions.values().next_back().filter(|last| last.version != Version::Latest);
         Ok((latest.clone(), last.cloned()))
     }
 }
@@ -573,6 +684,17 @@ fn bound(function: &Function) -> serde_json::Result<Vec<u8>> {
 
 fn context(bound: &[u8]) -> [&[u8]; 2] {
     [b"firnd record", bound]
+}
+
+/// What the document of what is attached to a function is bound to.
+fn attached(name: &str) -> [&[u8]; 2] {
+    [b"firnd attachments", name.as_bytes()]
+}
+
+fn documents(connection: &Connection) -> rusqlite::Result<Vec<(String, Vec<u8>)>> {
+    let mut statement = connection.prepare("SELECT name, document FROM attachments")?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    rows.collect()
 }
 
 /// A record as it is stored.
@@ -760,6 +882,9 @@ mod tests {
             Ok(Function { config: Config { timeout_s: 9, ..f.config.clone() }, ..f.clone() })
         };
         store.update("b", None, true, change).unwrap();
+        for name in ["a", "b"] {
+            alias(&store, name, 1).unwrap();
+        }
         drop(store);
         let path = dir.path().join("store.sqlite");
         let swap = "UPDATE versions SET environment =
@@ -770,6 +895,9 @@ mod tests {
         for sql in [
             swap,
             among_versions,
+            "UPDATE attachments SET document = x'00' WHERE name = 'b'",
+            "UPDATE attachments SET document =
+                (SELECT document FROM attachments WHERE name = 'a') WHERE name = 'b'",
             "UPDATE versions SET version = 3 WHERE name = 'b' AND version = 1",
             "UPDATE OR REPLACE versions SET version = 0 WHERE name = 'b' AND version = 1",
             "UPDATE OR REPLACE versions SET version = 1 WHERE name = 'b' AND version = 0",
@@ -815,6 +943,45 @@ mod tests {
 
     fn no_objection(_: &Function) -> Result<(), StoreError> {
         Ok(())
+    }
+
+    /// Has `prod` lead to a version.
+    fn alias(store: &Store, name: &str, number: u32) -> Result<(), StoreError> {
+        store.attach(name, |_, attachments| {
+            let alias = Alias {
+                version: Version::Published(number),
+                additional: None,
+                description: String::new(),
+                revision: "r".into(),
+            };
+            attachments.aliases.insert("prod".into(), alias);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_is_attached_lasts_as_long_as_its_function() {
+        let (dir, store) = store();
+        store.create(example("a"), true).unwrap();
+        alias(&store, "a", 1).unwrap();
+        assert!(matches!(alias(&store, "x", 1), Err(StoreError::Unknown(_))));
+        let refused = store.attach("a", |_, attachments| {
+            attachments.aliases.clear();
+            Err::<(), _>(StoreError::Unknown("objection".into()))
+        });
+        assert!(refused.is_err());
+        let error = store.delete_version("a", 1).unwrap_err();
+        assert!(error.to_string().contains("alias(es) prod"), "{error}");
+        let before = store.attachments("a").unwrap();
+        assert_eq!(before.aliases.len(), 1);
+        drop(store);
+        let store = open(&dir).unwrap();
+        assert_eq!(store.attachments("a"), Some(before));
+        store.delete("a").unwrap();
+        store.create(example("a"), false).unwrap();
+        assert_eq!(store.attachments("a"), Some(Arc::default()));
+        drop(store);
+        assert_eq!(open(&dir).unwrap().attachments("a"), Some(Arc::default()));
     }
 
     #[test]
@@ -890,7 +1057,8 @@ mod tests {
         let context: [&[u8]; 2] = [b"firnd record", then.as_bytes()];
         let environment = function.envelope.record.seal(&context, environment).unwrap();
         let old = store.lock();
-        old.execute_batch("DROP TABLE versions; DROP TABLE numbers;").unwrap();
+        old.execute_batch("DROP TABLE versions; DROP TABLE numbers; DROP TABLE attachments;")
+            .unwrap();
         old.execute_batch(MIGRATIONS[0]).unwrap();
         old.pragma_update(None, "user_version", 2).unwrap();
         old.execute(

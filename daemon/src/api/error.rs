@@ -40,10 +40,13 @@ pub enum ApiError {
     ResourceConflict(String),
     /// `RevisionId` is not the latest.
     #[error(
-        "The Revision Id provided does not match the latest Revision Id. Call the \
-         GetFunction/GetFunctionConfiguration API to retrieve the latest Revision Id"
+        "The Revision Id provided does not match the latest Revision Id. Call the {read} API to \
+         retrieve the latest Revision Id"
     )]
-    PreconditionFailed,
+    PreconditionFailed {
+        /// The operation that tells it.
+        read: &'static str,
+    },
     /// The event is over the limit.
     #[error("{0}")]
     RequestTooLarge(String),
@@ -122,7 +125,7 @@ impl ApiError {
                 ("ResourceNotFoundException", StatusCode::NOT_FOUND, Upper)
             }
             Self::ResourceConflict(_) => ("ResourceConflictException", StatusCode::CONFLICT, Lower),
-            Self::PreconditionFailed => {
+            Self::PreconditionFailed { .. } => {
                 ("PreconditionFailedException", StatusCode::PRECONDITION_FAILED, Lower)
             }
             Self::RequestTooLarge(_) => {

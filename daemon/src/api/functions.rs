@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::{
     App, MAX_UPLOAD, Parameters, Target, blocking,
     error::ApiError,
-    json, names,
+    json, names, no_content,
     pages::{self, Page},
     read_body,
     shapes::{
@@ -38,8 +38,12 @@ use crate::{
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Exists(_) => Self::ResourceConflict(error.to_string()),
-            StoreError::Revision { .. } => Self::PreconditionFailed,
+            StoreError::Exists(_) | StoreError::Aliased { .. } => {
+                Self::ResourceConflict(error.to_string())
+            }
+            StoreError::Revision { .. } => {
+                Self::PreconditionFailed { read: "GetFunction/GetFunctionConfiguration" }
+            }
             StoreError::Unknown(name) => {
                 Self::ResourceNotFound(format!("Function not found: {name}"))
             }
@@ -280,6 +284,12 @@ pub async fn delete<B: Backend>(
             "$LATEST version cannot be deleted without deleting the function.".into(),
         ));
     }
+    if reference.qualifier.as_deref().is_some_and(names::is_alias) {
+        return Err(ApiError::InvalidParameterValue(
+            "Deletion of aliases is not currently supported by this operation. Use DeleteAlias."
+                .into(),
+        ));
+    }
     let work = app.clone();
     let gone = blocking(move || {
         let gone = match function.version {
@@ -300,9 +310,7 @@ pub async fn delete<B: Backend>(
     if let Some(latest) = gone.first().filter(|f| f.version == Version::Latest) {
         app.logs.remove(&latest.name).await;
     }
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = StatusCode::NO_CONTENT;
-    Ok(response)
+    Ok(no_content())
 }
 
 /// Removes the code of what has gone or changed, unless another version has the same.

@@ -67,7 +67,7 @@ pub async fn invoke<B: Backend>(
     let payload = read_body(headers, body, limit, too_large).await?;
     trace.mark("body");
 
-    let function = app.find(&reference)?;
+    let function = app.route(&reference)?;
     let kind = choice(
         headers,
         INVOCATION_TYPE,

@@ -3,6 +3,7 @@
 //! SigV4 signatures are accepted and not checked: whoever can reach the port may do everything.
 //! That is why the daemon binds to loopback unless told otherwise.
 
+mod aliases;
 pub mod error;
 mod event_config;
 mod firn_api;
@@ -11,6 +12,7 @@ mod invoke;
 pub mod names;
 mod pages;
 pub mod shapes;
+mod tags;
 pub mod validate;
 mod versions;
 
@@ -42,6 +44,7 @@ use self::{
     names::{Place, Reference},
 };
 use crate::{
+    attachments::{self, Alias},
     backend::Backend,
     code::CodeStore,
     events::Events,
@@ -129,11 +132,26 @@ impl<B: Backend> App<B> {
     /// # Errors
     /// [`ApiError::ResourceNotFound`] with the ARN as the caller meant it.
     fn find(&self, reference: &Reference) -> Result<Arc<Function>, ApiError> {
-        let version = reference.qualifier.as_deref().map_or(Ok(Version::Latest), str::parse);
-        version
-            .ok()
-            .filter(|_| reference.reaches(&self.place))
-            .and_then(|version| self.store.get(&reference.name, version))
+        self.resolve(reference, |alias| alias.version)
+    }
+
+    /// The version that is to serve an invocation: an alias may share them out among two.
+    ///
+    /// # Errors
+    /// [`ApiError::ResourceNotFound`] with the ARN as the caller meant it.
+    fn route(&self, reference: &Reference) -> Result<Arc<Function>, ApiError> {
+        self.resolve(reference, |alias| alias.choose(attachments::draw()))
+    }
+
+    fn resolve(
+        &self,
+        reference: &Reference,
+        choose: impl FnOnce(&Alias) -> Version,
+    ) -> Result<Arc<Function>, ApiError> {
+        let qualifier = reference.qualifier.as_deref().unwrap_or("$LATEST");
+        Some(reference)
+            .filter(|reference| reference.reaches(&self.place))
+            .and_then(|reference| self.store.resolve(&reference.name, qualifier, choose))
             .ok_or_else(|| self.missing(reference))
     }
 
@@ -154,12 +172,18 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         .post(event_config::update::<B>)
         .delete(event_config::delete::<B>);
     let event_configs = get(event_config::list::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 15] = [
+    let aliases = get(aliases::list::<B>).post(aliases::create::<B>);
+    let alias = get(aliases::get::<B>).put(aliases::update::<B>).delete(aliases::delete::<B>);
+    let tags = get(tags::list::<B>).post(tags::tag::<B>).delete(tags::untag::<B>);
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 18] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
         ("/2015-03-31/functions/{name}/code", put(functions::update_code::<B>)),
         ("/2015-03-31/functions/{name}/versions", versions),
+        ("/2015-03-31/functions/{name}/aliases", aliases),
+        ("/2015-03-31/functions/{name}/aliases/{alias}", alias),
+        ("/2017-03-31/tags/{arn}", tags),
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
         ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
@@ -266,11 +290,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Target {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Path(name) = Path::<String>::from_request_parts(parts, state)
+        let Path(path) = Path::<HashMap<String, String>>::from_request_parts(parts, state)
             .await
             .map_err(|e| ApiError::InvalidParameterValue(format!("The path is malformed: {e}")))?;
+        let name = path.get("name").map(String::as_str).unwrap_or_default();
         let Parameters(query) = Parameters::from_request_parts(parts, state).await?;
-        Ok(Self(Reference::parse(&name, query.get("Qualifier").map(String::as_str))?))
+        Ok(Self(Reference::parse(name, query.get("Qualifier").map(String::as_str))?))
     }
 }
 
@@ -283,6 +308,13 @@ fn json(status: StatusCode, body: &impl Serialize) -> Result<Response<Body>, Api
     let value = HeaderValue::from_static("application/json");
     response.headers_mut().insert(header::CONTENT_TYPE, value);
     Ok(response)
+}
+
+/// A response that says nothing but that it is done.
+fn no_content() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
 }
 
 /// Runs what blocks where blocking is allowed.

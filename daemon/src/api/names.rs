@@ -170,6 +170,11 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
+/// Whether `text` can be an alias: a name that is not all digits.
+pub fn is_alias(text: &str) -> bool {
+    text.len() <= 128 && is_name(text) && !is_digits(text)
+}
+
 fn is_qualifier(text: &str) -> bool {
     text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'$'))
 }
@@ -265,6 +270,15 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn no_qualifier_is_both_version_and_alias(text in "\\$?[0-9A-Za-z_-]{0,8}") {
+            let version = text.parse::<crate::function::Version>().is_ok();
+            prop_assert!(!(version && is_alias(&text)));
+            let numeral = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            let name = !text.is_empty() && !text.starts_with('$');
+            prop_assert_eq!(is_alias(&text), name && !numeral);
+        }
+
         #[test]
         fn an_arn_parses_back(name in "[a-zA-Z0-9_-]{1,64}", qualifier in "[a-zA-Z0-9_-]{1,20}") {
             let arn = place().arn(&name);

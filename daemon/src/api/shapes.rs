@@ -134,6 +134,40 @@ pub struct PublishVersion {
     pub(crate) publish_to: Option<String>,
 }
 
+/// CreateAlias.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct CreateAlias {
+    pub(crate) name: Option<String>,
+    pub(crate) function_version: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) routing_config: Option<RoutingConfig>,
+}
+
+/// UpdateAlias.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct UpdateAlias {
+    pub(crate) function_version: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) routing_config: Option<RoutingConfig>,
+    pub(crate) revision_id: Option<String>,
+}
+
+/// `AliasRoutingConfiguration`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct RoutingConfig {
+    pub(crate) additional_version_weights: Option<BTreeMap<String, f64>>,
+}
+
+/// TagResource.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct TagResource {
+    pub(crate) tags: Option<BTreeMap<String, String>>,
+}
+
 /// Where code comes from. The zip file is borrowed from the body: it may be 70 MB of base64.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]

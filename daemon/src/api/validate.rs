@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{ApiError, violation},
-    shapes::{PublishVersion, Settings},
+    names::is_alias,
+    shapes::{CreateAlias, PublishVersion, RoutingConfig, Settings, UpdateAlias},
 };
 use crate::function::Config;
 
@@ -22,6 +23,13 @@ const DESCRIPTION: usize = 256;
 const HANDLER: usize = 128;
 /// Most bytes of environment variables.
 const ENVIRONMENT: usize = 4096;
+
+/// Most tags of a function.
+const TAGS: usize = 50;
+
+/// What an alias's name must be.
+pub const ALIAS: &str = "Member must satisfy regular expression pattern: (?!^[0-9]+$)([a-zA-Z0-9-_]+), with at most 128 \
+     characters";
 
 /// Names that only the service sets.
 const RESERVED: [&str; 21] = [
@@ -75,6 +83,47 @@ impl Violations {
         }
     }
 
+    fn version(&mut self, member: &str, value: Option<&str>) {
+        let fits = |text: &str| {
+            let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            (digits || text == "$LATEST") && text.len() <= 1024
+        };
+        self.pattern(member, value, fits, "(\\$LATEST|[0-9]+)");
+    }
+
+    fn weights(&mut self, routing: Option<&RoutingConfig>) {
+        let weights = routing.and_then(|r| r.additional_version_weights.as_ref());
+        for (version, weight) in weights.into_iter().flatten() {
+            let member = "routingConfig.additionalVersionWeights";
+            if version.is_empty() || !version.bytes().all(|b| b.is_ascii_digit()) {
+                let keys = "Map keys must satisfy constraint: [Member must satisfy regular \
+                            expression pattern: [0-9]+]";
+                self.add(member, version, keys);
+            }
+            if !(0.0..=1.0).contains(weight) {
+                let values = "Map value must satisfy constraint: [Member must have value less than \
+                              or equal to 1.0, Member must have value greater than or equal to 0.0]";
+                self.add(member, &weight.to_string(), values);
+            }
+        }
+    }
+
+    fn tags(&mut self, tags: &BTreeMap<String, String>) {
+        let allowed = |text: &str| {
+            text.chars().all(|c| c.is_alphanumeric() || c.is_whitespace() || "_.:/=+-@".contains(c))
+        };
+        for (key, value) in tags {
+            if key.is_empty() || key.chars().count() > 128 || value.chars().count() > 256 {
+                let lengths = "Map keys must have length between 1 and 128, map values at most 256";
+                self.add("tags", key, lengths);
+            } else if !allowed(key) || !allowed(value) {
+                let pattern = "Map keys and values must satisfy regular expression pattern: \
+                               ([\\p{L}\\p{Z}\\p{N}_.:/=+\\-@]*)";
+                self.add("tags", key, pattern);
+            }
+        }
+    }
+
     fn pattern(&mut self, member: &str, value: Option<&str>, fits: fn(&str) -> bool, shown: &str) {
         if let Some(value) = value.filter(|v| !fits(v)) {
             let constraint = format!("Member must satisfy regular expression pattern: {shown}");
@@ -104,6 +153,7 @@ pub fn create(settings: Settings, runtimes: &[String]) -> Result<Config, ApiErro
         violations.add("role", "null", "Member must not be null");
     }
     violations.check()?;
+    tags(settings.tags.as_ref().unwrap_or(&BTreeMap::new()))?;
     unsupported(&settings)?;
     let (Some(runtime), Some(handler)) = (&settings.runtime, &settings.handler) else {
         return Err(ApiError::InvalidParameterValue(
@@ -148,6 +198,70 @@ pub fn publish(input: &PublishVersion) -> Result<(), ApiError> {
     found.length("description", input.description.as_deref(), DESCRIPTION);
     found.check()?;
     publish_to(input.publish_to.as_deref())
+}
+
+/// What an alias may be created as.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn create_alias(input: &CreateAlias) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    match input.name.as_deref() {
+        None => found.add("name", "null", "Member must not be null"),
+        Some(name) if !is_alias(name) => found.add("name", name, ALIAS),
+        Some(_) => {}
+    }
+    match input.function_version.as_deref() {
+        None => found.add("functionVersion", "null", "Member must not be null"),
+        version => found.version("functionVersion", version),
+    }
+    found.length("description", input.description.as_deref(), DESCRIPTION);
+    found.weights(input.routing_config.as_ref());
+    found.check()
+}
+
+/// What an alias may become.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn update_alias(input: &UpdateAlias) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    found.version("functionVersion", input.function_version.as_deref());
+    found.length("description", input.description.as_deref(), DESCRIPTION);
+    found.weights(input.routing_config.as_ref());
+    found.check()
+}
+
+/// What can be a version.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn version(member: &str, value: &str) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    found.version(member, Some(value));
+    found.check()
+}
+
+/// What tags a function may have.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn tags(tags: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    found.tags(tags);
+    found.check()?;
+    if let Some(key) = tags.keys().find(|key| key.to_ascii_lowercase().starts_with("aws:")) {
+        return Err(ApiError::InvalidParameterValue(format!(
+            "The tag key {key:?} begins with aws:, which is reserved."
+        )));
+    }
+    if tags.len() > TAGS {
+        return Err(ApiError::InvalidParameterValue(format!(
+            "Number of tags exceeds resource tag limit: {} of at most {TAGS}.",
+            tags.len()
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses what only functions on capacity providers have.
@@ -197,15 +311,6 @@ fn members(settings: &Settings) -> Violations {
     let kinds = "Member must satisfy enum value set: [Zip, Image]";
     if let Some(package) = package.filter(|p| !matches!(*p, "Zip" | "Image")) {
         found.add("packageType", package, kinds);
-    }
-    for (key, value) in settings.tags.iter().flatten() {
-        if key.is_empty() || key.chars().count() > 128 || value.chars().count() > 256 {
-            found.add(
-                "tags",
-                key,
-                "Map keys must have length between 1 and 128, map values at most 256",
-            );
-        }
     }
     found
 }

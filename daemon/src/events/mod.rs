@@ -46,6 +46,7 @@ use self::{
 };
 use crate::{
     api::names::{Place, Reference},
+    attachments::{self, Alias},
     backend::Backend,
     function::{Function, Version},
     outcome::Answer,
@@ -256,15 +257,18 @@ impl<B: Backend> Events<B> {
         Ok(new)
     }
 
+    /// Drops the settings of a version or alias that was deleted.
+    pub async fn unset(&self, function: &Function, qualifier: &str) {
+        if let Err(error) = self.set(function, qualifier, |_| Ok::<_, QueueError>(None)).await {
+            tracing::warn!(function = function.name, qualifier, %error, "settings remain");
+        }
+    }
+
     /// Drops the settings of a deleted version, or all settings and events of a deleted function.
     /// Deliveries that have begun end as they end.
     pub async fn removed(&self, function: &Function) {
         if function.version != Version::Latest {
-            let qualifier = function.version.to_string();
-            if let Err(error) = self.set(function, &qualifier, |_| Ok::<_, QueueError>(None)).await
-            {
-                tracing::warn!(function = function.name, qualifier, %error, "settings remain");
-            }
+            self.unset(function, &function.version.to_string()).await;
             return;
         }
         {
@@ -469,9 +473,9 @@ impl<B: Backend> Events<B> {
         };
         let called = Reference::parse(&event.head.function_arn, None).ok();
         let qualifier = called.and_then(|called| called.qualifier).unwrap_or("$LATEST".into());
-        let version = qualifier.parse().ok();
-        let Some(function) = version.and_then(|version| self.store.get(name, version)) else {
-            tracing::warn!(function = name, request_id, "dropped an event of a deleted version");
+        let choose = |alias: &Alias| alias.choose(attachments::draw());
+        let Some(function) = self.store.resolve(name, &qualifier, choose) else {
+            tracing::warn!(function = name, qualifier, request_id, "dropped an event: deleted");
             return Some(Fate::Done(None));
         };
         let settings = self.settings(&latest, &qualifier).unwrap_or_default();

@@ -247,6 +247,25 @@ async fn events_of_deleted_functions_are_dropped() {
     ran(dir.path(), 2).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn events_reach_a_version_through_its_alias_which_takes_its_settings_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = start(dir.path(), limits(), 0).await;
+    d.create("f", json!({"Publish": true})).await;
+    let aliases = format!("{FUNCTIONS}/f/aliases");
+    let made = json!({"Name": "a", "FunctionVersion": "1"});
+    assert_eq!(d.send("POST", &aliases, &made).await.status, 201);
+    d.submit("f:a", &json!(1)).await;
+    let ran = ran(dir.path(), 1).await;
+    assert_eq!((&ran[0].arn, &ran[0].event), (&format!("{}:a", arn("f")), &json!(1)));
+
+    let settings = format!("{}?Qualifier=a", config("f"));
+    assert_eq!(d.send("PUT", &settings, &json!({"MaximumRetryAttempts": 0})).await.status, 200);
+    assert_eq!(d.call("DELETE", &format!("{aliases}/a"), &[], b"").await.status, 204);
+    assert_eq!(d.send("POST", &aliases, &made).await.status, 201);
+    d.get(&settings).await.expect(404, "ResourceNotFoundException");
+}
+
 pub(super) fn config(name: &str) -> String {
     format!("/2019-09-25/functions/{name}/event-invoke-config")
 }

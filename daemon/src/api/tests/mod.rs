@@ -1,10 +1,12 @@
 //! The API over real connections, with a backend that needs no KVM.
 
+mod aliases;
 mod control;
 mod crash;
 mod events;
 mod invocations;
 mod isolation;
+mod tags;
 mod versions;
 
 use std::{

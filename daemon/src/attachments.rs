@@ -1,0 +1,103 @@
+//! What is attached to a function as a whole, beside its versions: aliases.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::function::Version;
+
+/// All that is attached to one function. It is stored as one sealed JSON document: members may be added,
+/// with defaults, never renamed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Attachments {
+    /// By name.
+    pub aliases: BTreeMap<String, Alias>,
+}
+
+/// A name for a version, or for two among which its invocations are shared out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Alias {
+    /// The version that it means.
+    pub version: Version,
+    /// Another version, and the share of invocations that it gets, from 0 to 1.
+    pub additional: Option<(Version, f64)>,
+    /// Description.
+    pub description: String,
+    /// Changes with every update.
+    pub revision: String,
+}
+
+impl Alias {
+    /// The version for one invocation, by a number that was drawn evenly from [0, 1).
+    pub fn choose(&self, draw: f64) -> Version {
+        match self.additional {
+            Some((version, weight)) if draw < weight => version,
+            _ => self.version,
+        }
+    }
+
+    /// Whether invocations may reach `version` through it.
+    pub fn uses(&self, version: Version) -> bool {
+        self.version == version || self.additional.is_some_and(|(other, _)| other == version)
+    }
+}
+
+/// A number drawn evenly from [0, 1).
+pub fn draw() -> f64 {
+    // The last 62 bits of such an id are random; a float holds 53.
+    let random = uuid::Uuid::new_v4().as_u128() as u64 & ((1 << 53) - 1);
+    random as f64 / (1_u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn alias(weight: f64) -> Alias {
+        Alias {
+            version: Version::Published(1),
+            additional: Some((Version::Published(2), weight)),
+            description: String::new(),
+            revision: String::new(),
+        }
+    }
+
+    #[test]
+    fn draws_are_even() {
+        let mut tenths = [0_u32; 10];
+        for _ in 0..10_000 {
+            tenths[(draw() * 10.0) as usize] += 1;
+        }
+        // Six standard deviations of a binomial distribution are 180.
+        assert!(tenths.iter().all(|n| n.abs_diff(1000) < 180), "{tenths:?}");
+    }
+
+    #[test]
+    fn documents_read_back_and_may_lack_members() {
+        let mut attachments = Attachments::default();
+        attachments.aliases.insert("prod".into(), alias(0.25));
+        let json = serde_json::to_string(&attachments).unwrap();
+        assert_eq!(serde_json::from_str::<Attachments>(&json).unwrap(), attachments);
+        assert_eq!(serde_json::from_str::<Attachments>("{}").unwrap(), Attachments::default());
+    }
+
+    proptest! {
+        #[test]
+        fn weights_share_out_what_is_drawn(weight in 0.0..=1.0f64, steps in 1_u32..2000) {
+            let alias = alias(weight);
+            let even = (0..steps).map(|i| f64::from(i) / f64::from(steps));
+            let second =
+                even.filter(|draw| alias.choose(*draw) == Version::Published(2)).count() as f64;
+            prop_assert!((second - weight * f64::from(steps)).abs() <= 1.0);
+        }
+
+        #[test]
+        fn extreme_weights_are_certain(draw in 0.0..1.0f64) {
+            prop_assert_eq!(alias(0.0).choose(draw), Version::Published(1));
+            prop_assert_eq!(alias(1.0).choose(draw), Version::Published(2));
+        }
+    }
+}
