@@ -105,6 +105,13 @@ pub async fn every_alteration_is_named() {
     }
 }
 
+/// Alters a byte, whatever it is: most are random.
+fn flip<const OFFSET: u64>(file: &File) {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, OFFSET).unwrap();
+    file.write_all_at(&[!byte[0]], OFFSET).unwrap();
+}
+
 async fn alterations(encrypted: bool) {
     let install = Install::stand_in();
     let mut config = install.config();
@@ -133,9 +140,9 @@ async fn alterations(encrypted: bool) {
         other => panic!("{name}: {other:?}"),
     };
     let half = |file: &File| file.set_len(file.metadata().unwrap().len() / 2).unwrap();
-    let forged = attempt("state", |f| f.write_all_at(b"!", 130).unwrap()).await;
+    let forged = attempt("state", flip::<130>).await;
     assert!(matches!(forged, Err(SnapshotError::Forged)), "{forged:?}");
-    let key = attempt("state", |f| f.write_all_at(b"!", 60).unwrap()).await;
+    let key = attempt("state", flip::<60>).await;
     assert!(matches!(key, Err(SnapshotError::Key(KeyError::Altered { .. }))), "{key:?}");
     let altered = |result, name: &str| match (encrypted, result) {
         (false, Err(SnapshotError::Altered { what, .. })) => assert_eq!(what, name),
@@ -144,11 +151,11 @@ async fn alterations(encrypted: bool) {
     };
     // An encrypted file holds the pages alone.
     let memory: fn(&File) = match encrypted {
-        false => |f| f.write_all_at(b"!", 3 * 4096 + 9).unwrap(),
-        true => |f| f.write_all_at(b"!", 99).unwrap(),
+        false => flip::<{ 3 * 4096 + 9 }>,
+        true => flip::<99>,
     };
     altered(attempt("memory", memory).await, "memory");
-    altered(attempt("tmp.delta", |f| f.write_all_at(b"!", 0).unwrap()).await, "tmp.delta");
+    altered(attempt("tmp.delta", flip::<0>).await, "tmp.delta");
     truncated(attempt("state", half).await, "state");
     truncated(attempt("memory", half).await, "memory");
     if !encrypted {
