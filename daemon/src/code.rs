@@ -159,6 +159,11 @@ impl CodeStore {
                 disk.reader()
                     .and_then(|mut content| self.write(name, envelope, code, DISK, &mut content))
                     .map_err(|source| LoadError::Read { path, source })?;
+                // The function may have been deleted meanwhile. Its archive goes first, so either it
+                // is gone here, or this disk goes after it.
+                if !self.path(code, ZIP).exists() {
+                    remove(&self.path(code, DISK));
+                }
                 disk
             }
         };
@@ -186,6 +191,7 @@ impl CodeStore {
 
     /// Removes code that no record names any more. Running instances keep what they have.
     pub fn remove(&self, code: &Code) {
+        // In this order: see `disk`.
         for kind in [ZIP, DISK] {
             remove(&self.path(code, kind));
         }
@@ -379,6 +385,19 @@ mod tests {
         fs::write(&path, bytes).unwrap();
         assert_eq!(content_of(&store.disk(&function, build).unwrap()), CONTENT);
         assert_eq!(content_of(&store.disk(&function, no_build).unwrap()), CONTENT);
+    }
+
+    #[test]
+    fn a_disk_that_is_built_while_its_code_goes_goes_too() {
+        let (dir, store) = store();
+        let function = deployed(&store, "f", b"zip");
+        fs::remove_file(store.path(&function.code, DISK)).unwrap();
+        let gone = |zip: &[u8]| {
+            store.remove(&function.code);
+            build(zip)
+        };
+        store.disk(&function, gone).unwrap();
+        assert_eq!(files(dir.path()), Vec::<String>::new());
     }
 
     #[test]
