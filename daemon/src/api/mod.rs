@@ -11,6 +11,7 @@ mod functions;
 mod invoke;
 pub mod names;
 mod pages;
+mod services;
 pub mod shapes;
 mod tags;
 pub mod validate;
@@ -202,6 +203,8 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         router = router.route(path, handlers.clone()).route(&format!("{path}/"), handlers);
     }
     router
+        .route("/", post(services::serve::<B>).fallback(no_method))
+        .route("/service/{service}/operation/{operation}", post(services::serve::<B>))
         .fallback(no_operation)
         // Every handler sets its own limit as it reads.
         .layer(DefaultBodyLimit::disable())

@@ -6,6 +6,7 @@ mod crash;
 mod events;
 mod invocations;
 mod isolation;
+mod services;
 mod tags;
 mod versions;
 

@@ -1,0 +1,93 @@
+//! Other AWS services on the same port, as far as a function's life touches them.
+//!
+//! A request names its service and operation in one of three protocols ([`wire`]). [`call`] is the
+//! table: to add a service, give it a module with a function like `call`, one arm a operation, and an
+//! arm here. Whatever is not in the table answers UnknownOperationException.
+
+mod wire;
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{Response, StatusCode},
+};
+use serde_json::Value;
+
+use self::wire::Call;
+use super::{App, RequestInfo, read_body};
+use crate::backend::Backend;
+
+/// Most bytes of a request.
+const MAX_REQUEST: usize = 1 << 20;
+
+/// An error of a service, by the name of its shape in the service's model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceError {
+    /// Name of the exception.
+    pub name: &'static str,
+    /// What went wrong.
+    pub message: String,
+    /// 400, but for what the daemon is at fault for.
+    pub status: StatusCode,
+}
+
+impl ServiceError {
+    /// The caller's fault.
+    pub fn new(name: &'static str, message: impl Into<String>) -> Self {
+        Self { name, message: message.into(), status: StatusCode::BAD_REQUEST }
+    }
+
+    /// The daemon's fault.
+    #[expect(dead_code, reason = "no service in the table yet")]
+    pub fn internal(message: impl Into<String>) -> Self {
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        Self { name: "InternalFailure", message: message.into(), status }
+    }
+
+    /// Firn has no such operation.
+    pub fn unknown(service: &str, operation: &str) -> Self {
+        let cut = |text: &str| text.chars().take(100).collect::<String>();
+        let message =
+            format!("Firn does not know the operation {}.{}.", cut(service), cut(operation));
+        Self::new("UnknownOperationException", message)
+    }
+}
+
+/// Does what a request asks for: the table of services. A service is known by the prefix of its
+/// `X-Amz-Target`, or by the `Version` of its query protocol.
+async fn call<B: Backend>(
+    _app: &Arc<App<B>>,
+    service: &str,
+    operation: &str,
+    _input: Value,
+) -> Result<Value, ServiceError> {
+    // `match service { "TrentService" => kms::call(app, operation, input).await, … }`
+    Err(ServiceError::unknown(service, operation))
+}
+
+/// Any request of another service.
+pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone()).unwrap_or_default();
+    let protocol = wire::Protocol::of(&parts.headers, parts.uri.path());
+    let body = read_body(&parts.headers, body, MAX_REQUEST, |_| {
+        super::ApiError::RequestEntityTooLarge { limit: MAX_REQUEST, operation: "named" }
+    });
+    let (service, operation, result) = match body.await {
+        Err(error) => {
+            let mut error = ServiceError::new("RequestTooLargeException", error.to_string());
+            error.status = StatusCode::PAYLOAD_TOO_LARGE;
+            (String::new(), String::new(), Err(error))
+        }
+        Ok(body) => match protocol.read(&parts.headers, parts.uri.path(), &body) {
+            Err(error) => (String::new(), String::new(), Err(error)),
+            Ok(Call { service, operation, input }) => {
+                let result = call(&app, &service, &operation, input).await;
+                (service, operation, result)
+            }
+        },
+    };
+    protocol.write(&service, &operation, &id, result)
+}
