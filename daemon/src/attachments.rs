@@ -1,4 +1,4 @@
-//! What is attached to a function as a whole, beside its versions: aliases.
+//! What is attached to a function as a whole, beside its versions: aliases and concurrency.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +13,59 @@ use crate::function::Version;
 pub struct Attachments {
     /// By name.
     pub aliases: BTreeMap<String, Alias>,
+    /// Reserved concurrency.
+    pub reserved: Option<u32>,
+    /// Provisioned concurrency, by version or alias.
+    pub provisioned: BTreeMap<String, Provisioned>,
+}
+
+/// Provisioned concurrency of a version or an alias.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provisioned {
+    /// Instances.
+    pub requested: u32,
+    /// Milliseconds since the epoch.
+    pub modified_ms: i64,
+}
+
+impl Attachments {
+    /// Drops what belongs to a version or alias that goes.
+    pub fn forget(&mut self, qualifier: &str) {
+        self.aliases.remove(qualifier);
+        self.provisioned.remove(qualifier);
+    }
+
+    /// Provisioned concurrency, all in all.
+    pub fn provisioned(&self) -> u32 {
+        self.provisioned.values().fold(0, |sum, p| sum.saturating_add(p.requested))
+    }
+
+    /// What nobody else can have of the account's concurrency.
+    pub fn kept(&self) -> u32 {
+        self.reserved.unwrap_or_else(|| self.provisioned())
+    }
+
+    /// How a qualifier's provisioned concurrency is shared out among versions.
+    pub fn shares(&self, qualifier: &str) -> Vec<(Version, u32)> {
+        let Some(Provisioned { requested, .. }) = self.provisioned.get(qualifier) else {
+            return Vec::new();
+        };
+        match (qualifier.parse(), self.aliases.get(qualifier)) {
+            (Ok(version), _) => vec![(version, *requested)],
+            (Err(()), Some(alias)) => alias.shares(*requested),
+            (Err(()), None) => Vec::new(),
+        }
+    }
+
+    /// The same for all qualifiers.
+    pub fn all_shares(&self) -> BTreeMap<Version, u32> {
+        let mut all = BTreeMap::<Version, u32>::new();
+        for (version, share) in self.provisioned.keys().flat_map(|q| self.shares(q)) {
+            let sum = all.entry(version).or_default();
+            *sum = sum.saturating_add(share);
+        }
+        all
+    }
 }
 
 /// A name for a version, or for two among which its invocations are shared out.
@@ -35,6 +88,14 @@ impl Alias {
             Some((version, weight)) if draw < weight => version,
             _ => self.version,
         }
+    }
+
+    /// Instances shared out as invocations are.
+    fn shares(&self, instances: u32) -> Vec<(Version, u32)> {
+        let Some((other, weight)) = self.additional else { return vec![(self.version, instances)] };
+        let second = (f64::from(instances) * weight).round() as u32;
+        let shares = [(self.version, instances.saturating_sub(second)), (other, second)];
+        shares.into_iter().filter(|(_, share)| *share > 0).collect()
     }
 
     /// Whether invocations may reach `version` through it.
@@ -92,6 +153,21 @@ mod tests {
             let second =
                 even.filter(|draw| alias.choose(*draw) == Version::Published(2)).count() as f64;
             prop_assert!((second - weight * f64::from(steps)).abs() <= 1.0);
+        }
+
+        #[test]
+        fn instances_are_shared_out_whole(weight in 0.0..=1.0f64, instances in 1_u32..1000) {
+            let mut attachments = Attachments::default();
+            attachments.aliases.insert("prod".into(), alias(weight));
+            let provisioned = Provisioned { requested: instances, modified_ms: 0 };
+            attachments.provisioned.insert("prod".into(), provisioned.clone());
+            let all = attachments.all_shares();
+            prop_assert_eq!(all.values().sum::<u32>(), instances);
+            let second = all.get(&Version::Published(2)).copied().unwrap_or_default();
+            prop_assert!((f64::from(second) - weight * f64::from(instances)).abs() <= 0.5);
+            attachments.provisioned.insert("2".into(), provisioned);
+            let both = attachments.all_shares()[&Version::Published(2)];
+            prop_assert_eq!(both, second + instances);
         }
 
         #[test]

@@ -198,7 +198,7 @@ impl Options {
     /// What bounds the scheduler.
     pub fn limits(&self) -> Limits {
         Limits {
-            concurrency: self.concurrency as usize,
+            concurrency: self.concurrency,
             idle: Duration::from_secs_f64(self.idle_timeout),
             reclaim: Duration::from_secs_f64(self.reclaim_after),
             reserve: Reserve {

@@ -163,14 +163,7 @@ impl Function {
 
     /// `LastModified` as Lambda spells it.
     pub fn last_modified(&self) -> String {
-        let nanos = i128::from(self.last_modified_ms) * 1_000_000;
-        let format = format_description!(
-            "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]+0000"
-        );
-        OffsetDateTime::from_unix_timestamp_nanos(nanos)
-            .ok()
-            .and_then(|at| at.format(format).ok())
-            .unwrap_or_default()
+        iso8601(self.last_modified_ms)
     }
 
     /// Longest time that one invocation may take.
@@ -241,6 +234,17 @@ impl Function {
             .chain(reserved.into_iter().map(|(key, value)| (key.to_owned(), value)))
             .collect()
     }
+}
+
+/// Milliseconds since the epoch as Lambda spells times.
+pub fn iso8601(ms: i64) -> String {
+    let format = format_description!(
+        "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]+0000"
+    );
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000)
+        .ok()
+        .and_then(|at| at.format(format).ok())
+        .unwrap_or_default()
 }
 
 /// Milliseconds since the epoch.

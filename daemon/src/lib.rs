@@ -163,9 +163,6 @@ async fn daemon<B: Backend>(
     let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
         .context("can't use the directory of snapshots")?;
     let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
-    for function in &functions {
-        scheduler.deployed(function, None);
-    }
     let bounds = options.events();
     let queue = events::queue::Queue::open(&state.join("events.sqlite"), bounds.bytes)?;
     let clock = events::clock::Clock::default();
@@ -177,8 +174,8 @@ async fn daemon<B: Backend>(
         clock,
         bounds,
     )?;
-    let concurrency = options.concurrency as usize;
-    let app = api::App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
+    let app =
+        api::App::new(store, workshop, scheduler.clone(), events.clone(), options.concurrency);
     let address = listener.local_addr().context("the listener has no address")?;
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");

@@ -457,7 +457,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Unknown`], [`StoreError::Aliased`], or that it could not be written.
     pub fn delete_version(&self, name: &str, number: u32) -> Result<Arc<Function>, StoreError> {
-        let connection = self.lock();
+        let mut connection = self.lock();
         let version = Version::Published(number);
         let unknown = || StoreError::Unknown(format!("{name}:{number}"));
         let old = self.get(name, version).ok_or_else(unknown)?;
@@ -468,9 +468,18 @@ impl Store {
             let (name, aliases) = (name.to_owned(), users.join(", "));
             return Err(StoreError::Aliased { name, version, aliases });
         }
-        delete(&connection, &old)?;
+        let mut new = Attachments::clone(&attachments);
+        new.forget(&version.to_string());
+        let transaction = connection.transaction()?;
+        delete(&transaction, &old)?;
+        if new != *attachments {
+            let (latest, _) = self.ends(name)?;
+            insert_attachments(&transaction, &latest, &new)?;
+        }
+        transaction.commit()?;
         if let Some(entry) = self.remembered().get_mut(name) {
             entry.versions.remove(&version);
+            entry.attachments = Arc::new(new);
         }
         Ok(old)
     }
@@ -495,6 +504,14 @@ impl Store {
         self.read().get(name).map(|entry| entry.attachments.clone())
     }
 
+    /// What is kept of the account's concurrency for functions other than `name`. Within
+    /// [`Store::attach`], no change comes in between.
+    pub fn kept_for_others(&self, name: &str) -> u32 {
+        let functions = self.read();
+        let others = functions.iter().filter(|(other, _)| *other != name);
+        others.fold(0, |sum, (_, entry)| sum.saturating_add(entry.attachments.kept()))
+    }
+
     /// Has `change` change what is attached to a function. It sees the function's versions, which stay
     /// as they are meanwhile.
     ///
@@ -515,16 +532,7 @@ impl Store {
         let latest = versions.get(&Version::Latest).ok_or_else(unknown)?;
         let mut new = Attachments::clone(&old);
         let result = change(&versions, &mut new)?;
-        let write = || {
-            let document = serde_json::to_vec(&new)?;
-            let document = latest.envelope.record.seal(&attached(name), &document)?;
-            connection.execute(
-                "INSERT OR REPLACE INTO attachments VALUES (?1, ?2)",
-                params![name, document],
-            )?;
-            Ok::<_, StoreError>(())
-        };
-        write()?;
+        insert_attachments(&connection, latest, &new)?;
         if let Some(entry) = self.remembered().get_mut(name) {
             entry.attachments = Arc::new(new);
         }
@@ -604,6 +612,20 @@ fn number(
     let version = latest.published(number, description);
     insert(connection, &version)?;
     Ok(version)
+}
+
+fn insert_attachments(
+    connection: &Connection,
+    latest: &Function,
+    attachments: &Attachments,
+) -> Result<(), StoreError> {
+    let document = serde_json::to_vec(attachments)?;
+    let document = latest.envelope.record.seal(&attached(&latest.name), &document)?;
+    connection.execute(
+        "INSERT OR REPLACE INTO attachments VALUES (?1, ?2)",
+        params![latest.name, document],
+    )?;
+    Ok(())
 }
 
 fn insert(connection: &Connection, function: &Function) -> Result<(), StoreError> {

@@ -10,7 +10,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::{
-    App, Parameters, Target, blocking,
+    App, Parameters, Target, blocking, concurrency,
     error::ApiError,
     functions::{body, parse, refuse_qualifier},
     json,
@@ -82,7 +82,7 @@ pub async fn update<B: Backend>(
 ) -> Result<Response<Body>, ApiError> {
     let body = body(request, "UpdateAlias").await?;
     check_name(&name)?;
-    app.find(&reference)?;
+    let function = app.find(&reference)?;
     refuse_qualifier(&reference)?;
     let work = app.clone();
     let answer = blocking(move || {
@@ -107,10 +107,16 @@ pub async fn update<B: Backend>(
             alias.description = input.description.unwrap_or(std::mem::take(&mut alias.description));
             candidates.check(alias)?;
             alias.revision = uuid::Uuid::new_v4().to_string();
-            Ok(shape(&own.arn(&work.place), &name, alias))
+            let answer = shape(&own.arn(&work.place), &name, alias);
+            if attachments.provisioned.contains_key(&name) {
+                concurrency::check_target(attachments, &name)?;
+            }
+            Ok(answer)
         })
     })
     .await?;
+    // Where it leads, its provisioned concurrency follows.
+    app.announce_concurrency(&function.name);
     json(StatusCode::OK, &answer)
 }
 
@@ -126,11 +132,12 @@ pub async fn delete<B: Backend>(
     let (work, alias) = (app.clone(), name.clone());
     blocking(move || {
         work.store.attach(&reference.name, |_, attachments| {
-            attachments.aliases.remove(&alias);
+            attachments.forget(&alias);
             Ok::<_, ApiError>(())
         })
     })
     .await?;
+    app.announce_concurrency(&function.name);
     app.events.unset(&function, &name).await;
     Ok(no_content())
 }

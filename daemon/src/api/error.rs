@@ -35,6 +35,9 @@ pub enum ApiError {
     /// No such function or version.
     #[error("{0}")]
     ResourceNotFound(String),
+    /// Nothing is provisioned there.
+    #[error("No Provisioned Concurrency Config found for this function")]
+    ProvisionedConcurrencyConfigNotFound,
     /// The function exists already, or is not in the state that was asked for.
     #[error("{0}")]
     ResourceConflict(String),
@@ -123,6 +126,9 @@ impl ApiError {
             Self::AccessDenied(_) => ("AccessDeniedException", StatusCode::FORBIDDEN, Upper),
             Self::ResourceNotFound(_) => {
                 ("ResourceNotFoundException", StatusCode::NOT_FOUND, Upper)
+            }
+            Self::ProvisionedConcurrencyConfigNotFound => {
+                ("ProvisionedConcurrencyConfigNotFoundException", StatusCode::NOT_FOUND, Lower)
             }
             Self::ResourceConflict(_) => ("ResourceConflictException", StatusCode::CONFLICT, Lower),
             Self::PreconditionFailed { .. } => {

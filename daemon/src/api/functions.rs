@@ -98,7 +98,7 @@ pub async fn create<B: Backend>(
     })
     .await?;
     tracing::info!(function = function.name, "function created");
-    app.scheduler.deployed(&function, None);
+    app.announce(&function, None);
     match version {
         Some(version) => {
             versions::answer(&app, StatusCode::CREATED, &Published { version, new: true })
@@ -127,6 +127,9 @@ pub async fn get<B: Backend>(
     let latest = app.store.get(&function.name, Version::Latest);
     if let Some(latest) = latest.filter(|latest| !latest.tags.is_empty()) {
         output["Tags"] = json!(latest.tags);
+    }
+    if let Some(reserved) = app.store.attachments(&function.name).and_then(|a| a.reserved) {
+        output["Concurrency"] = json!({ "ReservedConcurrentExecutions": reserved });
     }
     json(StatusCode::OK, &output)
 }
@@ -236,7 +239,7 @@ pub async fn update_code<B: Backend>(
         }
     };
     tracing::info!(function = new.name, "code updated");
-    app.scheduler.deployed(&new, Some(&old));
+    app.announce(&new, Some(&old));
     match published {
         Some(published) => versions::answer(&app, StatusCode::OK, &published),
         None => json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, None)),
@@ -269,7 +272,7 @@ pub async fn update_configuration<B: Backend>(
     })
     .await?;
     tracing::info!(function = new.name, "configuration updated");
-    app.scheduler.deployed(&new, Some(&old));
+    app.announce(&new, Some(&old));
     json(StatusCode::OK, &FunctionConfiguration::of(&new, &app.place, None))
 }
 
@@ -302,7 +305,7 @@ pub async fn delete<B: Backend>(
     .await?;
     for version in &gone {
         tracing::info!(function = version.qualified_name(), "deleted");
-        app.scheduler.removed(version);
+        app.announce(version, Some(version));
     }
     if let Some(first) = gone.first() {
         app.events.removed(first).await;
@@ -334,7 +337,7 @@ pub async fn account_settings<B: Backend>(
             "CodeSizeUnzipped": MAX_UNZIPPED,
             "CodeSizeZipped": MAX_ZIPPED,
             "ConcurrentExecutions": app.concurrency,
-            "UnreservedConcurrentExecutions": app.concurrency,
+            "UnreservedConcurrentExecutions": app.scheduler.unreserved(),
         },
         "AccountUsage": {"TotalCodeSize": code_size, "FunctionCount": count},
     });

@@ -114,10 +114,9 @@ pub async fn invoke<B: Backend>(
     let version = function.version;
     let request = scheduler::Request { function, invocation, force, trace };
     let served = app.scheduler.invoke(request).await.map_err(|refusal| match refusal {
-        Refusal::Throttled => ApiError::TooManyRequests {
-            reason: "ConcurrentInvocationLimitExceeded",
-            retry_after: 1,
-        },
+        Refusal::Throttled(limit) => {
+            ApiError::TooManyRequests { reason: limit.reason(), retry_after: 1 }
+        }
         Refusal::Impossible(message) => ApiError::ResourceConflict(message),
         Refusal::Failed(message) => ApiError::Service(message),
     })?;

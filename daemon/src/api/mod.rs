@@ -4,6 +4,7 @@
 //! That is why the daemon binds to loopback unless told otherwise.
 
 mod aliases;
+mod concurrency;
 pub mod error;
 mod event_config;
 mod firn_api;
@@ -22,7 +23,7 @@ mod tests;
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -100,21 +101,22 @@ pub struct App<B: Backend> {
     /// What ARNs say.
     pub place: Place,
     /// The limit that GetAccountSettings shows.
-    pub concurrency: usize,
+    pub concurrency: u32,
+    announcing: Mutex<()>,
     uploads: Semaphore,
     room: Semaphore,
 }
 
 impl<B: Backend> App<B> {
-    /// Puts the parts together.
+    /// Puts the parts together, and has the scheduler run what is in the store.
     pub fn new(
         store: Arc<Store>,
         workshop: crate::workshop::Workshop<B>,
         scheduler: Arc<Scheduler<B>>,
         events: Arc<Events<B>>,
-        concurrency: usize,
+        concurrency: u32,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let app = Self {
             store,
             code: workshop.code,
             logs: workshop.logs,
@@ -123,9 +125,42 @@ impl<B: Backend> App<B> {
             backend: workshop.backend,
             place: workshop.place,
             concurrency,
+            announcing: Mutex::new(()),
             uploads: Semaphore::new(UPLOADS),
             room: Semaphore::new(EVENT_KIB),
-        })
+        };
+        app.store.all().iter().for_each(|function| app.announce(function, None));
+        Arc::new(app)
+    }
+
+    /// Has the scheduler run what the store says of a version that was changed, and was
+    /// `before`. Changes are committed one after the other but come here in any order: each brings the
+    /// last one.
+    fn announce(&self, changed: &Arc<Function>, before: Option<&Function>) {
+        let _turn = self.announcing.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.store.get(&changed.name, changed.version) {
+            Some(now) => self.scheduler.deployed(&now, before),
+            None => [Some(&**changed), before]
+                .into_iter()
+                .flatten()
+                .for_each(|gone| self.scheduler.removed(gone)),
+        }
+        self.keep(&changed.name);
+    }
+
+    /// The same for the concurrency that is kept for a function.
+    fn announce_concurrency(&self, name: &str) {
+        let _turn = self.announcing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keep(name);
+    }
+
+    fn keep(&self, name: &str) {
+        let attachments = self.store.attachments(name).unwrap_or_default();
+        let shares = attachments.all_shares().into_iter();
+        let provisioned: Vec<_> = shares
+            .filter_map(|(version, share)| Some((self.store.get(name, version)?, share)))
+            .collect();
+        self.scheduler.keep(name, attachments.reserved, &provisioned);
     }
 
     /// The version of a function that a reference means: `$LATEST` where it does not say.
@@ -172,11 +207,15 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         .put(event_config::put::<B>)
         .post(event_config::update::<B>)
         .delete(event_config::delete::<B>);
+    let reservation = put(concurrency::put_reserved::<B>).delete(concurrency::delete_reserved::<B>);
+    let provisioned = get(concurrency::get_provisioned::<B>)
+        .put(concurrency::put_provisioned::<B>)
+        .delete(concurrency::delete_provisioned::<B>);
     let event_configs = get(event_config::list::<B>);
     let aliases = get(aliases::list::<B>).post(aliases::create::<B>);
     let alias = get(aliases::get::<B>).put(aliases::update::<B>).delete(aliases::delete::<B>);
     let tags = get(tags::list::<B>).post(tags::tag::<B>).delete(tags::untag::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 18] = [
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 21] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
@@ -188,6 +227,9 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
         ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
+        ("/2017-10-31/functions/{name}/concurrency", reservation),
+        ("/2019-09-30/functions/{name}/concurrency", get(concurrency::get_reserved::<B>)),
+        ("/2019-09-30/functions/{name}/provisioned-concurrency", provisioned),
         ("/2019-09-25/functions/{name}/event-invoke-config", event_config),
         ("/2019-09-25/functions/{name}/event-invoke-config/list", event_configs),
         ("/firn/v1/health", get(firn_api::health::<B>)),

@@ -67,7 +67,7 @@ pub(super) fn answer<B: Backend>(
 ) -> Result<Response<Body>, ApiError> {
     if *new {
         tracing::info!(function = version.qualified_name(), "version published");
-        app.scheduler.deployed(version, None);
+        app.announce(version, None);
     }
     json(status, &FunctionConfiguration::qualified(version, &app.place))
 }

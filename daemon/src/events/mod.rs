@@ -496,6 +496,10 @@ impl<B: Backend> Events<B> {
             tracing::warn!(function = name, request_id, attempts, "an event is too old");
             return ended(Condition::EventAgeExceeded, *attempts, None);
         }
+        if self.store.attachments(name).is_some_and(|a| a.reserved == Some(0)) {
+            tracing::warn!(function = name, request_id, "an event of a function that may not run");
+            return ended(Condition::ZeroReservedConcurrency, *attempts, None);
+        }
         let invocation = Invocation {
             request_id: request_id.to_owned(),
             function_arn: event.head.function_arn.clone(),
@@ -527,7 +531,7 @@ impl<B: Backend> Events<B> {
                 Some(Fate::Again { due_ms: later(due_ms), attempts })
             }
             Err(refusal) => {
-                if !matches!(refusal, Refusal::Throttled) {
+                if !matches!(refusal, Refusal::Throttled(_)) {
                     tracing::warn!(function = name, request_id, %refusal, "an event has to wait");
                 }
                 let due_ms = later(lane.pause(self.clock.now()));

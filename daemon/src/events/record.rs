@@ -16,6 +16,8 @@ pub enum Condition {
     RetriesExhausted,
     /// It waited for too long.
     EventAgeExceeded,
+    /// The function's reserved concurrency is 0: it is not to run.
+    ZeroReservedConcurrency,
 }
 
 /// An event and what became of it.

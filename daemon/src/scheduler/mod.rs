@@ -9,10 +9,13 @@
 //! - A request that has begun runs to its end even if its caller goes away.
 //! - Work that the caller need not wait for (pausing, retiring, writing logs) happens after the
 //!   answer.
-//! - Nothing grows without a limit: requests in flight, instances by host memory, idle time.
+//! - Nothing grows without a limit: requests in flight, by account and by function; instances by host
+//!   memory; idle time.
 
 mod admission;
+mod concurrency;
 mod pool;
+mod provision;
 mod serving;
 mod trace;
 
@@ -26,12 +29,13 @@ use std::{
 
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
-use tokio::sync::Semaphore;
 
 pub use self::{admission::Reserve, trace::Trace};
 use self::{
     admission::{Admission, Admitted},
+    concurrency::{Concurrency, Shares},
     pool::{Pools, Take},
+    provision::Provision,
 };
 use crate::{
     backend::{Backend, Machine},
@@ -54,7 +58,7 @@ pub enum Isolation {
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Requests in flight at once.
-    pub concurrency: usize,
+    pub concurrency: u32,
     /// How long an instance waits for work.
     pub idle: Duration,
     /// How long it keeps memory only to be fast.
@@ -135,12 +139,31 @@ impl fmt::Debug for Served {
     }
 }
 
+/// What holds a request back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The concurrency, or the memory, that all functions share.
+    Account,
+    /// The concurrency that is reserved for the function.
+    Function,
+}
+
+impl Limit {
+    /// Lambda's `ThrottleReason`.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Account => "ConcurrentInvocationLimitExceeded",
+            Self::Function => "ReservedFunctionConcurrentInvocationLimitExceeded",
+        }
+    }
+}
+
 /// Why a request was not served.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// A limit is reached.
     #[error("too many requests at once")]
-    Throttled,
+    Throttled(Limit),
     /// The forced kind of start is not possible now.
     #[error("{0}")]
     Impossible(String),
@@ -191,7 +214,8 @@ pub struct Scheduler<B: Backend> {
     preparer: Arc<Preparer<B>>,
     pools: Pools<Worker<B::Machine>>,
     limits: Limits,
-    permits: Arc<Semaphore>,
+    concurrency: Arc<Concurrency>,
+    provision: Provision,
     admission: Admission,
     instances: Mutex<BTreeMap<String, Listed>>,
 }
@@ -203,7 +227,8 @@ impl<B: Backend> Scheduler<B> {
             workshop,
             preparer,
             pools: Pools::default(),
-            permits: Arc::new(Semaphore::new(limits.concurrency)),
+            concurrency: Concurrency::new(limits.concurrency),
+            provision: Provision::default(),
             admission: Admission::new(limits.reserve.clone()),
             limits,
             instances: Mutex::default(),
@@ -217,16 +242,18 @@ impl<B: Backend> Scheduler<B> {
                 tokio::time::sleep(step).await;
                 let Some(scheduler) = weak.upgrade() else { return };
                 scheduler.admission.refresh();
+                let floor = |key: &str| scheduler.provision.floor(key);
                 if scheduler.admission.disk_is_short()
-                    && let Some(worker) = scheduler.pools.evict()
+                    && let Some(worker) = scheduler.pools.evict(floor)
                 {
                     scheduler.retire(worker);
                 }
                 let unfit = |worker: &Worker<B::Machine>| !worker.machine.is_alive();
-                for worker in scheduler.pools.expire(scheduler.limits.idle, unfit) {
+                for worker in scheduler.pools.expire(scheduler.limits.idle, unfit, floor) {
                     scheduler.retire(worker);
                 }
                 scheduler.reclaim();
+                scheduler.provide();
             }
         });
         scheduler
@@ -255,6 +282,20 @@ impl<B: Backend> Scheduler<B> {
         self.preparer.forget(&key, &function.fingerprint(&self.workshop.place));
     }
 
+    /// From now on this much concurrency is kept for a function: all in all, or for versions of it, for
+    /// which as many instances are thawed ahead.
+    pub fn keep(&self, name: &str, reserved: Option<u32>, provisioned: &[(Arc<Function>, u32)]) {
+        let shares =
+            provisioned.iter().map(|(function, count)| (function.version, *count)).collect();
+        self.concurrency.keep(name, Shares { reserved, provisioned: shares });
+        self.provision.set(name, provisioned);
+    }
+
+    /// What is left of the account's concurrency for functions for which nothing is kept.
+    pub fn unreserved(&self) -> u32 {
+        self.concurrency.unreserved()
+    }
+
     /// Where the snapshot of a function stands.
     pub fn snapshot(&self, function: &Function) -> crate::prepare::Status {
         self.preparer
@@ -269,11 +310,11 @@ impl<B: Backend> Scheduler<B> {
     /// Takes no more requests, gives those in flight `patience`, and kills what is left.
     pub async fn close(&self, patience: Duration) {
         self.preparer.close();
-        let all = self.limits.concurrency as u32;
-        if tokio::time::timeout(patience, self.permits.acquire_many(all)).await.is_err() {
+        self.provision.clear();
+        self.concurrency.close();
+        if tokio::time::timeout(patience, self.concurrency.drained()).await.is_err() {
             tracing::warn!("invocations in flight are cut off");
         }
-        self.permits.close();
         drop(self.pools.drain());
         self.workshop.backend.shutdown().await;
         self.workshop.logs.flush().await;
@@ -284,13 +325,7 @@ impl<B: Backend> Scheduler<B> {
     /// # Errors
     /// Any [`Refusal`].
     pub async fn invoke(self: &Arc<Self>, request: Request) -> Result<Served, Refusal> {
-        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
-            return Err(if self.permits.is_closed() {
-                Refusal::Failed("firnd is shutting down".into())
-            } else {
-                Refusal::Throttled
-            });
-        };
+        let permit = self.concurrency.enter(&request.function.name, request.function.version)?;
         let scheduler = self.clone();
         // A task of its own: it goes on when the caller hangs up.
         let task = tokio::spawn(async move {
@@ -374,19 +409,20 @@ impl<B: Backend> Scheduler<B> {
         machine: B::Machine,
         output: Output,
         start: StartKind,
-        request: &Request,
+        function: &Function,
         fingerprint: &str,
+        invocations: u64,
     ) -> Worker<B::Machine> {
-        let function = request.function.qualified_name();
         let listed = Listed {
-            function_name: request.function.name.clone(),
-            version: request.function.version,
+            function_name: function.name.clone(),
+            version: function.version,
             pid: machine.pid(),
             start,
             started_ms: now_ms(),
-            state: "busy",
-            invocations: 1,
+            state: if invocations > 0 { "busy" } else { "idle" },
+            invocations,
         };
+        let function = function.qualified_name();
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         let listed_as = machine.id().to_owned();
         instances.insert(listed_as.clone(), listed);
@@ -419,7 +455,7 @@ impl<B: Backend> Scheduler<B> {
             if let Some(admitted) = self.admission.admit(class.memory_mib) {
                 return Ok(admitted);
             }
-            let Some(worker) = self.pools.evict() else { break };
+            let Some(worker) = self.pools.evict(|key| self.provision.floor(key)) else { break };
             self.retire(worker);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -427,6 +463,6 @@ impl<B: Backend> Scheduler<B> {
             memory_mib = class.memory_mib,
             "no memory or disk space for another instance"
         );
-        Err(Refusal::Throttled)
+        Err(Refusal::Throttled(Limit::Account))
     }
 }

@@ -147,14 +147,21 @@ impl<W> Pools<W> {
         pool.into_iter().flat_map(|p| p.idle).map(|(_, worker)| worker).collect()
     }
 
-    /// Takes out all that have been idle for `limit`, or that `unfit` says are of no use.
-    pub fn expire(&self, limit: Duration, unfit: impl Fn(&W) -> bool) -> Vec<W> {
+    /// Takes out all that `unfit` says are of no use, and those that have been idle for `limit` but for
+    /// the last `floor` of a function.
+    pub fn expire(
+        &self,
+        limit: Duration,
+        unfit: impl Fn(&W) -> bool,
+        floor: impl Fn(&str) -> usize,
+    ) -> Vec<W> {
         let mut gone = Vec::new();
         // Empty pools stay: instances that serve right now come back to them.
-        for pool in self.lock().values_mut() {
-            let due =
-                |(since, worker): &mut (Instant, W)| since.elapsed() >= limit || unfit(worker);
-            gone.extend(pool.idle.extract_if(.., due).map(|(_, worker)| worker));
+        for (function, pool) in self.lock().iter_mut() {
+            gone.extend(pool.idle.extract_if(.., |(_, worker)| unfit(worker)).map(|(_, w)| w));
+            let old = pool.idle.iter().take_while(|(since, _)| since.elapsed() >= limit).count();
+            let spare = pool.idle.len().saturating_sub(floor(function));
+            gone.extend(pool.idle.drain(..old.min(spare)).map(|(_, worker)| worker));
         }
         gone
     }
@@ -173,13 +180,13 @@ impl<W> Pools<W> {
         borrowed
     }
 
-    /// Takes out the one that has been idle for longest.
-    pub fn evict(&self) -> Option<W> {
+    /// Takes out the one that has been idle for longest, but for the last `floor` of a function.
+    pub fn evict(&self, floor: impl Fn(&str) -> usize) -> Option<W> {
         let mut functions = self.lock();
-        let pool = functions
-            .values_mut()
-            .filter(|pool| !pool.idle.is_empty())
-            .min_by_key(|pool| pool.idle[0].0)?;
+        let (_, pool) = functions
+            .iter_mut()
+            .filter(|(function, pool)| pool.idle.len() > floor(function))
+            .min_by_key(|(_, pool)| pool.idle[0].0)?;
         Some(pool.idle.remove(0).1)
     }
 
@@ -223,7 +230,7 @@ mod tests {
         for worker in [1, 2, 3] {
             assert_eq!(put(&pools, "a", worker), None);
         }
-        assert_eq!(pools.evict(), Some(1));
+        assert_eq!(pools.evict(|_| 0), Some(1));
         assert_eq!(take(&pools, "a"), Some(3));
         assert_eq!(pools.drain(), [2]);
     }
@@ -285,7 +292,11 @@ mod tests {
         assert_eq!(soon.try_recv(), Ok(2));
         put(&pools, "a", 4);
         assert_eq!(pools.returned("f", "a", borrowed.pop()), None);
-        assert_eq!(pools.evict(), Some(1), "it has been idle for longest, whatever was done to it");
+        assert_eq!(
+            pools.evict(|_| 0),
+            Some(1),
+            "it has been idle for longest, whatever was done to it"
+        );
     }
 
     #[test]
@@ -295,8 +306,11 @@ mod tests {
         for worker in [1, 2, 3] {
             put(&pools, "a", worker);
         }
-        assert_eq!(pools.expire(Duration::from_secs(60), |&worker| worker == 2), [2]);
-        assert_eq!(pools.expire(Duration::ZERO, |_| false), [1, 3]);
+        assert_eq!(pools.expire(Duration::from_secs(60), |&worker| worker == 2, |_| 0), [2]);
+        assert!(pools.expire(Duration::ZERO, |_| false, |_| 2).is_empty(), "those stay");
+        assert!(pools.evict(|_| 2).is_none());
+        assert_eq!(pools.expire(Duration::ZERO, |_| false, |_| 1), [1], "the oldest goes");
+        assert_eq!(pools.expire(Duration::ZERO, |&worker| worker == 3, |_| 1), [3], "of no use");
         assert_eq!(put(&pools, "a", 4), None, "the pool is still there");
     }
 }

@@ -110,7 +110,14 @@ impl<B: Backend> Scheduler<B> {
             Ok((machine, Some(report))) => {
                 let mut request = std::mem::replace(request, Request::empty(function));
                 request.trace.add("thaw", begun, &report.phases);
-                let worker = self.register(machine, output, StartKind::Thaw, &request, fingerprint);
+                let worker = self.register(
+                    machine,
+                    output,
+                    StartKind::Thaw,
+                    &request.function,
+                    fingerprint,
+                    1,
+                );
                 let served =
                     self.conclude(worker, request, StartKind::Thaw, Ok(report), 0, begun).await?;
                 Ok(Some(served))
@@ -153,7 +160,8 @@ impl<B: Backend> Scheduler<B> {
         let machine = boot.map_err(|e| failed(&e))?;
         request.trace.add("boot", begun, machine.start_phases());
         let (output, sink) = self.workshop.output(&function);
-        let mut worker = self.register(machine, output, StartKind::Boot, &request, &fingerprint);
+        let mut worker =
+            self.register(machine, output, StartKind::Boot, &function, &fingerprint, 1);
         let spec = self.workshop.spec(&function, code, "on-demand", &worker.output, sink);
         let begun = Instant::now();
         let loaded = match worker.output.during(worker.machine.load(&spec, false)).await {

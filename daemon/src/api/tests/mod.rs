@@ -1,6 +1,7 @@
 //! The API over real connections, with a backend that needs no KVM.
 
 mod aliases;
+mod concurrency;
 mod control;
 mod crash;
 mod events;
@@ -44,6 +45,7 @@ const FUNCTIONS: &str = "/2015-03-31/functions";
 struct Daemon {
     address: SocketAddr,
     fake: Arc<Counters>,
+    app: Arc<App<Fake>>,
     scheduler: Arc<Scheduler<Fake>>,
     events: Arc<Events<Fake>>,
     clock: Clock,
@@ -114,12 +116,9 @@ async fn start_within(
     let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
     let concurrency = limits.concurrency;
     let scheduler = Scheduler::start(workshop.clone(), preparer, limits);
-    for function in &functions {
-        scheduler.deployed(function, None);
-    }
     let clock = Clock::default();
     let event_bounds = queueing::Bounds {
-        slots: (concurrency / 2).max(1),
+        slots: (concurrency as usize / 2).max(1),
         bytes: 64 << 20,
         retry: Duration::from_secs(60),
     };
@@ -138,8 +137,9 @@ async fn start_within(
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
-    tokio::spawn(serve::serve(listener, router(app), until, Duration::from_secs(5), bounds));
-    Daemon { address, fake: fake.0, scheduler, events, clock, stop: Some(stop) }
+    let routes = router(app.clone());
+    tokio::spawn(serve::serve(listener, routes, until, Duration::from_secs(5), bounds));
+    Daemon { address, fake: fake.0, app, scheduler, events, clock, stop: Some(stop) }
 }
 
 impl Daemon {
