@@ -1,10 +1,14 @@
-//! What is attached to a function as a whole, beside its versions: aliases and concurrency.
+//! What is attached to a function as a whole, beside its versions: aliases, concurrency, and policies that
+//! say who may invoke it.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::function::Version;
+
+/// Most bytes of a policy.
+pub const MAX_POLICY: usize = 20_480;
 
 /// All that is attached to one function. It is stored as one sealed JSON document: members may be added,
 /// with defaults, never renamed.
@@ -17,6 +21,9 @@ pub struct Attachments {
     pub reserved: Option<u32>,
     /// Provisioned concurrency, by version or alias.
     pub provisioned: BTreeMap<String, Provisioned>,
+    /// Policies by the qualifier that they hold for: a version, an alias, or nothing for calls without one.
+    /// None is empty.
+    pub policies: BTreeMap<String, Policy>,
 }
 
 /// Provisioned concurrency of a version or an alias.
@@ -33,6 +40,7 @@ impl Attachments {
     pub fn forget(&mut self, qualifier: &str) {
         self.aliases.remove(qualifier);
         self.provisioned.remove(qualifier);
+        self.policies.remove(qualifier);
     }
 
     /// Provisioned concurrency, all in all.
@@ -66,6 +74,33 @@ impl Attachments {
         }
         all
     }
+}
+
+/// A resource policy: who may invoke a function by one of its qualifiers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Changes with every change of it.
+    pub revision: String,
+    /// In the order in which they were added.
+    pub statements: Vec<Statement>,
+}
+
+impl Policy {
+    /// As Lambda shows it.
+    pub fn document(&self) -> String {
+        let documents: Vec<&str> = self.statements.iter().map(|s| s.document.as_str()).collect();
+        let statements = documents.join(",");
+        format!(r#"{{"Version":"2012-10-17","Id":"default","Statement":[{statements}]}}"#)
+    }
+}
+
+/// One permission.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Statement {
+    /// What it is known by within its policy.
+    pub sid: String,
+    /// The whole statement as JSON, its id included.
+    pub document: String,
 }
 
 /// A name for a version, or for two among which its invocations are shared out.

@@ -50,6 +50,14 @@ pub enum ApiError {
         /// The operation that tells it.
         read: &'static str,
     },
+    /// A resource policy would get too long.
+    #[error("The final policy size ({length}) is bigger than the limit ({limit}).")]
+    PolicyLengthExceeded {
+        /// Its length in bytes.
+        length: usize,
+        /// Most bytes.
+        limit: usize,
+    },
     /// The event is over the limit.
     #[error("{0}")]
     RequestTooLarge(String),
@@ -133,6 +141,9 @@ impl ApiError {
             Self::ResourceConflict(_) => ("ResourceConflictException", StatusCode::CONFLICT, Lower),
             Self::PreconditionFailed { .. } => {
                 ("PreconditionFailedException", StatusCode::PRECONDITION_FAILED, Lower)
+            }
+            Self::PolicyLengthExceeded { .. } => {
+                ("PolicyLengthExceededException", StatusCode::BAD_REQUEST, Lower)
             }
             Self::RequestTooLarge(_) => {
                 ("RequestTooLargeException", StatusCode::PAYLOAD_TOO_LARGE, Lower)

@@ -12,6 +12,7 @@ mod functions;
 mod invoke;
 pub mod names;
 mod pages;
+mod permissions;
 mod services;
 pub mod shapes;
 mod tags;
@@ -34,7 +35,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts},
     middleware::{self, Next},
     response::IntoResponse,
-    routing::{MethodRouter, get, post, put},
+    routing::{MethodRouter, delete, get, post, put},
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
@@ -215,7 +216,9 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let aliases = get(aliases::list::<B>).post(aliases::create::<B>);
     let alias = get(aliases::get::<B>).put(aliases::update::<B>).delete(aliases::delete::<B>);
     let tags = get(tags::list::<B>).post(tags::tag::<B>).delete(tags::untag::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 21] = [
+    let policy = get(permissions::get::<B>).post(permissions::add::<B>);
+    let statement = delete(permissions::remove::<B>);
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 23] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
@@ -223,6 +226,8 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         ("/2015-03-31/functions/{name}/versions", versions),
         ("/2015-03-31/functions/{name}/aliases", aliases),
         ("/2015-03-31/functions/{name}/aliases/{alias}", alias),
+        ("/2015-03-31/functions/{name}/policy", policy),
+        ("/2015-03-31/functions/{name}/policy/{sid}", statement),
         ("/2017-03-31/tags/{arn}", tags),
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
         ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),

@@ -154,6 +154,23 @@ pub struct UpdateAlias {
     pub(crate) revision_id: Option<String>,
 }
 
+/// AddPermission.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AddPermission {
+    pub(crate) statement_id: Option<String>,
+    pub(crate) action: Option<String>,
+    pub(crate) principal: Option<String>,
+    pub(crate) source_arn: Option<String>,
+    pub(crate) source_account: Option<String>,
+    pub(crate) event_source_token: Option<String>,
+    pub(crate) revision_id: Option<String>,
+    #[serde(rename = "PrincipalOrgID")]
+    pub(crate) principal_org_id: Option<String>,
+    pub(crate) function_url_auth_type: Option<String>,
+    pub(crate) invoked_via_function_url: Option<bool>,
+}
+
 /// `AliasRoutingConfiguration`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{ApiError, violation},
-    names::is_alias,
-    shapes::{CreateAlias, PublishVersion, RoutingConfig, Settings, UpdateAlias},
+    names::{is_alias, is_region},
+    shapes::{AddPermission, CreateAlias, PublishVersion, RoutingConfig, Settings, UpdateAlias},
 };
 use crate::function::Config;
 
@@ -26,6 +26,11 @@ const ENVIRONMENT: usize = 4096;
 
 /// Most tags of a function.
 const TAGS: usize = 50;
+
+/// Longest id of a statement in a resource policy.
+const STATEMENT_ID: usize = 100;
+/// Longest principal; the model has no limit. No ARN of a user or role is longer.
+const PRINCIPAL: usize = 2048;
 
 /// What an alias's name must be.
 pub const ALIAS: &str = "Member must satisfy regular expression pattern: (?!^[0-9]+$)([a-zA-Z0-9-_]+), with at most 128 \
@@ -229,6 +234,60 @@ pub fn update_alias(input: &UpdateAlias) -> Result<(), ApiError> {
     found.version("functionVersion", input.function_version.as_deref());
     found.length("description", input.description.as_deref(), DESCRIPTION);
     found.weights(input.routing_config.as_ref());
+    found.check()
+}
+
+/// What a permission may be.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn add_permission(input: &AddPermission) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    for (member, value) in [
+        ("statementId", &input.statement_id),
+        ("action", &input.action),
+        ("principal", &input.principal),
+    ] {
+        if value.is_none() {
+            found.add(member, "null", "Member must not be null");
+        }
+    }
+    let value = input.statement_id.as_deref();
+    found.length("statementId", value, STATEMENT_ID);
+    found.pattern("statementId", value, is_word, "([a-zA-Z0-9-_]+)");
+    let pattern = "(lambda:[*]|lambda:[a-zA-Z]+|[*])";
+    found.pattern("action", input.action.as_deref(), is_action, pattern);
+    let is_principal = |text: &str| !text.is_empty() && !text.contains(char::is_whitespace);
+    found.pattern("principal", input.principal.as_deref(), is_principal, "[^\\s]+");
+    found.length("principal", input.principal.as_deref(), PRINCIPAL);
+    let pattern =
+        "arn:(aws[a-zA-Z0-9-]*):([a-zA-Z0-9\\-])+:([a-z]{2}(-gov)?-[a-z]+-\\d{1})?:(\\d{12})?:(.*)";
+    found.pattern("sourceArn", input.source_arn.as_deref(), is_arn, pattern);
+    let is_account = |text: &str| text.len() == 12 && text.bytes().all(|b| b.is_ascii_digit());
+    found.pattern("sourceAccount", input.source_account.as_deref(), is_account, "\\d{12}");
+    let value = input.event_source_token.as_deref();
+    found.length("eventSourceToken", value, 256);
+    let is_token = |text: &str| is_word(&text.replace('.', "-"));
+    found.pattern("eventSourceToken", value, is_token, "[a-zA-Z0-9._\\-]+");
+    let value = input.principal_org_id.as_deref();
+    found.pattern("principalOrgID", value, is_organization, "^o-[a-z0-9]{10,32}$");
+    let value = input.function_url_auth_type.as_deref();
+    if let Some(value) = value.filter(|value| !matches!(*value, "NONE" | "AWS_IAM")) {
+        let set = "Member must satisfy enum value set: [NONE, AWS_IAM]";
+        found.add("functionUrlAuthType", value, set);
+    }
+    found.check()
+}
+
+/// What can be the id of a statement that is asked for.
+///
+/// # Errors
+/// The Lambda error that says what is wrong.
+pub fn statement_id(value: &str) -> Result<(), ApiError> {
+    let mut found = Violations::default();
+    found.length("statementId", Some(value), STATEMENT_ID);
+    let fits = |text: &str| is_word(&text.replace('.', "-"));
+    found.pattern("statementId", Some(value), fits, "([a-zA-Z0-9-_.]+)");
     found.check()
 }
 
@@ -440,6 +499,36 @@ fn is_empty(value: &serde_json::Value) -> bool {
         Value::Object(members) => members.values().all(is_empty),
         _ => false,
     }
+}
+
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+fn is_action(text: &str) -> bool {
+    let name = text.strip_prefix("lambda:");
+    let letters = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphabetic());
+    text == "*" || name.is_some_and(|name| name == "*" || letters(name))
+}
+
+fn is_organization(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let id = text.strip_prefix("o-").filter(|id| (10..=32).contains(&id.len()));
+    id.is_some_and(|id| id.bytes().all(allowed))
+}
+
+fn is_arn(text: &str) -> bool {
+    let parts: Vec<&str> = text.splitn(6, ':').collect();
+    let ["arn", partition, service, region, account, resource] = parts[..] else { return false };
+    let word = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    partition.starts_with("aws")
+        && word(partition)
+        && !service.is_empty()
+        && word(service)
+        && (region.is_empty() || is_region(region))
+        && (account.is_empty()
+            || (account.len() == 12 && account.bytes().all(|b| b.is_ascii_digit())))
+        && !resource.contains('\n')
 }
 
 fn is_handler(text: &str) -> bool {

@@ -7,6 +7,7 @@ mod crash;
 mod events;
 mod invocations;
 mod isolation;
+mod permissions;
 mod services;
 mod tags;
 mod versions;
