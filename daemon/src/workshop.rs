@@ -17,6 +17,9 @@ const LINES: usize = 32;
 /// Time that a function's initialisation may take, as in Lambda.
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Time after which what a running invocation has printed can be read.
+const SHOWN: Duration = Duration::from_secs(1);
+
 /// Backend, code and logs.
 #[derive(Debug, Clone)]
 pub struct Workshop<B> {
@@ -45,11 +48,16 @@ impl Output {
     /// and everything that came before is in the log.
     pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
+        let mut show = tokio::time::Instant::now() + SHOWN;
         let result = loop {
-            // Both are polled in turn: a flood must not starve the work, nor the work the log.
+            // All are polled in turn: a flood must not starve the work, nor the work the log.
             tokio::select! {
                 result = &mut work => break result,
                 Some(line) = self.lines.recv() => self.stream.output(&line).await,
+                () = tokio::time::sleep_until(show), if self.stream.is_pending() => {
+                    self.stream.flush().await;
+                    show = tokio::time::Instant::now() + SHOWN;
+                }
             }
         };
         self.drain().await;

@@ -4,6 +4,7 @@
 //! table: to add a service, give it a module with a function like `call`, one arm a operation, and an
 //! arm here. Whatever is not in the table answers UnknownOperationException.
 
+mod logs;
 mod wire;
 
 use std::sync::Arc;
@@ -40,7 +41,6 @@ impl ServiceError {
     }
 
     /// The daemon's fault.
-    #[expect(dead_code, reason = "no service in the table yet")]
     pub fn internal(message: impl Into<String>) -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
         Self { name: "InternalFailure", message: message.into(), status }
@@ -58,13 +58,15 @@ impl ServiceError {
 /// Does what a request asks for: the table of services. A service is known by the prefix of its
 /// `X-Amz-Target`, or by the `Version` of its query protocol.
 async fn call<B: Backend>(
-    _app: &Arc<App<B>>,
+    app: &Arc<App<B>>,
     service: &str,
     operation: &str,
-    _input: Value,
+    input: Value,
 ) -> Result<Value, ServiceError> {
-    // `match service { "TrentService" => kms::call(app, operation, input).await, … }`
-    Err(ServiceError::unknown(service, operation))
+    match service {
+        "Logs_20140328" => logs::call(app, operation, input).await,
+        _ => Err(ServiceError::unknown(service, operation)),
+    }
 }
 
 /// Any request of another service.

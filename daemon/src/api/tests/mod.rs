@@ -7,6 +7,7 @@ mod crash;
 mod events;
 mod invocations;
 mod isolation;
+mod logs;
 mod permissions;
 mod services;
 mod tags;
@@ -193,6 +194,12 @@ impl Daemon {
             body[key] = value.clone();
         }
         self.send("POST", FUNCTIONS, &body).await
+    }
+
+    /// Calls another service of AWS.
+    async fn service(&self, target: &str, input: &Value) -> Answer {
+        let headers = [("content-type", "application/x-amz-json-1.1"), ("x-amz-target", target)];
+        self.call("POST", "/", &headers, input.to_string().as_bytes()).await
     }
 
     async fn invoke(&self, name: &str, headers: &[(&str, &str)], event: &Value) -> Answer {

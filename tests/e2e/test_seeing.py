@@ -1,0 +1,117 @@
+"""What functions do, seen with the clients of CloudWatch: boto3 and the AWS CLI."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import boto3
+import botocore.config
+import pytest
+
+from conftest import PATIENCE, wait_for
+
+TALKER = """
+import time
+
+def handler(event, context):
+    for line in event.get("say", []):
+        print(line, flush=True)
+    time.sleep(event.get("sleep", 0))
+    if event.get("raise"):
+        raise ValueError("as it was told")
+    return "done"
+"""
+
+
+def service(endpoint, name):
+    config = botocore.config.Config(read_timeout=PATIENCE, retries={"total_max_attempts": 1})
+    return boto3.client(name, endpoint_url=endpoint, config=config)
+
+
+@pytest.fixture(scope="session")
+def logs(endpoint):
+    return service(endpoint, "logs")
+
+
+def aws(endpoint, *arguments):
+    """Runs the AWS CLI of the same Python and gives what it says."""
+    command = [os.path.join(os.path.dirname(sys.executable), "aws"), "--endpoint-url", endpoint]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout or "null")
+
+
+def test_lines_of_a_function_are_found(deploy, logs, endpoint):
+    function = deploy(TALKER, name="talker").wait_for_snapshot()
+    group = "/aws/lambda/talker"
+    answer = function.invoke({"say": ["plain", "with \u00e4", json.dumps({"level": "WARN", "n": 7})]})
+    assert answer.error is None, answer.text
+
+    streams = logs.describe_log_streams(
+        logGroupName=group, orderBy="LastEventTime", descending=True, limit=1
+    )["logStreams"]
+    events = logs.get_log_events(
+        logGroupName=group, logStreamName=streams[0]["logStreamName"], startFromHead=True
+    )["events"]
+    lines = [event["message"] for event in events]
+    start = next(i for i, line in enumerate(lines) if line.startswith("START RequestId: "))
+    assert lines[start + 1 : start + 3] == ["plain\n", "with \u00e4\n"], lines
+    assert lines[-2].startswith("END RequestId: ") and lines[-1].startswith("REPORT RequestId: ")
+    now = time.time() * 1000
+    for event in events:
+        assert now - 3_600_000 < event["timestamp"] <= event["ingestionTime"] < now + 60_000
+
+    def found(pattern):
+        pages = logs.get_paginator("filter_log_events").paginate(
+            logGroupName=group, filterPattern=pattern, PaginationConfig={"PageSize": 2}
+        )
+        return [event["message"] for page in pages for event in page["events"]]
+
+    assert found("plain") == ["plain\n"]
+    assert found("?plain ?with") == ["plain\n", "with \u00e4\n"]
+    assert len(found('{ $.level = "W*" && $.n >= 7 }')) == 1
+    assert found("REPORT -REPORT") == []
+
+    # The command line, and what its `tail` is made of.
+    filtered = aws(
+        endpoint, "logs", "filter-log-events", "--log-group-name", group,
+        "--filter-pattern", "plain", "--interleaved",
+    )
+    assert [event["message"] for event in filtered["events"]] == ["plain\n"]
+    assert len(filtered["events"][0]["eventId"]) == 56
+    groups = aws(endpoint, "logs", "describe-log-groups", "--log-group-name-prefix", group)
+    assert groups["logGroups"][0]["logGroupName"] == group
+    last = filtered["events"][0]["timestamp"]
+    function.invoke({"say": ["later"]})
+    new = logs.filter_log_events(logGroupName=group, startTime=last + 1, interleaved=True)["events"]
+    assert "later\n" in [event["message"] for event in new]
+
+    logs.put_retention_policy(logGroupName=group, retentionInDays=1)
+    assert logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"][0]["retentionInDays"] == 1
+    logs.delete_log_group(logGroupName=group)
+    with pytest.raises(logs.exceptions.ResourceNotFoundException):
+        logs.filter_log_events(logGroupName=group)
+
+
+def test_lines_of_a_running_invocation_are_found(deploy, logs, client):
+    function = deploy(TALKER, name="slow-talker").wait_for_snapshot()
+    event = json.dumps({"say": ["working on it"], "sleep": 20})
+    client.invoke(FunctionName=function.name, InvocationType="Event", Payload=event)
+
+    def seen():
+        try:
+            return logs.filter_log_events(
+                logGroupName="/aws/lambda/slow-talker", filterPattern="working"
+            )["events"]
+        except logs.exceptions.ResourceNotFoundException:
+            return None
+
+    wait_for("the line", seen)
+    ended = logs.filter_log_events(
+        logGroupName="/aws/lambda/slow-talker", filterPattern="REPORT"
+    )["events"]
+    assert ended == []
