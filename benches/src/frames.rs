@@ -74,7 +74,7 @@ impl Frames {
     pub async fn done(&mut self, request_id: &str) -> Result<guest::Done> {
         match self.receive().await? {
             FromGuest::Done(done) if done.request_id == request_id => match done.outcome {
-                Outcome::Response { .. } => Ok(done),
+                Outcome::Response { .. } | Outcome::Streamed => Ok(done),
                 Outcome::Error(error) => self.wrong(&error),
             },
             other => self.wrong(&other),

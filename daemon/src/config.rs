@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     net::SocketAddr,
+    num::NonZeroU64,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -66,6 +67,10 @@ pub struct Options {
     /// the second and the third.
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
     pub event_retry_delay: f64,
+    /// Most MiB a second of a streamed response, after its first 6 MiB; 0: no limit. A function's time
+    /// goes on while its response waits.
+    #[arg(long, default_value_t = 2.0, value_name = "MIB")]
+    pub stream_rate: f64,
     /// What a request may find of those before it. warm: what its instance kept, as in Lambda.
     /// per-invocation: nothing; instances are taken back to their function's snapshot after each
     /// response, before they wait for the next request.
@@ -162,6 +167,11 @@ impl Options {
             self.event_retry_delay
         );
         ensure!(
+            self.stream_rate == 0.0 || (0.001..=1e6).contains(&self.stream_rate),
+            "--stream-rate {} must be 0 or between 0.001 and 1000000 MiB a second",
+            self.stream_rate
+        );
+        ensure!(
             (0.0..=86_400.0).contains(&self.idle_timeout),
             "--idle-timeout {} must be between 0 and 86400 seconds",
             self.idle_timeout
@@ -208,6 +218,11 @@ impl Options {
             },
             isolation: self.isolation,
         }
+    }
+
+    /// Most bytes a second of a streamed response.
+    pub fn stream_rate(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new((self.stream_rate * f64::from(1 << 20)) as u64)
     }
 
     /// What bounds asynchronous invocation.

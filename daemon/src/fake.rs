@@ -1,7 +1,7 @@
 //! A backend without microVMs, for this crate's tests: functions are commands in their events.
 //!
-//! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `die`, `flood`, `timeout` do as
-//! they say; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
+//! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `large`, `die`, `flood`, `timeout` do as
+//! they say; `stream` streams its `chunks`, `ms` after one another, and `then` does one of the others; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use std::{
 
 use firn::{
     Disk, FunctionSpec, InstanceError, Invocation, InvokeReport, LoadReport, LogLine, LogSink,
-    Phases, ShellClass, SnapshotError, SnapshotMeta, StartError, VmmExit,
+    Phases, ResponsePart, ShellClass, SnapshotError, SnapshotMeta, StartError, VmmExit,
     code::{CodeDisk, CodeError},
     guest::{self, FunctionError, Outcome},
 };
@@ -32,6 +32,8 @@ pub struct Counters {
     pub paused: AtomicUsize,
     pub reclaimed: AtomicUsize,
     pub resets: AtomicUsize,
+    /// Responses that have been streamed to their end.
+    pub streamed: AtomicUsize,
     /// No instance can be reset.
     pub stuck: AtomicBool,
     /// No snapshot can be written.
@@ -227,11 +229,28 @@ impl Machine for FakeMachine {
                 if invocation.payload.len() < 4096 { &event } else { &serde_json::Value::Null };
             ledger.write_all(format!("{request_id} {function_arn} {event}\n").as_bytes()).unwrap();
         }
+        let streams = event["do"] == "stream";
+        if streams && let Some(sink) = &invocation.response {
+            let content_type = event["type"].as_str().unwrap_or_default().to_owned();
+            let _ = sink.send(ResponsePart::Begin { content_type }).await;
+            for chunk in event["chunks"].as_array().into_iter().flatten() {
+                let times = event["times"].as_u64().unwrap_or(1);
+                for _ in 0..times {
+                    let bytes = chunk.as_str().unwrap_or_default().to_owned().into_bytes();
+                    let _ = sink.send(ResponsePart::Chunk(bytes.into())).await;
+                }
+                let ms = event["ms"].as_u64().unwrap_or_default();
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+            }
+            self.counters.streamed.fetch_add(1, Ordering::SeqCst);
+        }
         let respond = |payload: Vec<u8>| Outcome::Response {
             payload,
             content_type: "application/json".into(),
         };
-        let outcome = match event["do"].as_str().unwrap_or_default() {
+        let action = if streams { &event["then"] } else { &event["do"] };
+        let outcome = match action.as_str().unwrap_or_default() {
+            "" if streams && invocation.response.is_some() => Outcome::Streamed,
             "sleep" => {
                 let ms = event["ms"].as_u64().unwrap_or_default();
                 tokio::time::sleep(Duration::from_millis(ms)).await;
@@ -250,6 +269,7 @@ impl Machine for FakeMachine {
                 error_type: String::new(),
                 payload: br#"{"errorMessage":"oops","errorType":"ValueError"}"#.to_vec(),
             }),
+            "large" => Outcome::Error(FunctionError::ResponseTooLarge { size: 7_000_000 }),
             "timeout" => {
                 let limit_ms = invocation.timeout.as_millis() as u64;
                 Outcome::Error(FunctionError::TimedOut { limit_ms })

@@ -174,8 +174,14 @@ async fn daemon<B: Backend>(
         clock,
         bounds,
     )?;
-    let app =
-        api::App::new(store, workshop, scheduler.clone(), events.clone(), options.concurrency);
+    let app = api::App::new(
+        store,
+        workshop,
+        scheduler.clone(),
+        events.clone(),
+        options.concurrency,
+        options.stream_rate(),
+    );
     let address = listener.local_addr().context("the listener has no address")?;
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");

@@ -47,6 +47,13 @@ impl Answer {
                 status: Status::Fine,
             },
             Outcome::Error(error) => Self::error(error, request_id),
+            // The caller has had it.
+            Outcome::Streamed => Self {
+                payload: Bytes::new(),
+                function_error: None,
+                log: None,
+                status: Status::Fine,
+            },
         }
     }
 

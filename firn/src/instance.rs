@@ -12,12 +12,14 @@ use firn_proto::{
     control::{self, DiskSource, FromVmm, ToVmm},
     guest::{self, Done, FromGuest, Invoke, Load, Outcome, ToGuest},
 };
+use tokio::time::Instant;
 
 use crate::{
-    Disk, Image, LogSink, Phases, ResidentSnapshot,
+    Disk, Image, LogSink, Phases, ResidentSnapshot, ResponseSink,
     channel::name as message_name,
     host::Inner,
     phases::Stopwatch,
+    response::Streamed,
     shell::CODE_SLOT,
     snapshot::{self, PAGE, Sample},
     stream::Stream,
@@ -78,6 +80,9 @@ pub struct Invocation {
     pub timeout: Duration,
     /// The event, at most [`guest::MAX_PAYLOAD`] bytes.
     pub payload: Bytes,
+    /// Where the response goes if the function streams it. `None`: it is gathered, and is in the
+    /// outcome like any other, with the same limit.
+    pub response: Option<ResponseSink>,
 }
 
 impl fmt::Debug for Invocation {
@@ -413,7 +418,8 @@ impl Instance {
         }
     }
 
-    /// Handles one event. A paused instance resumes by itself. Dropping the future before it is
+    /// Handles one event. A paused instance resumes by itself. It is done when the response is
+    /// complete, streamed or not. Dropping the future before it is
     /// done leaves an instance whose next answer is to the wrong question: retire it.
     ///
     /// # Errors
@@ -548,29 +554,37 @@ pub(crate) fn believed(us: u64, within: Duration) -> u64 {
 /// Waits for the answer to an event that was sent.
 pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<Done, Trouble> {
     let within = invocation.timeout + (GRACE + RESTART) * vm.patience;
-    let mut done = match vm.frame(within).await? {
-        FromGuest::Done(done) => done,
-        other => return Err(vm.violated("Done", &other)),
+    let now = Instant::now();
+    let (end, mut streamed) = (now + within, None);
+    let mut done = loop {
+        let part = match (vm.frame_until(end, within).await?, &mut streamed) {
+            (FromGuest::Done(done), _) => break done,
+            (FromGuest::Begin(begin), None) => {
+                let until = now + invocation.timeout + GRACE * vm.patience;
+                let begun = Streamed::begin(begin, invocation, until).await;
+                begun.map(|begun| streamed = Some(begun))
+            }
+            (FromGuest::Chunk(chunk), Some(streamed)) => streamed.push(chunk).await,
+            (other, _) => return Err(vm.violated("Done", &other)),
+        };
+        part.map_err(|message| vm.kill_for(message))?;
     };
     done.duration_us = believed(done.duration_us, within);
     done.init_us = believed(done.init_us, within);
-    let violation = if done.request_id != invocation.request_id {
+    if done.request_id != invocation.request_id {
         let (found, expected) = (&done.request_id, &invocation.request_id);
-        Some(format!("answer to request {found:?} instead of {expected:?}"))
-    } else {
-        match &done.outcome {
-            Outcome::Response { payload, .. } if payload.len() > guest::MAX_PAYLOAD => {
-                let (size, limit) = (payload.len(), guest::MAX_PAYLOAD);
-                Some(format!("answer of {size} bytes exceeds the limit of {limit}"))
-            }
-            _ => None,
+        return Err(vm.kill_for(format!("answer to request {found:?} instead of {expected:?}")));
+    }
+    match (&done.outcome, streamed) {
+        (Outcome::Response { payload, .. }, None) if payload.len() > guest::MAX_PAYLOAD => {
+            let (size, limit) = (payload.len(), guest::MAX_PAYLOAD);
+            Err(vm.kill_for(format!("answer of {size} bytes exceeds the limit of {limit}")))
         }
-    };
-    match violation {
-        None => Ok(done),
-        Some(message) => {
-            vm.process.kill();
-            Err(Trouble::Protocol(message))
+        (Outcome::Streamed, None) => Err(vm.kill_for("the end of no stream".to_owned())),
+        (_, None) => Ok(done),
+        (_, Some(streamed)) => {
+            let outcome = streamed.end(done.outcome).map_err(|message| vm.kill_for(message))?;
+            Ok(Done { outcome, ..done })
         }
     }
 }

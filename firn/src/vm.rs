@@ -121,7 +121,15 @@ impl Vm {
     /// The guest's next message. Time limits are the caller's, without patience; what was asked is
     /// killed when it passes them.
     pub(crate) async fn frame(&mut self, within: Duration) -> Result<FromGuest, Trouble> {
-        let end = Instant::now() + within;
+        self.frame_until(Instant::now() + within, within).await
+    }
+
+    /// The same where several messages may come until `end`, which was `within` when it was set.
+    pub(crate) async fn frame_until(
+        &mut self,
+        end: Instant,
+        within: Duration,
+    ) -> Result<FromGuest, Trouble> {
         let Some(stream) = self.stream.as_mut() else {
             return Err(Trouble::Protocol("there is no guest yet".into()));
         };
@@ -158,8 +166,13 @@ impl Vm {
 
     /// The guest said something else than it should: it will not be asked again.
     pub(crate) fn violated(&self, expected: &str, found: &FromGuest) -> Trouble {
+        self.kill_for(format!("{} instead of {expected}", frame_name(found)))
+    }
+
+    /// The guest broke the protocol in this way.
+    pub(crate) fn kill_for(&self, violation: String) -> Trouble {
         self.process.kill();
-        unexpected(expected, frame_name(found))
+        Trouble::Protocol(violation)
     }
 
     /// What a failed conversation means; for a VMM that ended, waits for how.
@@ -212,6 +225,8 @@ fn frame_name(message: &FromGuest) -> &'static str {
         FromGuest::Renewed(_) => "Renewed",
         FromGuest::Log(_) => "Log",
         FromGuest::Done(_) => "Done",
+        FromGuest::Begin(_) => "Begin",
+        FromGuest::Chunk(_) => "Chunk",
         _ => "an unknown message",
     }
 }

@@ -15,6 +15,10 @@ use libfuzzer_sys::fuzz_target;
 enum Step<'a> {
     Call { connection: u8, call: Call, id: Id, fields: Fields<'a>, body: &'a [u8] },
     Raw { connection: u8, bytes: &'a [u8] },
+    /// The head of a response that is streamed, its end, or that it was too long.
+    Begin { connection: u8, call: Call, id: Id },
+    End,
+    Cut(u64),
     HandOut(Id),
     Release,
     Close(u8),
@@ -63,12 +67,34 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
     let mut api = RuntimeApi::new(restores);
     // Whether an event is out and unanswered.
     let mut out = false;
+    let streams = |state: &State| matches!(state, State::Streaming { .. });
     for step in steps {
         let (connection, bytes) = match step {
             Step::HandOut(id) => {
                 let idle = matches!(api.state(), State::Idle(_));
                 assert_eq!(api.hand_out(id.text()).is_some(), idle);
                 out |= idle;
+                continue;
+            }
+            Step::Begin { connection, call, id } => {
+                let Some(head) = request(&text(&call, id, &Fields::None, b"")) else { continue };
+                let before = api.state().clone();
+                match api.begin(ConnectionId(connection.into()), &head) {
+                    Ok(_) => assert!(out && matches!(before, State::Busy { .. })),
+                    Err(_) => assert_eq!(*api.state(), before),
+                }
+                continue;
+            }
+            // Said of the connection that streams only.
+            Step::End | Step::Cut(_) if !streams(api.state()) => continue,
+            Step::End => {
+                api.end(&Default::default());
+                assert!(std::mem::take(&mut out), "answered twice");
+                continue;
+            }
+            Step::Cut(size) => {
+                api.cut(size);
+                assert!(std::mem::take(&mut out), "answered twice");
                 continue;
             }
             Step::Release => {
@@ -94,14 +120,19 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
             None => assert_eq!(*api.state(), before),
             Some(Event::Answered(_)) => assert!(std::mem::take(&mut out), "answered twice"),
             Some(Event::AsksForRestore) => assert!(restores),
+            // After half a response: the guest's word is the answer.
+            Some(Event::AsksForEvent) if matches!(before, State::Broken { .. }) => out = false,
             Some(Event::AsksForEvent | Event::Failed) => {}
         }
-        assert_eq!(matches!(api.state(), State::Busy { .. }), out);
+        let has_event = |state: &State| {
+            matches!(state, State::Busy { .. } | State::Streaming { .. } | State::Broken { .. })
+        };
+        assert_eq!(has_event(api.state()), out);
     }
 });
 
 fn request(mut bytes: &[u8]) -> Option<Request> {
-    match Parser::new(LIMIT).push(&mut bytes) {
+    match Parser::new(LIMIT, |_| false).push(&mut bytes) {
         Ok(Found::Request(request)) => Some(*request),
         _ => None,
     }

@@ -14,8 +14,8 @@
 use std::time::{Duration, Instant};
 
 use firn_proto::guest::{
-    self, Done, FromGuest, FunctionError, Invoke, Load, Loaded, Outcome, Ready, Renew, Renewed,
-    ToGuest,
+    self, Begin, Chunk, Done, FromGuest, FunctionError, Invoke, Load, Loaded, Outcome, Ready,
+    Renew, Renewed, ToGuest,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -24,17 +24,17 @@ use rustix::{
 
 use crate::{
     host::{Host, HostError},
-    http::Request,
+    http::{Fields, Request},
     output::Output,
     place::{Place, PlaceError, reap},
     runtime::{Runtime, describe},
-    runtime_api::{Event, State, event_reply},
-    server::{ConnectionId, Reply},
+    runtime_api::{Event, State, event_reply, truncated},
+    server::{ConnectionId, Incoming, Reply},
     signals::{SignalError, Signals},
     tsc,
 };
 
-/// Pipes are not read while more than this waits for the host.
+/// Neither pipes nor streamed responses are read while more than this waits for the host.
 const OUTPUT_LIMIT: usize = 256 * 1024;
 
 /// Longest limit that the host may set: Lambda's 15 minutes.
@@ -84,6 +84,8 @@ struct Invocation {
     init: Option<Instant>,
     init_us: u64,
     handed_out: Option<Instant>,
+    /// Bytes of the response that have been streamed.
+    streamed: u64,
 }
 
 impl Task {
@@ -191,10 +193,10 @@ impl Agent {
         for (source, events) in self.wait()? {
             self.serve(source, events)?;
         }
-        while let Some((connection, request)) =
-            self.runtime.as_mut().and_then(|runtime| runtime.server.request())
+        while let Some((connection, incoming)) =
+            self.runtime.as_mut().and_then(|runtime| runtime.server.incoming())
         {
-            self.request(connection, request)?;
+            self.incoming(connection, incoming)?;
         }
         if self.signals.take() {
             self.reap()?;
@@ -226,15 +228,19 @@ impl Agent {
             if let Some(runtime) = &self.runtime {
                 let fd = PollFd::from_borrowed_fd(runtime.server.fd(), PollFlags::IN);
                 add(Source::Listener, fd);
+                // Here back-pressure reaches the function: nobody reads its pipes and its response.
+                let room = self.host.queued() < OUTPUT_LIMIT;
                 for connection in runtime.server.connections() {
+                    if connection.feeds_host() && !room {
+                        continue;
+                    }
                     let mut flags = PollFlags::RDHUP;
                     flags.set(PollFlags::IN, connection.wants_input());
                     flags.set(PollFlags::OUT, connection.has_output());
                     let fd = PollFd::from_borrowed_fd(connection.fd(), flags);
                     add(Source::Connection(connection.id()), fd);
                 }
-                // Here back-pressure reaches the function: nobody reads its pipes.
-                if self.host.queued() < OUTPUT_LIMIT {
+                if room {
                     for (index, fd) in runtime.outputs.iter().map(Output::fd).enumerate() {
                         if let Some(fd) = fd {
                             let fd = PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -359,6 +365,7 @@ impl Agent {
             init: None,
             init_us: 0,
             handed_out: None,
+            streamed: 0,
         })));
         if self.runtime.is_none() {
             return self.start_runtime();
@@ -371,6 +378,56 @@ impl Agent {
 
     // ---- The runtime's doings --------------------------------------------------------------
 
+    fn incoming(&mut self, from: ConnectionId, incoming: Incoming) -> Result<(), AgentError> {
+        match incoming {
+            Incoming::Request(request) => self.request(from, request),
+            Incoming::Head(head) => {
+                let Some(runtime) = &mut self.runtime else { return Ok(()) };
+                match runtime.api.begin(from, &head) {
+                    Ok(content_type) => {
+                        self.host.send(&FromGuest::Begin(Begin { content_type }))?;
+                    }
+                    Err(reply) => runtime.server.refuse(from, reply),
+                }
+                Ok(())
+            }
+            Incoming::Piece { bytes, end } => self.piece(from, bytes, end),
+        }
+    }
+
+    /// More of the response that is being streamed.
+    fn piece(
+        &mut self,
+        from: ConnectionId,
+        payload: Vec<u8>,
+        end: Option<Fields>,
+    ) -> Result<(), AgentError> {
+        let (Some(Task::Invoke(invocation)), Some(runtime)) = (&mut self.task, &mut self.runtime)
+        else {
+            return Ok(());
+        };
+        invocation.streamed += payload.len() as u64;
+        if invocation.streamed > guest::MAX_STREAM {
+            let (reply, outcome) = runtime.api.cut(invocation.streamed);
+            match end {
+                Some(_) => runtime.server.reply(from, reply),
+                None => runtime.server.refuse(from, reply),
+            }
+            return self.close(Some(outcome));
+        }
+        if !payload.is_empty() {
+            self.host.send(&FromGuest::Chunk(Chunk { payload }))?;
+        }
+        let Some(trailers) = end else { return Ok(()) };
+        let (reply, outcome) = runtime.api.end(&trailers);
+        // The host's answer first: somebody waits for it.
+        self.close(Some(outcome))?;
+        if let Some(runtime) = &mut self.runtime {
+            runtime.server.reply(from, reply);
+        }
+        Ok(())
+    }
+
     fn request(&mut self, from: ConnectionId, request: Request) -> Result<(), AgentError> {
         let Some(runtime) = &mut self.runtime else { return Ok(()) };
         let (reply, event) = runtime.api.handle(from, request);
@@ -378,6 +435,10 @@ impl Agent {
         match event {
             None => {}
             Some(Event::AsksForEvent) => match &self.task {
+                // It had the event already and answered with half a response.
+                Some(Task::Invoke(invocation)) if invocation.handed_out.is_some() => {
+                    self.fail(truncated())?;
+                }
                 Some(Task::Invoke(_)) => self.hand_out(),
                 Some(Task::Load { .. } | Task::Renew { .. }) => self.close(None)?,
                 None => {}
@@ -469,8 +530,8 @@ impl Agent {
                     runtime.api.closed(id);
                 }
             }
-            match runtime.server.request() {
-                Some((connection, request)) => self.request(connection, request)?,
+            match runtime.server.incoming() {
+                Some((connection, incoming)) => self.incoming(connection, incoming)?,
                 None if runtime.server.has_input() => {}
                 None => break,
             }

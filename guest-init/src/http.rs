@@ -1,7 +1,7 @@
 //! HTTP/1.1 requests and replies (RFC 9112), as much as runtime interface clients use.
 //!
-//! [`Parser`] is fed whatever bytes arrived, in any pieces, and yields whole requests. It never
-//! holds more than one head ([`MAX_HEAD`]), one body (up to the limit it was made with) and one
+//! [`Parser`] is fed whatever bytes arrived, in any pieces, and yields whole requests, or the bodies
+//! of those that are streamed as they come. It never holds more than one head ([`MAX_HEAD`]), one body (up to the limit it was made with) and one
 //! line; longer bodies are counted and thrown away, so that the sender gets its answer. It never
 //! guesses: a request that two parsers could read differently is refused.
 
@@ -103,13 +103,19 @@ pub struct Request {
 
 /// What [`Parser::push`] found.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum Found<'a> {
     /// All input was used and more is needed.
     Nothing,
     /// The client waits for `100 Continue` before it sends the body.
     ExpectsContinue,
     /// A request.
     Request(Box<Request>),
+    /// Head of a request whose body is streamed: pieces follow, then its end.
+    Head(Box<Request>),
+    /// The next bytes of a streamed body.
+    Piece(&'a [u8]),
+    /// The end of a streamed body, and the fields behind it.
+    End(Fields),
 }
 
 #[derive(Debug)]
@@ -131,26 +137,32 @@ enum State {
 #[derive(Debug)]
 pub struct Parser {
     limit: usize,
+    streams: fn(&Request) -> bool,
     state: State,
     /// The head, trailers or line that is being collected.
     text: Vec<u8>,
     /// Where the last line of `text` starts.
     line: usize,
-    /// Head of the request whose body is being read.
+    /// Head of the request whose body is being read, unless it is streamed and was given away.
     request: Option<Box<Request>>,
+    /// That head is to be given away before its body.
+    announce: bool,
     body: Vec<u8>,
     size: u64,
 }
 
 impl Parser {
-    /// Bodies over `limit` bytes become [`Body::TooLarge`].
-    pub fn new(limit: usize) -> Self {
+    /// Bodies over `limit` bytes become [`Body::TooLarge`], but those of requests for whose heads
+    /// `streams` says so are given away as they come, whatever their length.
+    pub fn new(limit: usize, streams: fn(&Request) -> bool) -> Self {
         Self {
             limit,
+            streams,
             state: State::Head,
             text: Vec::new(),
             line: 0,
             request: None,
+            announce: false,
             body: Vec::new(),
             size: 0,
         }
@@ -160,7 +172,12 @@ impl Parser {
     ///
     /// # Errors
     /// A [`BadRequest`]; the connection can't be read any further.
-    pub fn push(&mut self, input: &mut &[u8]) -> Result<Found, BadRequest> {
+    pub fn push<'a>(&mut self, input: &mut &'a [u8]) -> Result<Found<'a>, BadRequest> {
+        if std::mem::take(&mut self.announce)
+            && let Some(head) = self.request.take()
+        {
+            return Ok(Found::Head(head));
+        }
         loop {
             match self.state {
                 State::Head => {
@@ -176,6 +193,9 @@ impl Parser {
                         if expects && !self.body_is_over() {
                             return Ok(Found::ExpectsContinue);
                         }
+                        if self.announce {
+                            return self.push(input);
+                        }
                     }
                 }
                 State::Sized { left: 0 } => return Ok(self.finish(Fields::default())),
@@ -184,8 +204,11 @@ impl Parser {
                     if piece.is_empty() {
                         return Ok(Found::Nothing);
                     }
-                    self.collect(piece);
                     self.state = State::Sized { left: left - piece.len() as u64 };
+                    if self.request.is_none() {
+                        return Ok(Found::Piece(piece));
+                    }
+                    self.collect(piece);
                 }
                 State::ChunkSize => {
                     if !self.take_line(input, MAX_CHUNK_LINE, BadRequest::Chunk)? {
@@ -202,8 +225,11 @@ impl Parser {
                     if piece.is_empty() {
                         return Ok(Found::Nothing);
                     }
-                    self.collect(piece);
                     self.state = State::Chunk { left: left - piece.len() as u64 };
+                    if self.request.is_none() {
+                        return Ok(Found::Piece(piece));
+                    }
+                    self.collect(piece);
                 }
                 State::ChunkEnd => {
                     if !self.take_line(input, 2, BadRequest::Chunk)? {
@@ -278,13 +304,8 @@ impl Parser {
             && headers.get("expect").is_some_and(|e| e.trim().eq_ignore_ascii_case("100-continue"));
 
         self.state = framing(&headers)?;
-        if let State::Sized { left } = self.state
-            && left <= self.limit as u64
-        {
-            self.body.reserve_exact(left as usize);
-        }
         let target = head.path.unwrap_or_default();
-        self.request = Some(Box::new(Request {
+        let request = self.request.insert(Box::new(Request {
             method: head.method.unwrap_or_default().to_owned(),
             path: target.split_once('?').map_or(target, |(path, _)| path).to_owned(),
             headers,
@@ -292,6 +313,15 @@ impl Parser {
             trailers: Fields::default(),
             close,
         }));
+        match self.state {
+            // Nothing follows.
+            State::Sized { left: 0 } => {}
+            _ if (self.streams)(request) => self.announce = true,
+            State::Sized { left } if left <= self.limit as u64 => {
+                self.body.reserve_exact(left as usize);
+            }
+            _ => {}
+        }
         self.text = Vec::new();
         self.line = 0;
         Ok(expects)
@@ -306,15 +336,13 @@ impl Parser {
         }
     }
 
-    fn finish(&mut self, trailers: Fields) -> Found {
+    fn finish(&mut self, trailers: Fields) -> Found<'static> {
         let body = std::mem::take(&mut self.body);
         let size = std::mem::take(&mut self.size);
         self.text = Vec::new();
         self.line = 0;
         self.state = State::Head;
-        let Some(mut request) = self.request.take() else {
-            return Found::Nothing; // Unreachable: a body follows a head.
-        };
+        let Some(mut request) = self.request.take() else { return Found::End(trailers) };
         request.trailers = trailers;
         request.body =
             if size > self.limit as u64 { Body::TooLarge { size } } else { Body::Whole(body) };
@@ -416,13 +444,14 @@ mod tests {
     use super::*;
 
     fn parse(limit: usize, mut input: &[u8]) -> Result<Vec<Request>, BadRequest> {
-        let mut parser = Parser::new(limit);
+        let mut parser = Parser::new(limit, |_| false);
         let mut requests = Vec::new();
         loop {
             match parser.push(&mut input)? {
                 Found::Nothing => return Ok(requests),
                 Found::ExpectsContinue => {}
                 Found::Request(request) => requests.push(*request),
+                streamed => panic!("{streamed:?}"),
             }
         }
     }
@@ -474,11 +503,48 @@ mod tests {
 
     #[test]
     fn expect_continue_is_found_before_the_body() {
-        let mut parser = Parser::new(100);
+        let mut parser = Parser::new(100, |_| false);
         let mut head: &[u8] =
             b"POST / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
         assert_eq!(parser.push(&mut head), Ok(Found::ExpectsContinue));
         assert!(matches!(parser.push(&mut &b"hi"[..]), Ok(Found::Request(_))));
+    }
+
+    #[test]
+    fn a_streamed_body_comes_in_pieces_behind_its_head() {
+        let mut parser = Parser::new(4, |head| head.headers.get("stream").is_some());
+        let mut text: &[u8] = b"POST /p HTTP/1.1\r\nStream: 1\r\nExpect: 100-continue\r\n\
+            Transfer-Encoding: chunked\r\n\r\n6\r\n012345\r\n1\r\n6\r\n0\r\nT: u\r\n\r\n\
+            POST /q HTTP/1.1\r\nContent-Length: 2\r\n\r\nhi\
+            POST /r HTTP/1.1\r\nStream: 1\r\nContent-Length: 5\r\n\r\nabcde\
+            POST /s HTTP/1.1\r\nStream: 1\r\nContent-Length: 0\r\n\r\n";
+        let mut found = Vec::new();
+        loop {
+            found.push(match parser.push(&mut text).unwrap() {
+                Found::Nothing => break,
+                Found::ExpectsContinue => "100".to_owned(),
+                Found::Request(request) => format!("{} {:?}", request.path, request.body),
+                Found::Head(request) => request.path,
+                Found::Piece(bytes) => String::from_utf8(bytes.to_vec()).unwrap(),
+                Found::End(trailers) => format!("end {:?}", trailers.get("t")),
+            });
+        }
+        let whole = ["/q Whole([104, 105])", "/s Whole([])"];
+        assert_eq!(
+            found,
+            [
+                "100",
+                "/p",
+                "012345",
+                "6",
+                "end Some(\"u\")",
+                whole[0],
+                "/r",
+                "abcde",
+                "end None",
+                whole[1]
+            ]
+        );
     }
 
     #[test]
@@ -506,7 +572,7 @@ mod tests {
 
     #[test]
     fn heads_are_bounded() {
-        let mut parser = Parser::new(100);
+        let mut parser = Parser::new(100, |_| false);
         let mut start: &[u8] = b"GET / HTTP/1.1\r\nX: ";
         assert_eq!(parser.push(&mut start), Ok(Found::Nothing));
         let filler = vec![b'x'; 64 * 1024];
@@ -552,7 +618,7 @@ mod tests {
             piece in 1..64_usize,
         ) {
             let text: Vec<u8> = requests.iter().flat_map(|(text, _)| text.clone()).collect();
-            let mut parser = Parser::new(100);
+            let mut parser = Parser::new(100, |_| false);
             let mut bodies = Vec::new();
             for mut piece in text.chunks(piece) {
                 while let Found::Request(request) = parser.push(&mut piece).unwrap() {

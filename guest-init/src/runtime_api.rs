@@ -9,24 +9,29 @@
 //!      └───────────invocation/next────────────┤
 //!                                             ▼
 //!              ┌────invocation/next────────▶ Idle ──event──▶ Busy
-//!           Between ◀──────────response, error─────────────────┘
+//!           Between ◀──────────response, error─────────────────┤
+//!              ▲                                               │ a response that is streamed
+//!              ├──────────its end────────────────── Streaming ◀┘
+//!              └──error, invocation/next──── Broken ◀──┘ its connection is lost
 //! ```
 //!
 //! This module decides and remembers; it does no I/O. The runtime is the function's own code:
 //! whatever it asks, the answer is one of those here, and the state stays one of those here.
 
 use base64::Engine as _;
-use firn_proto::guest::{FunctionError, Invoke, Outcome};
+use firn_proto::guest::{FunctionError, Invoke, MAX_CONTENT_TYPE, Outcome};
 
 use crate::{
-    http::{Body, Request},
+    http::{Body, Fields, Request},
     server::{ConnectionId, Reply},
 };
 
+/// Most bytes of a response that is not streamed.
+const MAX_PAYLOAD: u64 = firn_proto::guest::MAX_PAYLOAD as u64;
+
 const ROOT: &str = "/2018-06-01/runtime/";
 
-/// Longest content type that is passed on; a frame has room for a payload and its head.
-const MAX_CONTENT_TYPE: usize = 1024;
+const MODE: &str = "lambda-runtime-function-response-mode";
 
 /// Longest error type that is passed on.
 const MAX_ERROR_TYPE: usize = 256;
@@ -44,6 +49,18 @@ pub enum State {
     Idle(ConnectionId),
     /// Has an event.
     Busy {
+        /// Of the event.
+        request_id: String,
+    },
+    /// Streams its response.
+    Streaming {
+        /// Of the event.
+        request_id: String,
+        /// Where the response comes from.
+        connection: ConnectionId,
+    },
+    /// Has lost the connection that it streamed its response on.
+    Broken {
         /// Of the event.
         request_id: String,
     },
@@ -74,6 +91,12 @@ pub enum Event {
 pub struct RuntimeApi {
     state: State,
     restores: bool,
+}
+
+/// Whether the body of a request with this head is to be passed on as it comes.
+pub fn streams(head: &Request) -> bool {
+    head.path.ends_with("/response")
+        && head.headers.get(MODE).is_some_and(|mode| mode.eq_ignore_ascii_case("streaming"))
 }
 
 enum Route<'a> {
@@ -109,7 +132,10 @@ impl RuntimeApi {
         };
         match route {
             Route::Next => match self.state {
-                State::Starting | State::Restoring | State::Between { .. } => {
+                State::Starting
+                | State::Restoring
+                | State::Between { .. }
+                | State::Broken { .. } => {
                     self.state = State::Idle(from);
                     (None, Some(Event::AsksForEvent))
                 }
@@ -129,16 +155,48 @@ impl RuntimeApi {
                 Ok(()) => self.response(request),
             },
             Route::Error(id) => match self.check_id(id) {
-                Err(reply) => (Some(reply), None),
-                Ok(()) => {
+                Err(reply) if !self.broke(id) => (Some(reply), None),
+                _ => {
                     let (outcome, reply) = match reported(request) {
                         Ok(error) => (Outcome::Error(error), Reply::accepted()),
-                        Err(size) => too_large(size),
+                        Err(size) => too_large(size, MAX_PAYLOAD),
                     };
                     self.answered(outcome, reply)
                 }
             },
         }
+    }
+
+    /// Judges the head of a response that is to be streamed: its content type, or the answer for
+    /// when the rest has been thrown away.
+    ///
+    /// # Errors
+    /// That answer.
+    pub fn begin(&mut self, from: ConnectionId, head: &Request) -> Result<String, Reply> {
+        match route(&head.method, &head.path)? {
+            Route::Response(id) => self.check_id(id)?,
+            _ => return Err(Reply::error(400, "InvalidRequest", "Only responses are streamed")),
+        }
+        let request_id = self.take_id().unwrap_or_default();
+        self.state = State::Streaming { request_id, connection: from };
+        Ok(content_type(head))
+    }
+
+    /// The streamed response has ended, with these trailers.
+    pub fn end(&mut self, trailers: &Fields) -> (Reply, Outcome) {
+        self.state = State::Between { last: self.take_id() };
+        let outcome = match streamed_error(trailers) {
+            Some(error) => Outcome::Error(error),
+            None => Outcome::Streamed,
+        };
+        (Reply::accepted(), outcome)
+    }
+
+    /// The streamed response has grown to `size` bytes, over the limit.
+    pub fn cut(&mut self, size: u64) -> (Reply, Outcome) {
+        self.state = State::Between { last: self.take_id() };
+        let (outcome, reply) = too_large(size, firn_proto::guest::MAX_STREAM);
+        (reply, outcome)
     }
 
     /// Gives an idle runtime its event: the connection to answer on.
@@ -162,12 +220,15 @@ impl RuntimeApi {
                 self.state = State::Between { last: None };
             }
             State::AtRestore(waiting) if waiting == connection => self.state = State::Starting,
+            State::Streaming { connection: streaming, .. } if streaming == connection => {
+                self.state = State::Broken { request_id: self.take_id().unwrap_or_default() };
+            }
             _ => {}
         }
     }
 
     fn response(&mut self, request: Request) -> (Option<Reply>, Option<Event>) {
-        match request.headers.get("lambda-runtime-function-response-mode") {
+        match request.headers.get(MODE) {
             None => {}
             Some(mode) if mode.eq_ignore_ascii_case("streaming") => {}
             Some(mode) => {
@@ -175,12 +236,10 @@ impl RuntimeApi {
                 return (Some(Reply::error(400, "InvalidFunctionResponseMode", &message)), None);
             }
         }
-        let content_type = request.headers.get("content-type").unwrap_or_default();
-        let content_type =
-            if content_type.len() > MAX_CONTENT_TYPE { "" } else { content_type }.to_owned();
-        let (outcome, reply) = match (streamed_error(&request), request.body) {
+        let content_type = content_type(&request);
+        let (outcome, reply) = match (streamed_error(&request.trailers), request.body) {
             (Some(error), _) => (Outcome::Error(error), Reply::accepted()),
-            (None, Body::TooLarge { size }) => too_large(size),
+            (None, Body::TooLarge { size }) => too_large(size, MAX_PAYLOAD),
             (None, Body::Whole(payload)) => {
                 (Outcome::Response { payload, content_type }, Reply::accepted())
             }
@@ -189,12 +248,22 @@ impl RuntimeApi {
     }
 
     fn answered(&mut self, outcome: Outcome, reply: Reply) -> (Option<Reply>, Option<Event>) {
-        let last = match &mut self.state {
-            State::Busy { request_id } => Some(std::mem::take(request_id)),
-            _ => None,
-        };
-        self.state = State::Between { last };
+        self.state = State::Between { last: self.take_id() };
         (Some(reply), Some(Event::Answered(outcome)))
+    }
+
+    /// Takes the id of the event that the runtime has out of the state, which is about to change.
+    fn take_id(&mut self) -> Option<String> {
+        match &mut self.state {
+            State::Busy { request_id }
+            | State::Streaming { request_id, .. }
+            | State::Broken { request_id } => Some(std::mem::take(request_id)),
+            _ => None,
+        }
+    }
+
+    fn broke(&self, id: &str) -> bool {
+        matches!(&self.state, State::Broken { request_id } if request_id == id)
     }
 
     fn failed(
@@ -211,14 +280,18 @@ impl RuntimeApi {
                 self.state = State::Failed(error);
                 (Some(Reply::accepted()), Some(Event::Failed))
             }
-            Err(size) => (Some(too_large(size).1), None),
+            Err(size) => (Some(too_large(size, MAX_PAYLOAD).1), None),
         }
     }
 
     fn check_id(&self, id: &str) -> Result<(), Reply> {
         match &self.state {
             State::Busy { request_id } if request_id == id => Ok(()),
-            State::Between { last: Some(last) } if last == id => {
+            State::Between { last: Some(last) }
+            | State::Streaming { request_id: last, .. }
+            | State::Broken { request_id: last }
+                if last == id =>
+            {
                 Err(self.forbidden("a second answer"))
             }
             _ => Err(Reply::error(400, "InvalidRequestID", "Invalid request ID")),
@@ -233,6 +306,8 @@ impl RuntimeApi {
             State::Restoring => "it runs its restore hooks",
             State::Idle(_) => "it already waits for an event",
             State::Busy { .. } => "it has an event to answer",
+            State::Streaming { .. } => "it streams its response",
+            State::Broken { .. } => "the stream of its response broke off",
             State::Between { .. } => "it has no event",
             State::Failed(_) => "it reported that it failed",
         };
@@ -292,17 +367,29 @@ fn reported(request: Request) -> Result<FunctionError, u64> {
 
 /// An error that a streaming runtime found after it had begun to answer. Its body is base64 in
 /// AWS's own runtimes; one that is not is passed on as it is.
-fn streamed_error(request: &Request) -> Option<FunctionError> {
-    let given = request.trailers.get("lambda-runtime-function-error-type")?;
-    let body = request.trailers.get("lambda-runtime-function-error-body").unwrap_or_default();
+fn streamed_error(trailers: &Fields) -> Option<FunctionError> {
+    let given = trailers.get("lambda-runtime-function-error-type")?;
+    let body = trailers.get("lambda-runtime-function-error-body").unwrap_or_default();
     let payload = base64::engine::general_purpose::STANDARD
         .decode(body.trim())
         .unwrap_or_else(|_| body.as_bytes().to_vec());
     Some(FunctionError::Reported { error_type: error_type(Some(given)), payload })
 }
 
-fn too_large(size: u64) -> (Outcome, Reply) {
-    let limit = firn_proto::guest::MAX_PAYLOAD;
+/// What a response means whose connection was lost before its end, to a runtime that goes on.
+pub fn truncated() -> FunctionError {
+    let payload = br#"{"errorType":"Runtime.TruncatedResponse","errorMessage":"The streamed response broke off before its end"}"#;
+    let error_type = "Runtime.TruncatedResponse".to_owned();
+    FunctionError::Reported { error_type, payload: payload.to_vec() }
+}
+
+/// `Content-Type` of a response; empty if there is none, or too much of it.
+fn content_type(response: &Request) -> String {
+    let given = response.headers.get("content-type").unwrap_or_default();
+    if given.len() > MAX_CONTENT_TYPE { String::new() } else { given.to_owned() }
+}
+
+fn too_large(size: u64, limit: u64) -> (Outcome, Reply) {
     let message = format!(
         "Exceeded maximum allowed payload size ({limit} bytes): the response has {size} bytes"
     );
@@ -336,7 +423,7 @@ mod tests {
     use crate::http::{Found, Parser};
 
     fn request(text: &str) -> Request {
-        match Parser::new(50).push(&mut text.as_bytes()).unwrap() {
+        match Parser::new(50, |_| false).push(&mut text.as_bytes()).unwrap() {
             Found::Request(request) => *request,
             other => panic!("{other:?} in {text:?}"),
         }
@@ -434,6 +521,68 @@ mod tests {
         let error =
             FunctionError::Reported { error_type: "Function.Oops".into(), payload: b"{}".to_vec() };
         assert_eq!(event, Some(Event::Answered(Outcome::Error(error))));
+    }
+
+    fn streaming() -> RuntimeApi {
+        let mut api = busy();
+        let head =
+            format!("POST {ROOT}invocation/r1/response HTTP/1.1\r\nContent-Type: a/b\r\n\r\n");
+        assert_eq!(api.begin(ConnectionId(2), &request(&head)), Ok("a/b".to_owned()));
+        api
+    }
+
+    #[test]
+    fn a_streamed_response_is_the_only_one() {
+        let mut api = streaming();
+        for path in ["invocation/r1/response", "invocation/r1/error"] {
+            assert_eq!(call(&mut api, "POST", path), (403, None), "{path}");
+        }
+        assert_eq!(call(&mut api, "GET", "invocation/next").0, 403);
+        let head = request(&format!("POST {ROOT}invocation/r1/response HTTP/1.1\r\n\r\n"));
+        assert_eq!(api.begin(ConnectionId(3), &head).unwrap_err().status(), 403);
+        api.closed(ConnectionId(1));
+        assert!(matches!(api.state(), State::Streaming { .. }), "another connection's end");
+        let (reply, outcome) = api.end(&Fields::default());
+        assert_eq!((reply.status(), outcome), (202, Outcome::Streamed));
+        assert_eq!(api.begin(ConnectionId(3), &head).unwrap_err().status(), 403);
+        assert_eq!(call(&mut api, "GET", "invocation/next").0, 0);
+        assert_eq!(api.begin(ConnectionId(3), &head).unwrap_err().status(), 400);
+    }
+
+    #[test]
+    fn only_responses_begin() {
+        for (path, status) in
+            [("invocation/r2/response", 400), ("invocation/r1/error", 400), ("x/response", 404)]
+        {
+            let head = request(&format!("POST {ROOT}{path} HTTP/1.1\r\n\r\n"));
+            let mut api = busy();
+            assert_eq!(api.begin(ConnectionId(2), &head).unwrap_err().status(), status, "{path}");
+            assert!(matches!(api.state(), State::Busy { .. }));
+        }
+    }
+
+    #[test]
+    fn after_a_stream_that_broke_the_runtime_may_say_why_or_go_on() {
+        let mut api = streaming();
+        api.closed(ConnectionId(2));
+        assert_eq!(call(&mut api, "POST", "invocation/r1/response"), (403, None));
+        assert_eq!(call(&mut api, "POST", "invocation/r2/error").0, 400);
+        let (status, event) = call(&mut api, "POST", "invocation/r1/error");
+        assert_eq!(status, 202);
+        assert!(matches!(event, Some(Event::Answered(Outcome::Error(_)))));
+
+        let mut api = streaming();
+        api.closed(ConnectionId(2));
+        assert_eq!(call(&mut api, "GET", "invocation/next"), (0, Some(Event::AsksForEvent)));
+    }
+
+    #[test]
+    fn a_stream_over_the_limit_is_answered_once() {
+        let mut api = streaming();
+        let (reply, outcome) = api.cut(7);
+        assert_eq!(reply.status(), 413);
+        assert_eq!(outcome, Outcome::Error(FunctionError::ResponseTooLarge { size: 7 }));
+        assert_eq!(call(&mut api, "POST", "invocation/r1/response"), (403, None));
     }
 
     #[test]

@@ -17,8 +17,9 @@ use rustix::{
 };
 
 use crate::{
-    http::{self, Found, Parser, Request},
+    http::{self, Fields, Found, Parser, Request},
     outbox::Outbox,
+    runtime_api::streams,
 };
 
 /// Most connections at a time. A runtime needs one; its hooks and extensions a few more.
@@ -77,6 +78,31 @@ impl Reply {
     }
 }
 
+/// What has come in on a connection.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A request, whole.
+    Request(Request),
+    /// The head of a response that is streamed; its pieces follow.
+    Head(Request),
+    /// More of it, as much as was read at once.
+    Piece {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// Its trailers, if that was all of it; the connection waits for an answer then.
+        end: Option<Fields>,
+    },
+}
+
+/// How far a request is whose body is streamed.
+#[derive(Debug)]
+enum Streaming {
+    /// Its pieces are given away.
+    Passed,
+    /// Its pieces are thrown away; this is the answer to it.
+    Refused(Reply),
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -86,6 +112,8 @@ pub struct Connection {
     /// Bytes that arrived behind the request that is being answered.
     unread: Vec<u8>,
     out: Outbox,
+    /// The request whose body is being streamed.
+    streaming: Option<Streaming>,
     /// A request waits for its answer.
     waiting: bool,
     /// No more requests: close when `out` is empty.
@@ -110,6 +138,11 @@ impl Connection {
         !self.waiting && !self.closing && self.out.is_empty() && self.unread.is_empty()
     }
 
+    /// Whether what it sends goes to the host as it comes.
+    pub fn feeds_host(&self) -> bool {
+        matches!(self.streaming, Some(Streaming::Passed))
+    }
+
     /// Whether answers wait to be written.
     pub fn has_output(&self) -> bool {
         !self.out.is_empty()
@@ -124,15 +157,43 @@ impl Connection {
         self.closing = close;
     }
 
-    /// Parses what has been read. A request, if it is whole.
-    fn parse(&mut self) -> Option<Request> {
+    /// Parses what has been read, up to what is worth telling.
+    fn parse(&mut self) -> Option<Incoming> {
         let unread = std::mem::take(&mut self.unread);
         let mut rest = unread.as_slice();
-        let request = loop {
+        let mut bytes = Vec::new();
+        let incoming = loop {
             match self.parser.push(&mut rest) {
                 Ok(Found::Nothing) => break None,
                 Ok(Found::ExpectsContinue) => self.out.push(http::CONTINUE.to_vec()),
-                Ok(Found::Request(request)) => break Some(*request),
+                Ok(Found::Request(request)) => {
+                    self.waiting = true;
+                    self.last = request.close;
+                    break Some(Incoming::Request(*request));
+                }
+                Ok(Found::Head(request)) => {
+                    self.streaming = Some(Streaming::Passed);
+                    self.last = request.close;
+                    break Some(Incoming::Head(*request));
+                }
+                Ok(Found::Piece(piece)) => {
+                    if self.feeds_host() {
+                        bytes.extend_from_slice(piece);
+                    }
+                }
+                Ok(Found::End(trailers)) => match self.streaming.take() {
+                    Some(Streaming::Refused(reply)) => {
+                        self.send(reply, self.last);
+                        if self.closing {
+                            break None;
+                        }
+                    }
+                    _ => {
+                        self.waiting = true;
+                        let bytes = std::mem::take(&mut bytes);
+                        break Some(Incoming::Piece { bytes, end: Some(trailers) });
+                    }
+                },
                 Err(error) => {
                     let reply = Reply::error(error.status(), "BadRequest", &error.to_string());
                     self.send(reply, true);
@@ -141,11 +202,10 @@ impl Connection {
             }
         };
         self.unread = rest.to_vec();
-        if let Some(request) = &request {
-            self.waiting = true;
-            self.last = request.close;
+        match incoming {
+            None if !bytes.is_empty() => Some(Incoming::Piece { bytes, end: None }),
+            other => other,
         }
-        request
     }
 }
 
@@ -203,9 +263,10 @@ impl Server {
             self.connections.push(Connection {
                 id: ConnectionId(self.next),
                 stream,
-                parser: Parser::new(MAX_PAYLOAD),
+                parser: Parser::new(MAX_PAYLOAD, streams),
                 unread: Vec::new(),
                 out: Outbox::default(),
+                streaming: None,
                 waiting: false,
                 closing: false,
                 last: false,
@@ -259,12 +320,20 @@ impl Server {
         })
     }
 
-    /// The next request that has arrived whole on any connection.
-    pub fn request(&mut self) -> Option<(ConnectionId, Request)> {
+    /// The next request that has arrived whole on any connection, or more of one that is streamed.
+    pub fn incoming(&mut self) -> Option<(ConnectionId, Incoming)> {
         self.connections
             .iter_mut()
             .filter(|c| !c.waiting && !c.closing && !c.unread.is_empty())
             .find_map(|connection| Some((connection.id, connection.parse()?)))
+    }
+
+    /// The rest of the request that is being streamed on a connection is thrown away, and then
+    /// answered so.
+    pub fn refuse(&mut self, id: ConnectionId, reply: Reply) {
+        if let Some(connection) = self.connections.iter_mut().find(|c| c.id == id) {
+            connection.streaming = Some(Streaming::Refused(reply));
+        }
     }
 
     /// Answers the request that waits on a connection.

@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use firn_proto::guest::{FunctionError, MAX_PAYLOAD, Outcome, ToGuest};
-use guest::{Function, Guest, error, invocation};
+use firn_proto::guest::{Begin, Chunk, FromGuest, FunctionError, MAX_PAYLOAD, Outcome, ToGuest};
+use guest::{Function, Guest, error, invocation, reported};
 
 /// Tells where the API is and leaves the rest to the test.
 const BOOTSTRAP: &str =
@@ -167,37 +167,168 @@ fn pipelined_requests_are_answered_in_order() {
     assert!(client.answer().0.contains(" 403 "));
 }
 
+/// The head of a streamed response to the event `id`.
+fn streaming(id: &str) -> String {
+    format!(
+        "POST /2018-06-01/runtime/invocation/{id}/response HTTP/1.1\r\n\
+         Lambda-Runtime-Function-Response-Mode: streaming\r\n\
+         Transfer-Encoding: chunked\r\nContent-Type: text/x\r\n\
+         Trailer: Lambda-Runtime-Function-Error-Type\r\n\r\n"
+    )
+}
+
 #[test]
-fn a_streamed_answer_is_collected() {
+fn a_streamed_response_is_passed_on_as_it_comes() {
     let (mut guest, _, mut client) = started();
     guest.send(&invocation("r1", 5000, "{}"));
     client.answer();
-    let head = "POST /2018-06-01/runtime/invocation/r1/response HTTP/1.1\r\n\
-                Lambda-Runtime-Function-Response-Mode: streaming\r\n\
-                Transfer-Encoding: chunked\r\nContent-Type: text/x\r\n\
-                Trailer: Lambda-Runtime-Function-Error-Type\r\n\r\n";
-    client.stream.write_all(head.as_bytes()).unwrap();
-    for piece in ["3\r\nabc\r\n", "2\r\nde\r\n", "0\r\n\r\n"] {
-        std::thread::sleep(Duration::from_millis(20));
-        client.stream.write_all(piece.as_bytes()).unwrap();
+    client.stream.write_all(streaming("r1").as_bytes()).unwrap();
+    let begin = Begin { content_type: "text/x".to_owned() };
+    assert_eq!(guest.answer(), FromGuest::Begin(begin));
+    for text in ["abc", "de"] {
+        client.stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()).unwrap();
+        let chunk = Chunk { payload: text.into() };
+        assert_eq!(guest.answer(), FromGuest::Chunk(chunk), "before the next is written");
     }
+    client.stream.write_all(b"0\r\n\r\n").unwrap();
     assert!(client.answer().0.contains(" 202 "));
-    let outcome =
-        Outcome::Response { payload: b"abcde".to_vec(), content_type: "text/x".to_owned() };
-    assert_eq!(guest.done("r1").outcome, outcome);
+    assert_eq!(guest.done("r1").outcome, Outcome::Streamed);
 
+    // All at once, and an error behind it.
     client.send("GET", "invocation/next", "", "");
     guest.send(&invocation("r2", 5000, "{}"));
     client.answer();
     let tail = "3\r\nabc\r\n0\r\nLambda-Runtime-Function-Error-Type: Function.Torn\r\n\
                 Lambda-Runtime-Function-Error-Body: eyJhIjoxfQ==\r\n\r\n";
-    client.stream.write_all((head.replace("r1", "r2") + tail).as_bytes()).unwrap();
+    client.stream.write_all((streaming("r2") + tail).as_bytes()).unwrap();
     assert!(client.answer().0.contains(" 202 "));
     let torn = FunctionError::Reported {
         error_type: "Function.Torn".to_owned(),
         payload: b"{\"a\":1}".to_vec(),
     };
-    assert_eq!(*error(&guest.done("r2")), torn);
+    let (content_type, bytes, done) = guest.streamed("r2");
+    assert_eq!((content_type.as_str(), &bytes[..]), ("text/x", &b"abc"[..]));
+    assert_eq!(*error(&done), torn);
+
+    // Nothing at all is a response, too.
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r3", 5000, "{}"));
+    client.answer();
+    client.stream.write_all((streaming("r3") + "0\r\n\r\n").as_bytes()).unwrap();
+    assert!(client.answer().0.contains(" 202 "));
+    let (_, bytes, done) = guest.streamed("r3");
+    assert_eq!((bytes, done.outcome), (Vec::new(), Outcome::Streamed));
+}
+
+#[test]
+fn a_stream_that_breaks_off_is_no_response() {
+    let (mut guest, address, mut client) = started();
+    guest.send(&invocation("r1", 30_000, "{}"));
+    client.answer();
+    // The runtime goes on as if nothing had happened.
+    let mut other = Client::connect(&address);
+    other.stream.write_all((streaming("r1") + "3\r\nabc\r\n").as_bytes()).unwrap();
+    assert!(matches!(guest.answer(), FromGuest::Begin(_)));
+    assert!(matches!(guest.answer(), FromGuest::Chunk(_)));
+    assert_eq!(client.call("GET", "invocation/next", "", "").0, 403, "it still streams");
+    drop(other);
+    loop {
+        let mut other = Client::connect(&address);
+        if other.call("POST", "invocation/r1/response", "", "").1.contains("broke off") {
+            break;
+        }
+    }
+    client.send("GET", "invocation/next", "", "");
+    let done = guest.done("r1");
+    assert_eq!(reported(error(&done)).0, "Runtime.TruncatedResponse");
+
+    // It says why.
+    guest.send(&invocation("r2", 30_000, "{}"));
+    client.answer();
+    let mut other = Client::connect(&address);
+    let bad = streaming("r2") + "3\r\nabc\r\nnonsense\r\n";
+    other.stream.write_all(bad.as_bytes()).unwrap();
+    assert!(other.answer().0.contains(" 400 "));
+    assert!(matches!(guest.answer(), FromGuest::Begin(_)));
+    let (status, _) = client.call("POST", "invocation/r2/error", "", "{\"why\": 1}");
+    assert_eq!(status, 202);
+    let payload = b"{\"why\": 1}".to_vec();
+    let why = FunctionError::Reported { error_type: String::new(), payload };
+    assert_eq!(*error(&guest.done("r2")), why);
+}
+
+#[test]
+fn a_stream_that_is_not_wanted_is_thrown_away_and_then_refused() {
+    let (mut guest, address, mut client) = started();
+    guest.send(&invocation("r1", 30_000, "{}"));
+    client.answer();
+    let mut other = Client::connect(&address);
+    assert_eq!(other.call("GET", "nothing", "", "").0, 404, "it is known before the next");
+    other.stream.write_all((streaming("r7") + "3\r\nabc\r\n").as_bytes()).unwrap();
+    // The event is answered meanwhile, and what comes later is still nobody's answer.
+    assert_eq!(client.call("POST", "invocation/r1/response", "", "{}").0, 202);
+    guest.done("r1");
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r7", 30_000, "{}"));
+    client.answer();
+    other.stream.write_all(b"3\r\nabc\r\n0\r\n\r\n").unwrap();
+    assert!(other.answer().0.contains(" 400 "));
+    assert_eq!(other.call("POST", "invocation/r7/response", "", "{}").0, 202);
+    assert_eq!(
+        guest.done("r7").outcome,
+        Outcome::Response { payload: b"{}".to_vec(), content_type: String::new() }
+    );
+}
+
+#[test]
+fn an_endless_stream_is_cut_and_costs_no_memory() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 60_000, "{}"));
+    client.answer();
+    let chunk = [b"100000\r\n", "x".repeat(1 << 20).as_bytes(), b"\r\n"].concat();
+    let mut writer = client.stream.try_clone().unwrap();
+    let sent = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = sent.clone();
+    let writing = std::thread::spawn(move || {
+        writer.write_all(streaming("r1").as_bytes()).unwrap();
+        for _ in 0..208 {
+            writer.write_all(&chunk).unwrap();
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+        writer.write_all(b"0\r\n\r\n").unwrap();
+    });
+    // Nobody reads: the function has to wait.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(sent.load(std::sync::atomic::Ordering::SeqCst) < 32);
+    let (_, bytes, done) = guest.streamed("r1");
+    assert!((199 << 20..=200 << 20).contains(&bytes.len()), "{}", bytes.len());
+    let FunctionError::ResponseTooLarge { size } = *error(&done) else { panic!("{done:?}") };
+    assert!((200 << 20..201 << 20).contains(&size), "{size}");
+    writing.join().unwrap();
+    assert!(client.answer().0.contains(" 413 "));
+    let (_, most) = guest.memory();
+    assert!(most < MAX_PAYLOAD as u64, "{most} bytes");
+    client.send("GET", "invocation/next", "", "");
+    guest.send(&invocation("r2", 5000, "2"));
+    assert_eq!(client.answer().1, "2");
+}
+
+#[test]
+fn time_passes_while_nobody_reads() {
+    let (mut guest, _, mut client) = started();
+    guest.send(&invocation("r1", 500, "{}"));
+    client.answer();
+    let mut writer = client.stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        let chunk = [b"100000\r\n", "x".repeat(1 << 20).as_bytes(), b"\r\n"].concat();
+        let _ = writer.write_all(streaming("r1").as_bytes());
+        while writer.write_all(&chunk).is_ok() {}
+    });
+    // The runtime is killed, and its end of the connection with it.
+    writing.join().unwrap();
+    let (_, bytes, done) = guest.streamed("r1");
+    assert!(!bytes.is_empty());
+    assert_eq!(*error(&done), FunctionError::TimedOut { limit_ms: 500 });
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //!  host ─▶ Load ─▶ guest starts the runtime ─▶ Log* Loaded
 //!  host ─▶ Freeze ─▶ guest freezes the runtime's cgroup ─▶ Frozen   (the host may snapshot now)
 //!  host ─▶ Renew  ─▶ guest renews clock, entropy, identity; runs restore hooks ─▶ Log* Renewed
-//!  host ─▶ Invoke ─▶ Log* Done
+//!  host ─▶ Invoke ─▶ Log* Done                      (a response as a whole)
+//!                 ─▶ Log* Begin (Log | Chunk)* Done  (a response as it is made)
 //! ```
 //!
 //! A frame is a little-endian `u32` length of what follows, at most [`MAX_FRAME`], then the
@@ -19,11 +20,20 @@ use serde::{Deserialize, Serialize};
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`Ready`].
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Largest event or response in bytes that the Lambda API allows (6 MiB plus the room that the
 /// Runtime API grants a response).
 pub const MAX_PAYLOAD: usize = 6_291_556;
+
+/// Most bytes of a response that is streamed (Lambda: 200 MB).
+pub const MAX_STREAM: u64 = 200 << 20;
+
+/// Most bytes of one [`Chunk`].
+pub const MAX_CHUNK: usize = 64 * 1024;
+
+/// Longest `Content-Type` in bytes that is passed on.
+pub const MAX_CONTENT_TYPE: usize = 1024;
 
 /// Longest message in bytes without its length prefix: a payload and its head.
 pub const MAX_FRAME: usize = MAX_PAYLOAD + 64 * 1024;
@@ -66,6 +76,10 @@ pub enum FromGuest {
     Log(Log),
     /// The event has been handled, one way or another.
     Done(Done),
+    /// The runtime has begun to stream its response. At most once before a [`FromGuest::Done`].
+    Begin(Begin),
+    /// The next bytes of the response that has begun.
+    Chunk(Chunk),
 }
 
 /// What the guest says first.
@@ -177,6 +191,21 @@ pub struct Log {
     pub partial: bool,
 }
 
+/// The head of a streamed response.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begin {
+    /// `Content-Type` of the response as the runtime gave it, at most [`MAX_CONTENT_TYPE`] bytes.
+    pub content_type: String,
+}
+
+/// A piece of a streamed response.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// At most [`MAX_CHUNK`] bytes; all chunks of a response together at most [`MAX_STREAM`].
+    #[serde(with = "serde_bytes")]
+    pub payload: Vec<u8>,
+}
+
 /// How an invocation ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
@@ -205,8 +234,11 @@ pub enum Outcome {
         /// `Content-Type` of the answer as the runtime gave it.
         content_type: String,
     },
-    /// The function failed, by its own word or in the guest's judgement.
+    /// The function failed, by its own word or in the guest's judgement; maybe in the middle of
+    /// a streamed response.
     Error(FunctionError),
+    /// The streamed response is complete: the chunks were all of it.
+    Streamed,
 }
 
 /// Why a function has no answer.
@@ -230,7 +262,7 @@ pub enum FunctionError {
         /// The limit in milliseconds.
         limit_ms: u64,
     },
-    /// The response was longer than [`MAX_PAYLOAD`].
+    /// The response was longer than [`MAX_PAYLOAD`], or [`MAX_STREAM`] where it was streamed.
     ResponseTooLarge {
         /// Its length in bytes.
         size: u64,
@@ -300,6 +332,12 @@ impl fmt::Debug for Log {
     }
 }
 
+impl fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk").field("payload", &Hidden(self.payload.len())).finish()
+    }
+}
+
 impl fmt::Debug for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -309,6 +347,7 @@ impl fmt::Debug for Outcome {
                 .field("content_type", content_type)
                 .finish(),
             Self::Error(error) => f.debug_tuple("Error").field(error).finish(),
+            Self::Streamed => f.write_str("Streamed"),
         }
     }
 }
@@ -432,6 +471,7 @@ mod tests {
                 })
             ),
             format!("{:?}", Log { stream: Stream::Stdout, line: bytes(), partial: false }),
+            format!("{:?}", FromGuest::Chunk(Chunk { payload: bytes() })),
             format!(
                 "{:?}",
                 Outcome::Response { payload: bytes(), content_type: "text/plain".into() }
@@ -476,6 +516,20 @@ mod tests {
             let message = invoke(payload);
             let frame = encode(&message).unwrap();
             prop_assert_eq!(decode_to_guest(&frame[4..]), Ok(message));
+        }
+
+        #[test]
+        fn streamed_responses_round_trip(
+            content_type in ".{0,40}",
+            payload in proptest::collection::vec(any::<u8>(), 0..4096),
+        ) {
+            for message in [
+                FromGuest::Begin(Begin { content_type }),
+                FromGuest::Chunk(Chunk { payload }),
+            ] {
+                let frame = encode(&message).unwrap();
+                prop_assert_eq!(decode_from_guest(&frame[4..]), Ok(message));
+            }
         }
 
         #[test]

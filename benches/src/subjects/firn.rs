@@ -566,7 +566,7 @@ fn words(error: &FunctionError) -> String {
 
 fn check(report: &InvokeReport) -> Result<()> {
     match &report.outcome {
-        Outcome::Response { .. } => Ok(()),
+        Outcome::Response { .. } | Outcome::Streamed => Ok(()),
         Outcome::Error(error) => Err(Error::Function { subject: NAME, answer: words(error) }),
     }
 }

@@ -10,10 +10,11 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use firn::Invocation;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     App, MAX_ASYNC_EVENT, MAX_EVENT, MAX_INVOKE_ARGS, RequestInfo, Target, announced,
-    error::ApiError, json, names::Reference, read_body,
+    error::ApiError, json, names::Reference, no_content, read_body,
 };
 use crate::{
     backend::Backend,
@@ -43,84 +44,145 @@ impl From<QueueError> for ApiError {
     }
 }
 
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Throttled(limit) => {
+                Self::TooManyRequests { reason: limit.reason(), retry_after: 1 }
+            }
+            Refusal::Impossible(message) => Self::ResourceConflict(message),
+            Refusal::Failed(message) => Self::Service(message),
+        }
+    }
+}
+
 /// Invoke.
 pub async fn invoke<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
-    let (parts, body) = request.into_parts();
-    let headers = &parts.headers;
-    let info = parts.extensions.get::<RequestInfo>().cloned();
-    let RequestInfo { id, received } =
-        info.ok_or_else(|| ApiError::Service("the request has no id".into()))?;
-    let mut trace = Trace::new(received);
-
-    let asynchronous = headers.get(INVOCATION_TYPE).is_some_and(|kind| kind == "Event");
-    let (limit, too_large): (_, fn(_) -> _) = match asynchronous {
-        true => (MAX_ASYNC_EVENT, |size| too_large(size, "Event", MAX_ASYNC_EVENT)),
-        false => (MAX_EVENT, |size| too_large(size, "RequestResponse", MAX_EVENT)),
-    };
-    let size = announced(headers).unwrap_or(limit).min(limit);
-    // Held until the answer is there: this is what bounds the memory for events.
-    let _room = app.room.acquire_many((size / 1024 + 1) as u32).await;
-    let payload = read_body(headers, body, limit, too_large).await?;
-    trace.mark("body");
-
+    let call = Call::read(&app, request, 0).await?;
     let function = app.route(&reference)?;
-    let kind = choice(
-        headers,
-        INVOCATION_TYPE,
-        "invocationType",
-        &["RequestResponse", "Event", "DryRun"],
-    )?;
-    let tail = choice(headers, LOG_TYPE, "logType", &["None", "Tail"])? == Some("Tail");
-    let force = match headers.get(START).map(HeaderValue::to_str) {
-        None => None,
-        Some(text) => {
-            Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
-                let text = "X-Firn-Start must be one of boot, thaw, warm, reset";
-                ApiError::InvalidParameterValue(text.into())
-            })?)
-        }
-    };
-    let client_context = client_context(headers)?;
-    match kind {
-        Some("DryRun") => {
-            let mut response = Response::new(Body::empty());
-            *response.status_mut() = StatusCode::NO_CONTENT;
-            return Ok(response);
-        }
-        Some("Event") if force.is_some() => {
+    let wishes = Wishes::read(&call.headers, &["RequestResponse", "Event", "DryRun"])?;
+    match wishes.kind {
+        "DryRun" => return Ok(no_content()),
+        "Event" if wishes.force.is_some() => {
             return Err(ApiError::InvalidParameterValue(
                 "X-Firn-Start goes with the invocation type RequestResponse only.".into(),
             ));
         }
         // As in Lambda, the function does not get the client context then.
-        Some("Event") => return accept(&app, &function, &reference, headers, id, payload).await,
+        "Event" => {
+            let Call { headers, id, payload, .. } = call;
+            return accept(&app, &function, &reference, &headers, id, payload).await;
+        }
         _ => {}
     }
-    let payload = checked_event(payload)?;
-    let trace_id = trace_id(headers);
-    let invocation = Invocation {
-        request_id: id,
-        function_arn: reference.arn(&app.place),
-        trace_id: trace_id.clone(),
-        client_context,
-        cognito_identity: String::new(),
-        timeout: function.timeout(),
-        payload,
-    };
-    let version = function.version;
-    let request = scheduler::Request { function, invocation, force, trace };
-    let served = app.scheduler.invoke(request).await.map_err(|refusal| match refusal {
-        Refusal::Throttled(limit) => {
-            ApiError::TooManyRequests { reason: limit.reason(), retry_after: 1 }
-        }
-        Refusal::Impossible(message) => ApiError::ResourceConflict(message),
-        Refusal::Failed(message) => ApiError::Service(message),
-    })?;
+    let (version, tail) = (function.version, wishes.tail);
+    let (request, _room) = call.request(function, reference.arn(&app.place), wishes)?;
+    let trace_id = request.invocation.trace_id.clone();
+    let served = app.scheduler.invoke(request).await?;
     Ok(respond(served, version, tail, &trace_id))
+}
+
+/// A request that invokes, with its body.
+pub struct Call {
+    id: String,
+    /// Its headers.
+    pub headers: HeaderMap,
+    trace: Trace,
+    payload: Bytes,
+    /// Held until the answer is there: this is what bounds the memory for events.
+    room: OwnedSemaphorePermit,
+}
+
+impl Call {
+    /// Takes a request in, when there is room for its event and `more` KiB.
+    ///
+    /// # Errors
+    /// Those of a body that is too long or does not arrive.
+    pub async fn read<B: Backend>(
+        app: &App<B>,
+        request: Request,
+        more: usize,
+    ) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        let headers = parts.headers;
+        let info = parts.extensions.get::<RequestInfo>().cloned();
+        let RequestInfo { id, received } =
+            info.ok_or_else(|| ApiError::Service("the request has no id".into()))?;
+        let mut trace = Trace::new(received);
+        let asynchronous = headers.get(INVOCATION_TYPE).is_some_and(|kind| kind == "Event");
+        let (limit, too_large): (_, fn(_) -> _) = match asynchronous {
+            true => (MAX_ASYNC_EVENT, |size| too_large(size, "Event", MAX_ASYNC_EVENT)),
+            false => (MAX_EVENT, |size| too_large(size, "RequestResponse", MAX_EVENT)),
+        };
+        let size = announced(&headers).unwrap_or(limit).min(limit);
+        let kib = size / 1024 + 1 + more;
+        let room = app.room.clone().acquire_many_owned(kib as u32).await;
+        let room = room.map_err(|error| ApiError::Service(error.to_string()))?;
+        let payload = read_body(&headers, body, limit, too_large).await?;
+        trace.mark("body");
+        Ok(Self { id, headers, trace, payload, room })
+    }
+
+    /// What the scheduler is to do, and the room that it takes meanwhile.
+    ///
+    /// # Errors
+    /// [`ApiError::InvalidRequestContent`] for an event that is no JSON.
+    pub fn request(
+        self,
+        function: Arc<Function>,
+        function_arn: String,
+        wishes: Wishes,
+    ) -> Result<(scheduler::Request, OwnedSemaphorePermit), ApiError> {
+        let Self { id, headers, trace, payload, room } = self;
+        let invocation = Invocation {
+            request_id: id,
+            function_arn,
+            trace_id: trace_id(&headers),
+            client_context: wishes.client_context,
+            cognito_identity: String::new(),
+            timeout: function.timeout(),
+            payload: checked_event(payload)?,
+            response: None,
+        };
+        let request = scheduler::Request { function, invocation, force: wishes.force, trace };
+        Ok((request, room))
+    }
+}
+
+/// What a caller may ask for in headers.
+pub struct Wishes {
+    /// The invocation type.
+    pub kind: &'static str,
+    /// The end of the log with the answer.
+    pub tail: bool,
+    force: Option<StartKind>,
+    client_context: String,
+}
+
+impl Wishes {
+    /// Reads them; the first of the invocation types that an operation has is its default.
+    ///
+    /// # Errors
+    /// Names the header and what it takes.
+    pub fn read(headers: &HeaderMap, kinds: &[&'static str]) -> Result<Self, ApiError> {
+        let kind = choice(headers, INVOCATION_TYPE, "invocationType", kinds)?;
+        let tail = choice(headers, LOG_TYPE, "logType", &["None", "Tail"])? == Some("Tail");
+        let force = match headers.get(START).map(HeaderValue::to_str) {
+            None => None,
+            Some(text) => {
+                Some(text.ok().and_then(|t| t.parse::<StartKind>().ok()).ok_or_else(|| {
+                    let text = "X-Firn-Start must be one of boot, thaw, warm, reset";
+                    ApiError::InvalidParameterValue(text.into())
+                })?)
+            }
+        };
+        let kind = kind.or(kinds.first().copied()).unwrap_or_default();
+        Ok(Self { kind, tail, force, client_context: client_context(headers)? })
+    }
 }
 
 /// InvokeAsync, which Invoke with the invocation type `Event` has replaced.

@@ -7,12 +7,15 @@ mod aliases;
 mod concurrency;
 pub mod error;
 mod event_config;
+mod eventstream;
 mod firn_api;
 mod functions;
 mod invoke;
+mod invoke_stream;
 pub mod names;
 mod pages;
 mod permissions;
+mod response_stream;
 mod services;
 pub mod shapes;
 mod tags;
@@ -24,6 +27,7 @@ mod tests;
 
 use std::{
     collections::HashMap,
+    num::NonZeroU64,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -103,9 +107,11 @@ pub struct App<B: Backend> {
     pub place: Place,
     /// The limit that GetAccountSettings shows.
     pub concurrency: u32,
+    /// Most bytes a second of a streamed response, after its first ones.
+    pub stream_rate: Option<NonZeroU64>,
     announcing: Mutex<()>,
     uploads: Semaphore,
-    room: Semaphore,
+    room: Arc<Semaphore>,
 }
 
 impl<B: Backend> App<B> {
@@ -116,6 +122,7 @@ impl<B: Backend> App<B> {
         scheduler: Arc<Scheduler<B>>,
         events: Arc<Events<B>>,
         concurrency: u32,
+        stream_rate: Option<NonZeroU64>,
     ) -> Arc<Self> {
         let app = Self {
             store,
@@ -126,9 +133,10 @@ impl<B: Backend> App<B> {
             backend: workshop.backend,
             place: workshop.place,
             concurrency,
+            stream_rate,
             announcing: Mutex::new(()),
             uploads: Semaphore::new(UPLOADS),
-            room: Semaphore::new(EVENT_KIB),
+            room: Arc::new(Semaphore::new(EVENT_KIB)),
         };
         app.store.all().iter().for_each(|function| app.announce(function, None));
         Arc::new(app)
@@ -218,7 +226,7 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let tags = get(tags::list::<B>).post(tags::tag::<B>).delete(tags::untag::<B>);
     let policy = get(permissions::get::<B>).post(permissions::add::<B>);
     let statement = delete(permissions::remove::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 23] = [
+    let routes: [(&str, MethodRouter<Arc<App<B>>>); 24] = [
         ("/2015-03-31/functions", functions),
         ("/2015-03-31/functions/{name}", function),
         ("/2015-03-31/functions/{name}/configuration", configuration),
@@ -230,6 +238,10 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         ("/2015-03-31/functions/{name}/policy/{sid}", statement),
         ("/2017-03-31/tags/{arn}", tags),
         ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
+        (
+            "/2021-11-15/functions/{name}/response-streaming-invocations",
+            post(invoke_stream::invoke::<B>),
+        ),
         ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
         ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
         ("/2017-10-31/functions/{name}/concurrency", reservation),

@@ -508,6 +508,7 @@ impl<B: Backend> Events<B> {
             cognito_identity: String::new(),
             timeout: function.timeout(),
             payload: event.payload.clone(),
+            response: None,
         };
         let trace = Trace::new(std::time::Instant::now());
         let request = Request { function: function.clone(), invocation, force: None, trace };

@@ -15,11 +15,11 @@ use crate::{
 };
 
 /// An event in answer to which the guest says exactly this, and nothing more.
-fn says(bytes: &[u8]) -> Invocation {
+pub fn says(bytes: &[u8]) -> Invocation {
     Invocation { payload: [b"say ", bytes].concat().into(), ..event(b"") }
 }
 
-fn done() -> Done {
+pub fn done() -> Done {
     Done {
         request_id: "r-1".into(),
         outcome: Outcome::Response { payload: b"{}".into(), content_type: String::new() },
@@ -30,7 +30,7 @@ fn done() -> Done {
     }
 }
 
-fn frame(message: &FromGuest) -> Vec<u8> {
+pub fn frame(message: &FromGuest) -> Vec<u8> {
     guest::encode(message).unwrap()
 }
 

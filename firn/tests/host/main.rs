@@ -16,6 +16,7 @@ mod resets;
 mod rootless;
 mod snapshots;
 mod stand_in;
+mod streams;
 
 use std::{panic, process::ExitCode, time::Instant};
 
@@ -67,6 +68,9 @@ const TESTS: &[Test] = tests![
     snapshots::other_surroundings_are_named,
     snapshots::a_long_first_event_does_not_keep_the_pool_empty,
     snapshots::a_full_disk_leaves_nothing,
+    streams::booted_thawed_warm_and_reset_instances_stream,
+    streams::a_taker_that_stops_has_the_functions_time,
+    streams::what_is_no_stream_ends_its_guest,
     rootless::an_ordinary_user_can_do_it_too,
 ];
 

@@ -11,7 +11,7 @@ use crate::{
     snapshots::base,
 };
 
-async fn resident(host: &Host, install: &Install) -> ResidentSnapshot {
+pub async fn resident(host: &Host, install: &Install) -> ResidentSnapshot {
     let snapshot = base(host, &install.path("s")).await;
     snapshot.make_resident(host, None, None).await.unwrap()
 }

@@ -292,6 +292,13 @@ impl Guest {
                 while self.stream.write_all(&frame).is_ok() {}
                 return;
             }
+            b"stream" => {
+                self.say(&FromGuest::Begin(guest::Begin { content_type: String::new() }));
+                let payload = vec![b'x'; guest::MAX_CHUNK];
+                let frame = guest::encode(&FromGuest::Chunk(guest::Chunk { payload })).unwrap();
+                while self.stream.write_all(&frame).is_ok() {}
+                return;
+            }
             b"too long" => payload = vec![b'y'; guest::MAX_PAYLOAD + 1],
             b"page" => {
                 let memory = self.memory.lock().unwrap();

@@ -17,8 +17,8 @@ use std::{
 };
 
 use firn_proto::guest::{
-    Done, FromGuest, FunctionError, Invoke, Load, Loaded, Log, Outcome, Renew, Renewed, ToGuest,
-    decode_from_guest, encode, frame_length,
+    Done, FromGuest, FunctionError, Invoke, Load, Loaded, Log, MAX_CHUNK, Outcome, Renew, Renewed,
+    ToGuest, decode_from_guest, encode, frame_length,
 };
 use tempfile::TempDir;
 
@@ -169,6 +169,25 @@ impl Guest {
                 done
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// A streamed response: its content type, its bytes, and how it ended.
+    pub fn streamed(&mut self, id: &str) -> (String, Vec<u8>, Done) {
+        let FromGuest::Begin(begin) = self.answer() else { panic!("no stream begins") };
+        let mut bytes = Vec::new();
+        loop {
+            match self.answer() {
+                FromGuest::Chunk(chunk) => {
+                    assert!((1..=MAX_CHUNK).contains(&chunk.payload.len()));
+                    bytes.extend_from_slice(&chunk.payload);
+                }
+                FromGuest::Done(done) => {
+                    assert_eq!(done.request_id, id);
+                    return (begin.content_type, bytes, done);
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 

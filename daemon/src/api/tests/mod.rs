@@ -10,6 +10,7 @@ mod isolation;
 mod logs;
 mod permissions;
 mod services;
+mod streaming;
 mod tags;
 mod versions;
 
@@ -134,7 +135,7 @@ async fn start_within(
         event_bounds,
     )
     .unwrap();
-    let app = App::new(store, workshop, scheduler.clone(), events.clone(), concurrency);
+    let app = App::new(store, workshop, scheduler.clone(), events.clone(), concurrency, None);
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
