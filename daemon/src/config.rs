@@ -23,17 +23,22 @@ use crate::{
 
 /// Runs functions the way AWS Lambda does, each in its own microVM.
 ///
-/// Serves Lambda's HTTP API. Request signatures are accepted and not checked: whoever can reach
-/// the port may do everything.
+/// Serves Lambda's HTTP API. With --identity, requests must be signed and allowed. Without, firnd is in
+/// development mode: it listens on loopback only, signatures are not checked, and whoever reaches the port
+/// may do everything.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "firnd", version)]
 pub struct Options {
     /// Address and port to listen on; port 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:9000", value_name = "ADDRESS:PORT")]
     pub listen: SocketAddr,
-    /// Allow addresses other than loopback. Requests are not authenticated.
-    #[arg(long)]
+    /// Allow addresses other than loopback. Needs --identity: nobody may call unknown from elsewhere.
+    #[arg(long, requires = "identity")]
     pub listen_anywhere: bool,
+    /// File with users, their access keys and policies, and roles, as JSON that only this user can read.
+    /// Read again on SIGHUP.
+    #[arg(long, value_name = "FILE")]
+    pub identity: Option<PathBuf>,
     /// Where functions, code, snapshots and logs are kept.
     #[arg(long, default_value = "/var/lib/firn", value_name = "DIR")]
     pub state: PathBuf,
@@ -132,8 +137,8 @@ impl Options {
     pub fn check(&self) -> anyhow::Result<()> {
         ensure!(
             self.listen_anywhere || self.listen.ip().is_loopback(),
-            "--listen {} is not a loopback address, and firnd does not authenticate requests: add \
-             --listen-anywhere if only trusted clients can reach it",
+            "--listen {} is not a loopback address: add --listen-anywhere, and --identity FILE with those \
+             who may call",
             self.listen
         );
         ensure!(
@@ -321,7 +326,10 @@ mod tests {
         assert!(check(&["--listen", "[::1]:0"]).is_ok());
         let error = check(&["--listen", "0.0.0.0:9000"]).unwrap_err();
         assert!(error.contains("--listen-anywhere"), "{error}");
-        assert!(check(&["--listen", "0.0.0.0:9000", "--listen-anywhere"]).is_ok());
+        let anywhere = ["--listen", "0.0.0.0:9000", "--listen-anywhere"];
+        let error = check(&anywhere).unwrap_err();
+        assert!(error.contains("--identity"), "{error}");
+        assert!(check(&[&anywhere[..], &["--identity", "FILE"]].concat()).is_ok());
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod fake;
 mod function;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod identity;
 mod logs;
 mod outcome;
 mod prepare;
@@ -113,6 +114,20 @@ async fn run(options: Options) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("can't listen on {}: {error}; {hint}", options.listen)
     })?;
+    let identity = match &options.identity {
+        Some(path) => {
+            let identity = Arc::new(identity::Identity::open(path, options.place())?);
+            reload_on_hangup(identity.clone())?;
+            Some(identity)
+        }
+        None => {
+            tracing::warn!(
+                "development mode: without --identity nobody is asked who they are, and everybody who \
+                 reaches the port may do everything"
+            );
+            None
+        }
+    };
     let keys = LocalKeyFile::open_or_create(&options.key_file()).context("no master key")?;
     let keys: Arc<dyn KeyService> = Arc::new(keys);
     let host = firn::Host::open(options.host(keys.clone())).await.map_err(|error| {
@@ -133,15 +148,32 @@ async fn run(options: Options) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("{error}{hint}")
     })?;
-    let result = daemon(&options, keys, host.clone(), listener, stop).await;
+    let result = daemon(&options, keys, identity, host.clone(), listener, stop).await;
     // Also when start-up failed half way: nothing may stay behind.
     host.shutdown().await;
     result
 }
 
+/// Has SIGHUP read the identity file again.
+fn reload_on_hangup(identity: Arc<identity::Identity>) -> io::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            let identity = identity.clone();
+            match tokio::task::spawn_blocking(move || identity.reload()).await {
+                Ok(Ok(())) => tracing::info!("the identity file was read again"),
+                Ok(Err(error)) => tracing::error!(%error, "what was read before stays in force"),
+                Err(error) => tracing::error!(%error, "the identity file was not read again"),
+            }
+        }
+    });
+    Ok(())
+}
+
 async fn daemon<B: Backend>(
     options: &Options,
     keys: Arc<dyn KeyService>,
+    identity: Option<Arc<identity::Identity>>,
     backend: B,
     listener: TcpListener,
     stop: impl Future<Output = ()>,
@@ -181,6 +213,7 @@ async fn daemon<B: Backend>(
         events.clone(),
         options.concurrency,
         options.stream_rate(),
+        identity,
     );
     let address = listener.local_addr().context("the listener has no address")?;
     // Whoever started the daemon may not be listening; that is no reason to stop.

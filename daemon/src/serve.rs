@@ -4,15 +4,24 @@
 //! connection may stay. Bodies are bounded where they are read. Connections that are opened while many
 //! are open have less time: who opens them by the thousand and says nothing can't keep others out.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
+use hyper::{
+    Request,
+    body::Incoming,
+    service::{Service, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore};
+
+/// Who is at the other end of the connection; an extension of each request.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(pub SocketAddr);
 
 /// What bounds connections.
 #[derive(Debug, Clone, Copy)]
@@ -63,8 +72,8 @@ pub async fn serve(
             accepted = accept => accepted,
             () = &mut stop => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 if !is_connections_own(&error) {
                     // Out of descriptors, most likely: waiting is all that helps.
@@ -78,7 +87,11 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let crowded = connections.available_permits() < bounds.connections / 2;
         http.header_read_timeout(if crowded { bounds.head_in_a_crowd } else { bounds.head });
-        let service = TowerToHyperService::new(router.clone());
+        let router = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(address));
+            router.call(request)
+        });
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         tokio::spawn(async move {

@@ -144,6 +144,8 @@ class SecondDaemon:
     # What else is done before it, and what runs it.
     before = ""
     runner = ""
+    # What it answers once it serves.
+    ready = "/firn/v1/instances"
 
     def __init__(self, site, name, port, flags):
         self.site, self.port, self.flags = site, port, flags
@@ -162,7 +164,7 @@ setsid {self.runner} $artifacts/bin/firnd --artifacts $artifacts --state {self.s
     --patience 20 --no-cpu-limits {self.flags} >> {self.dir}/log 2>&1 &
 echo $! > {self.dir}/pid
 for _ in $(seq 120); do
-    busybox wget -q -O /dev/null {self.url}/firn/v1/instances && exit 0
+    busybox wget -q -O /dev/null {self.url}{self.ready} && exit 0
     kill -0 $(cat {self.dir}/pid) || break
     sleep 0.5
 done

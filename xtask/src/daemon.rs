@@ -33,7 +33,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LINES: usize = 80;
 
 /// Port of the daemon inside the host VM.
-pub const PORT: u16 = 9000;
+pub const PORT: u16 = firn_host_vm_agent::DAEMON_PORT;
 
 /// Where the host VM keeps the number of the process to stop.
 const PID_FILE: &str = "/run/daemon.pid";
@@ -199,11 +199,10 @@ fn start_in_host_vm(
     let script = format!("echo $$ > {PID_FILE}; {}", script(settings.restart));
     let mut argv: Vec<String> =
         ["sh", "-c", &script, "firnd", "/firn/bin/firnd"].map(String::from).to_vec();
-    // The port is forwarded to the VM's own address. Emulated CPUs are slow: longer limits, and
-    // no share of a CPU for small functions, which would make them slower still.
-    let flags = format!(
-        "--artifacts /firn --listen 0.0.0.0:{PORT} --listen-anywhere --patience 20 --no-cpu-limits"
-    );
+    // Emulated CPUs are slow: longer limits, and no share of a CPU for small functions, which would make
+    // them slower still.
+    let flags =
+        format!("--artifacts /firn --listen 127.0.0.1:{PORT} --patience 20 --no-cpu-limits");
     argv.extend(flags.split(' ').map(String::from));
     argv.extend(settings.flags.iter().cloned());
     let running = client.start(&Exec { argv, ..Exec::default() })?;

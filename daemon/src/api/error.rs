@@ -11,6 +11,8 @@ use axum::{
 };
 use serde_json::json;
 
+use crate::identity::sigv4::AuthError;
+
 /// Header that names the exception.
 pub const ERROR_TYPE: &str = "x-amzn-errortype";
 
@@ -29,7 +31,10 @@ pub enum ApiError {
     /// The event, or the client context, is not JSON.
     #[error("{0}")]
     InvalidRequestContent(String),
-    /// The request comes from where it may not.
+    /// The request is not from whom it says.
+    #[error("{0}")]
+    Unauthenticated(AuthError),
+    /// The request comes from where it may not, or asks for what its caller may not do.
     #[error("{0}")]
     AccessDenied(String),
     /// No such function or version.
@@ -115,9 +120,13 @@ impl ApiError {
     }
 
     /// The name of the exception.
-    #[cfg(test)]
     pub fn name(&self) -> &'static str {
         self.facts().0
+    }
+
+    /// The status code.
+    pub fn status(&self) -> StatusCode {
+        self.facts().1
     }
 
     fn facts(&self) -> (&'static str, StatusCode, Spelling) {
@@ -131,6 +140,7 @@ impl ApiError {
             Self::InvalidRequestContent(_) => {
                 ("InvalidRequestContentException", StatusCode::BAD_REQUEST, Lower)
             }
+            Self::Unauthenticated(error) => (error.name(), StatusCode::FORBIDDEN, Bare),
             Self::AccessDenied(_) => ("AccessDeniedException", StatusCode::FORBIDDEN, Upper),
             Self::ResourceNotFound(_) => {
                 ("ResourceNotFoundException", StatusCode::NOT_FOUND, Upper)

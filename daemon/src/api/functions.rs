@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use axum::{
+    Extension,
     body::Body,
     extract::{Request, State},
     http::{HeaderMap, Response, StatusCode, header},
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use super::{
     App, MAX_UPLOAD, Parameters, Target, blocking,
     error::ApiError,
+    gate::Session,
     json, names, no_content,
     pages::{self, Page},
     read_body,
@@ -55,6 +57,7 @@ impl From<StoreError> for ApiError {
 /// CreateFunction.
 pub async fn create<B: Backend>(
     State(app): State<Arc<App<B>>>,
+    Extension(session): Extension<Session>,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let _turn = app.uploads.acquire().await;
@@ -73,6 +76,10 @@ pub async fn create<B: Backend>(
                  without a qualifier; not as {name}",
                 work.place.region, work.place.account
             )));
+        }
+        session.may("lambda:CreateFunction", &reference.arn(&work.place))?;
+        if let Some(role) = &input.settings.role {
+            session.pass_role(role)?;
         }
         let name = reference.name;
         let tags = input.settings.tags.clone().unwrap_or_default();
@@ -111,17 +118,19 @@ pub async fn create<B: Backend>(
 pub async fn get<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
+    Extension(session): Extension<Session>,
     headers: HeaderMap,
 ) -> Result<Response<Body>, ApiError> {
     let function = app.find(&reference)?;
     let qualifier = reference.qualifier.as_deref();
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
     let (name, sha256) = (function.qualified_name(), &function.code.sha256);
+    let link = session.link(&format!("/firn/v1/functions/{name}/code?sha256={sha256}"));
     let mut output = json!({
         "Configuration": FunctionConfiguration::of(&function, &app.place, qualifier),
         "Code": {
             "RepositoryType": "S3",
-            "Location": format!("http://{host}/firn/v1/functions/{name}/code?sha256={sha256}"),
+            "Location": format!("http://{host}{link}"),
         },
     });
     let latest = app.store.get(&function.name, Version::Latest);
@@ -250,6 +259,7 @@ pub async fn update_code<B: Backend>(
 pub async fn update_configuration<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
+    Extension(session): Extension<Session>,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let _turn = app.uploads.acquire().await;
@@ -259,6 +269,9 @@ pub async fn update_configuration<B: Backend>(
     let work = app.clone();
     let Updated { old, new, .. } = blocking(move || {
         let input: UpdateFunctionConfiguration = parse(&body)?;
+        if let Some(role) = &input.settings.role {
+            session.pass_role(role)?;
+        }
         let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
         let runtimes = work.backend.runtimes();
         work.store.update(&current.name, revision, false, |function| {

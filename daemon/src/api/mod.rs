@@ -1,7 +1,7 @@
 //! Lambda's HTTP API: routes, bodies, and what all responses have in common.
 //!
-//! SigV4 signatures are accepted and not checked: whoever can reach the port may do everything.
-//! That is why the daemon binds to loopback unless told otherwise.
+//! With identities, [`gate`] lets a request through to its handler that is signed and allowed. Without, in
+//! development mode, everybody who reaches the port may do everything: it is on loopback then.
 
 mod aliases;
 mod concurrency;
@@ -10,12 +10,15 @@ mod event_config;
 mod eventstream;
 mod firn_api;
 mod functions;
+mod gate;
 mod invoke;
 mod invoke_stream;
 pub mod names;
+mod operations;
 mod pages;
 mod permissions;
 mod response_stream;
+mod routes;
 mod services;
 pub mod shapes;
 mod tags;
@@ -33,19 +36,18 @@ use std::{
 };
 
 use axum::{
-    Router,
     body::Body,
-    extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request},
+    extract::{FromRequestParts, Path, Query, Request},
     http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts},
-    middleware::{self, Next},
+    middleware::Next,
     response::IntoResponse,
-    routing::{MethodRouter, delete, get, post, put},
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
+pub use self::routes::router;
 use self::{
     error::{ApiError, Fault},
     names::{Place, Reference},
@@ -56,6 +58,7 @@ use crate::{
     code::CodeStore,
     events::Events,
     function::{Function, Version},
+    identity::Identity,
     logs::Logs,
     scheduler::Scheduler,
     store::Store,
@@ -85,6 +88,9 @@ const STALL: Duration = Duration::from_secs(30);
 /// Time that a whole body may take.
 const BODY: Duration = Duration::from_secs(300);
 
+/// What is said of a body that did not end.
+const BROKEN: &str = "The request body broke off.";
+
 /// Bytes of an oversized body that are read and dropped so that the client gets to see the error.
 const DRAIN: usize = 256 << 20;
 
@@ -109,6 +115,8 @@ pub struct App<B: Backend> {
     pub concurrency: u32,
     /// Most bytes a second of a streamed response, after its first ones.
     pub stream_rate: Option<NonZeroU64>,
+    /// Who may call. None: development mode, in which everybody may do everything.
+    pub identity: Option<Arc<Identity>>,
     announcing: Mutex<()>,
     uploads: Semaphore,
     room: Arc<Semaphore>,
@@ -123,6 +131,7 @@ impl<B: Backend> App<B> {
         events: Arc<Events<B>>,
         concurrency: u32,
         stream_rate: Option<NonZeroU64>,
+        identity: Option<Arc<Identity>>,
     ) -> Arc<Self> {
         let app = Self {
             store,
@@ -134,6 +143,7 @@ impl<B: Backend> App<B> {
             place: workshop.place,
             concurrency,
             stream_rate,
+            identity,
             announcing: Mutex::new(()),
             uploads: Semaphore::new(UPLOADS),
             room: Arc::new(Semaphore::new(EVENT_KIB)),
@@ -205,72 +215,6 @@ impl<B: Backend> App<B> {
     }
 }
 
-/// All routes.
-pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
-    let functions = get(functions::list::<B>).post(functions::create::<B>);
-    let function = get(functions::get::<B>).delete(functions::delete::<B>);
-    let configuration =
-        get(functions::get_configuration::<B>).put(functions::update_configuration::<B>);
-    let versions = get(versions::list::<B>).post(versions::publish::<B>);
-    let event_config = get(event_config::get::<B>)
-        .put(event_config::put::<B>)
-        .post(event_config::update::<B>)
-        .delete(event_config::delete::<B>);
-    let reservation = put(concurrency::put_reserved::<B>).delete(concurrency::delete_reserved::<B>);
-    let provisioned = get(concurrency::get_provisioned::<B>)
-        .put(concurrency::put_provisioned::<B>)
-        .delete(concurrency::delete_provisioned::<B>);
-    let event_configs = get(event_config::list::<B>);
-    let aliases = get(aliases::list::<B>).post(aliases::create::<B>);
-    let alias = get(aliases::get::<B>).put(aliases::update::<B>).delete(aliases::delete::<B>);
-    let tags = get(tags::list::<B>).post(tags::tag::<B>).delete(tags::untag::<B>);
-    let policy = get(permissions::get::<B>).post(permissions::add::<B>);
-    let statement = delete(permissions::remove::<B>);
-    let routes: [(&str, MethodRouter<Arc<App<B>>>); 24] = [
-        ("/2015-03-31/functions", functions),
-        ("/2015-03-31/functions/{name}", function),
-        ("/2015-03-31/functions/{name}/configuration", configuration),
-        ("/2015-03-31/functions/{name}/code", put(functions::update_code::<B>)),
-        ("/2015-03-31/functions/{name}/versions", versions),
-        ("/2015-03-31/functions/{name}/aliases", aliases),
-        ("/2015-03-31/functions/{name}/aliases/{alias}", alias),
-        ("/2015-03-31/functions/{name}/policy", policy),
-        ("/2015-03-31/functions/{name}/policy/{sid}", statement),
-        ("/2017-03-31/tags/{arn}", tags),
-        ("/2015-03-31/functions/{name}/invocations", post(invoke::invoke::<B>)),
-        (
-            "/2021-11-15/functions/{name}/response-streaming-invocations",
-            post(invoke_stream::invoke::<B>),
-        ),
-        ("/2014-11-13/functions/{name}/invoke-async", post(invoke::invoke_async::<B>)),
-        ("/2016-08-19/account-settings", get(functions::account_settings::<B>)),
-        ("/2017-10-31/functions/{name}/concurrency", reservation),
-        ("/2019-09-30/functions/{name}/concurrency", get(concurrency::get_reserved::<B>)),
-        ("/2019-09-30/functions/{name}/provisioned-concurrency", provisioned),
-        ("/2019-09-25/functions/{name}/event-invoke-config", event_config),
-        ("/2019-09-25/functions/{name}/event-invoke-config/list", event_configs),
-        ("/firn/v1/health", get(firn_api::health::<B>)),
-        ("/firn/v1/instances", get(firn_api::instances::<B>)),
-        ("/firn/v1/events", get(firn_api::events::<B>)),
-        ("/firn/v1/functions/{name}/snapshot", get(firn_api::snapshot::<B>)),
-        ("/firn/v1/functions/{name}/code", get(firn_api::code::<B>)),
-    ];
-    let mut router = Router::new();
-    for (path, handlers) in routes {
-        let handlers = handlers.fallback(no_method);
-        // SDKs of several ages differ in whether a slash ends the path.
-        router = router.route(path, handlers.clone()).route(&format!("{path}/"), handlers);
-    }
-    router
-        .route("/", post(services::serve::<B>).fallback(no_method))
-        .route("/service/{service}/operation/{operation}", post(services::serve::<B>))
-        .fallback(no_operation)
-        // Every handler sets its own limit as it reads.
-        .layer(DefaultBodyLimit::disable())
-        .layer(middleware::from_fn(common))
-        .with_state(app)
-}
-
 /// What a request is known by.
 #[derive(Debug, Clone)]
 struct RequestInfo {
@@ -302,8 +246,8 @@ async fn common(mut request: Request, next: Next) -> Response<Body> {
     response
 }
 
-/// Refuses what a web page from elsewhere sends. Nothing is authenticated here, and a browser on
-/// this machine reaches loopback for any page that it shows.
+/// Refuses what a web page from elsewhere sends. In development mode nothing is authenticated, and a
+/// browser on this machine reaches loopback for any page that it shows.
 fn foreign_origin(headers: &HeaderMap) -> Option<ApiError> {
     let origin = headers.get(header::ORIGIN)?.to_str().unwrap_or_default();
     let host = origin.split_once("://").map_or("", |(_, rest)| rest);
@@ -413,8 +357,12 @@ async fn read_body(
                     )));
                 }
                 Ok(None) => return Ok(()),
-                Ok(Some(Err(_))) => {
-                    return Err(ApiError::RequestTimeout("The request body broke off.".into()));
+                Ok(Some(Err(error))) => {
+                    // The gate's refusal, or what happened to the connection.
+                    return Err(match error.into_inner().downcast::<ApiError>() {
+                        Ok(refusal) => *refusal,
+                        Err(_) => ApiError::RequestTimeout(BROKEN.into()),
+                    });
                 }
                 Ok(Some(Ok(frame))) => frame,
             };

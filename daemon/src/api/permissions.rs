@@ -26,6 +26,7 @@ use super::{
 use crate::{
     attachments::{MAX_POLICY, Policy, Statement},
     backend::Backend,
+    identity::policy,
 };
 
 /// AddPermission.
@@ -47,6 +48,7 @@ pub async fn add<B: Backend>(
         validate::add_permission(&input)?;
         let arn = reference.arn(&work.place);
         let document = statement(&input, &arn)?;
+        enforceable(&document)?;
         let sid = input.statement_id.unwrap_or_default();
         work.store.attach(&reference.name, |versions, attachments| {
             // The version or alias may have gone meanwhile.
@@ -129,6 +131,14 @@ pub async fn get<B: Backend>(
         ApiError::ResourceNotFound("The resource you requested does not exist.".into())
     })?;
     json(StatusCode::OK, &json!({"Policy": policy.document(), "RevisionId": policy.revision}))
+}
+
+/// Whether a statement can be enforced: one that can't would be a promise, and not kept.
+fn enforceable(statement: &str) -> Result<(), ApiError> {
+    let document = format!(r#"{{"Version":"2012-10-17","Statement":{statement}}}"#);
+    policy::Policy::parse(&document, policy::Kind::Resource).map(drop).map_err(|error| {
+        ApiError::InvalidParameterValue(format!("The permission can't be enforced: {error}."))
+    })
 }
 
 /// Under what the policy is kept.

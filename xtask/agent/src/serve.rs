@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -14,11 +14,15 @@ use std::thread;
 use std::time::Duration;
 
 use firn_host_vm_agent::{
-    AGENT_PORT, CHUNK, Event, Exec, Input, JOB_PATH, READY_MARK, Request, Stream, receive, send,
+    AGENT_PORT, CHUNK, DAEMON_PORT, Event, Exec, Input, JOB_PATH, READY_MARK, Request, Stream,
+    receive, send,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::Winsize;
+
+/// The machine's own address.
+const ADDRESS: &str = "10.0.2.15";
 
 /// How long output may still come from processes that outlive the command.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -33,6 +37,12 @@ pub fn run() -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
+    let outside = TcpListener::bind((ADDRESS, DAEMON_PORT))?;
+    thread::spawn(move || {
+        for client in outside.incoming().flatten() {
+            thread::spawn(move || forward(&client));
+        }
+    });
     let listener = TcpListener::bind(("0.0.0.0", AGENT_PORT))?;
     println!("{READY_MARK}");
     for connection in listener.incoming() {
@@ -43,6 +53,23 @@ pub fn run() -> io::Result<()> {
             }
         });
     }
+    Ok(())
+}
+
+/// Carries a connection on to the daemon, until both have said all that they want to say.
+fn forward(client: &TcpStream) -> io::Result<()> {
+    let daemon = &TcpStream::connect(("127.0.0.1", DAEMON_PORT))?;
+    client.set_nodelay(true)?;
+    daemon.set_nodelay(true)?;
+    let carry = |mut from: &TcpStream, mut to: &TcpStream| {
+        let carried = io::copy(&mut from, &mut to);
+        // Of one that broke, the other side shall not wait for more.
+        let _ = to.shutdown(if carried.is_ok() { Shutdown::Write } else { Shutdown::Both });
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| carry(client, daemon));
+        carry(daemon, client);
+    });
     Ok(())
 }
 

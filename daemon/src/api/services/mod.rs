@@ -17,7 +17,7 @@ use axum::{
 use serde_json::Value;
 
 use self::wire::Call;
-use super::{App, RequestInfo, read_body};
+use super::{App, RequestInfo, gate::Session, read_body};
 use crate::backend::Backend;
 
 /// Most bytes of a request.
@@ -69,24 +69,44 @@ async fn call<B: Backend>(
     }
 }
 
+/// Whether the caller may do that, on all that the service has: none of them has anything finer here.
+fn allowed(session: Option<&Session>, service: &str, operation: &str) -> Result<(), ServiceError> {
+    let prefix = match service {
+        "Logs_20140328" => "logs",
+        "GraniteServiceVersion20100801" | "2010-08-01" => "cloudwatch",
+        "TrentService" => "kms",
+        "AWSXRay" => "xray",
+        _ => return Err(ServiceError::unknown(service, operation)),
+    };
+    let session = session.ok_or_else(|| ServiceError::internal("the request passed no gate"))?;
+    session.may(&format!("{prefix}:{operation}"), "*").map_err(|refusal| ServiceError {
+        name: refusal.name(),
+        status: refusal.status(),
+        message: refusal.to_string(),
+    })
+}
+
 /// Any request of another service.
 pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone()).unwrap_or_default();
+    let session = parts.extensions.get::<Session>().cloned();
     let protocol = wire::Protocol::of(&parts.headers, parts.uri.path());
     let body = read_body(&parts.headers, body, MAX_REQUEST, |_| {
         super::ApiError::RequestEntityTooLarge { limit: MAX_REQUEST, operation: "named" }
     });
     let (service, operation, result) = match body.await {
         Err(error) => {
-            let mut error = ServiceError::new("RequestTooLargeException", error.to_string());
-            error.status = StatusCode::PAYLOAD_TOO_LARGE;
-            (String::new(), String::new(), Err(error))
+            let (name, status, message) = (error.name(), error.status(), error.to_string());
+            (String::new(), String::new(), Err(ServiceError { name, status, message }))
         }
         Ok(body) => match protocol.read(&parts.headers, parts.uri.path(), &body) {
             Err(error) => (String::new(), String::new(), Err(error)),
             Ok(Call { service, operation, input }) => {
-                let result = call(&app, &service, &operation, input).await;
+                let result = match allowed(session.as_ref(), &service, &operation) {
+                    Ok(()) => call(&app, &service, &operation, input).await,
+                    Err(refusal) => Err(refusal),
+                };
                 (service, operation, result)
             }
         },

@@ -5,6 +5,7 @@ mod concurrency;
 mod control;
 mod crash;
 mod events;
+mod identity;
 mod invocations;
 mod isolation;
 mod logs;
@@ -34,6 +35,7 @@ use crate::{
     envelope::tests::TestKeys,
     events::{self as queueing, Events, clock::Clock, queue::Queue},
     fake::{Counters, Fake},
+    identity::Identity,
     logs::{Bounds, Logs},
     prepare::Preparer,
     scheduler::{Isolation, Limits, Reserve, Scheduler},
@@ -135,7 +137,13 @@ async fn start_within(
         event_bounds,
     )
     .unwrap();
-    let app = App::new(store, workshop, scheduler.clone(), events.clone(), concurrency, None);
+    // With such a file requests must be signed.
+    let identity = dir.join("identity.json");
+    let identity = identity
+        .exists()
+        .then(|| Arc::new(Identity::open(&identity, workshop.place.clone()).unwrap()));
+    let app =
+        App::new(store, workshop, scheduler.clone(), events.clone(), concurrency, None, identity);
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -256,12 +264,16 @@ async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
     outputs.into_iter().flatten().collect()
 }
 
-/// For trying real clients by hand: `FIRND_FAKE_PORT=9001 cargo test -p firnd -- --ignored fake`.
+/// For trying real clients by hand: `FIRND_FAKE_PORT=9001 cargo test -p firnd -- --ignored fake`, with
+/// `FIRND_FAKE_IDENTITY=FILE` such as must sign.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "serves until killed"]
 async fn serve_the_fake_backend() {
     let port = std::env::var("FIRND_FAKE_PORT").ok().and_then(|p| p.parse().ok()).unwrap_or(0);
     let dir = tempfile::tempdir().unwrap();
+    if let Ok(file) = std::env::var("FIRND_FAKE_IDENTITY") {
+        std::fs::copy(file, dir.path().join("identity.json")).unwrap();
+    }
     let daemon = start(dir.path(), limits(), port).await;
     eprintln!("ready on http://{}", daemon.address);
     tokio::time::sleep(Duration::from_secs(300)).await;

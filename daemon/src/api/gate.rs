@@ -1,0 +1,338 @@
+//! What every request passes before its handler acts: who is it from, and may they?
+//!
+//! A signature is over the whole request, its body included, and most clients don't name the body's hash in
+//! the head. So the body is hashed as its handler reads it, and the last thing that the handler reads is
+//! the verdict: it gets the end of the body, or the refusal. Handlers with a body read it before they do
+//! anything else; for the others the gate does.
+
+use std::{
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context as Task, Poll},
+    time::Duration,
+};
+
+use axum::{
+    body::{Body, Bytes, HttpBody},
+    extract::{Request, State},
+    http::{Method, Response, header, request::Parts},
+    middleware::Next,
+    response::IntoResponse,
+};
+use sha2::{Digest, Sha256};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::{
+    App, BROKEN,
+    error::ApiError,
+    names::Reference,
+    operations::{On, Operation},
+    read_body,
+};
+use crate::{
+    backend::Backend,
+    identity::{
+        Identity, Principal,
+        policy::{self, Context, Decision, Kind, Policy},
+        sigv4::{AuthError, Claim},
+    },
+    serve::Peer,
+    store::Store,
+};
+
+/// Most bytes of a body that nobody reads.
+const UNREAD: usize = 64 << 10;
+
+/// How long a link to code is good for.
+const LINK: Duration = Duration::from_secs(600);
+
+/// Services for which requests to `/` may be signed.
+const SERVICES: [&str; 5] = ["kms", "lambda", "logs", "monitoring", "xray"];
+
+/// What a gate needs to know.
+pub struct Gate<B: Backend> {
+    app: Arc<App<B>>,
+    operation: &'static Operation,
+}
+
+impl<B: Backend> Clone for Gate<B> {
+    fn clone(&self) -> Self {
+        Self { app: self.app.clone(), operation: self.operation }
+    }
+}
+
+impl<B: Backend> Gate<B> {
+    /// The gate before one operation.
+    pub fn new(app: &Arc<App<B>>, operation: &'static Operation) -> Self {
+        Self { app: app.clone(), operation }
+    }
+}
+
+/// What is known of who sent a request; every handler can have it as an extension.
+#[derive(Clone)]
+pub struct Session(Arc<Inner>);
+
+struct Inner {
+    /// None: development mode, in which everything is allowed.
+    identity: Option<Arc<Identity>>,
+    store: Arc<Store>,
+    context: Context,
+    principal: OnceLock<Arc<Principal>>,
+}
+
+impl Session {
+    fn new<B: Backend>(app: &App<B>, parts: &Parts) -> Self {
+        let mut context = Context::default();
+        let now = OffsetDateTime::now_utc();
+        context.set("aws:CurrentTime", now.format(&Rfc3339).unwrap_or_default());
+        context.set("aws:EpochTime", now.unix_timestamp().to_string());
+        context.set("aws:SecureTransport", "false");
+        context.set("aws:RequestedRegion", &app.place.region);
+        if let Some(address) = source(parts) {
+            context.set("aws:SourceIp", address.to_string());
+        }
+        let agent = parts.headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
+        if let Some(agent) = agent {
+            context.set("aws:UserAgent", agent);
+        }
+        Self(Arc::new(Inner {
+            identity: app.identity.clone(),
+            store: app.store.clone(),
+            context,
+            principal: OnceLock::new(),
+        }))
+    }
+
+    /// Whether the caller may do `action` on `resource`.
+    ///
+    /// # Errors
+    /// [`ApiError::AccessDenied`].
+    pub fn may(&self, action: &str, resource: &str) -> Result<(), ApiError> {
+        let mut context = self.0.context.clone();
+        if action.starts_with("lambda:") {
+            context.set("lambda:FunctionArn", resource);
+        }
+        self.may_in(action, resource, context)
+    }
+
+    /// Whether the caller may give a function this role, and the role may be a function's.
+    ///
+    /// # Errors
+    /// [`ApiError::AccessDenied`]; [`ApiError::InvalidParameterValue`] if Lambda can't assume it.
+    pub fn pass_role(&self, role: &str) -> Result<(), ApiError> {
+        const LAMBDA: &str = "lambda.amazonaws.com";
+        let Some(identity) = &self.0.identity else { return Ok(()) };
+        let mut context = self.0.context.clone();
+        context.set("iam:PassedToService", LAMBDA);
+        self.may_in("iam:PassRole", role, context)?;
+        match identity.trusts(role, LAMBDA) {
+            true => Ok(()),
+            false => Err(ApiError::InvalidParameterValue(
+                "The role defined for the function cannot be assumed by Lambda.".into(),
+            )),
+        }
+    }
+
+    fn may_in(&self, action: &str, resource: &str, mut context: Context) -> Result<(), ApiError> {
+        if self.0.identity.is_none() {
+            return Ok(());
+        }
+        let Some(principal) = self.0.principal.get() else {
+            return Err(ApiError::Service(format!(
+                "{action} was asked for before it was known by whom"
+            )));
+        };
+        principal.describe(&mut context);
+        let request =
+            policy::Request { caller: &principal.caller, action, resource, context: &context };
+        let mut why = match policy::evaluate(&principal.policies, &request) {
+            Decision::Allowed => return Ok(()),
+            Decision::Denied => "with an explicit deny in an identity-based policy".to_owned(),
+            Decision::Unmentioned => {
+                format!("because no identity-based policy allows the {action} action")
+            }
+        };
+        // AddPermission makes statements that allow, so these can't deny what was allowed above.
+        if why.starts_with("because") {
+            match self.resource_policy(resource)?.map(|policy| policy.decide(&request)) {
+                Some(Decision::Allowed) => return Ok(()),
+                Some(Decision::Denied) => {
+                    why = "with an explicit deny in a resource-based policy".into();
+                }
+                _ => {}
+            }
+        }
+        Err(ApiError::AccessDenied(format!(
+            "User: {} is not authorized to perform: {action} on resource: {resource} {why}",
+            principal.arn
+        )))
+    }
+
+    /// The policy of a function by the qualifier that its ARN ends with.
+    fn resource_policy(&self, arn: &str) -> Result<Option<Policy>, ApiError> {
+        if !arn.starts_with("arn:aws:lambda:") {
+            return Ok(None);
+        }
+        let Ok(reference) = Reference::parse(arn, None) else { return Ok(None) };
+        let attachments = self.0.store.attachments(&reference.name).unwrap_or_default();
+        let Some(policy) =
+            attachments.policies.get(reference.qualifier.as_deref().unwrap_or_default())
+        else {
+            return Ok(None);
+        };
+        let policy = Policy::parse(&policy.document(), Kind::Resource);
+        policy.map(Some).map_err(|e| ApiError::Service(format!("the policy of {arn}: {e}")))
+    }
+
+    /// A link that leads to what `path` says for some minutes, whoever follows it.
+    pub fn link(&self, path: &str) -> String {
+        let Some(identity) = &self.0.identity else { return path.to_owned() };
+        let end = OffsetDateTime::now_utc().unix_timestamp() + LINK.as_secs() as i64;
+        let path = format!("{path}&expires={end}");
+        let proof = identity.seal(&path);
+        format!("{path}&proof={proof}")
+    }
+
+    /// Who it was, once that is proven.
+    pub fn principal(&self) -> Option<&Arc<Principal>> {
+        self.0.principal.get()
+    }
+}
+
+/// Lets a request through to its handler, if it may.
+pub async fn pass<B: Backend>(
+    State(gate): State<Gate<B>>,
+    request: Request,
+    next: Next,
+) -> Response<Body> {
+    let (mut parts, body) = request.into_parts();
+    let session = Session::new(&gate.app, &parts);
+    parts.extensions.insert(session.clone());
+    let operation = gate.operation.meant(parts.uri.query());
+    let admitted = match &gate.app.identity {
+        None => Ok(Admitted::Freely(body)),
+        Some(identity) => admit(&gate.app, identity, operation, &mut parts, body, &session).await,
+    };
+    match admitted {
+        Err(refusal) => refusal.into_response(),
+        Ok(Admitted::Freely(body)) => next.run(Request::from_parts(parts, body)).await,
+        Ok(Admitted::Signed(body)) => {
+            let response = next.run(Request::from_parts(parts, body)).await;
+            match session.principal() {
+                None if response.status().is_success() => {
+                    let fault =
+                        format!("{} was answered before it was known to whom", operation.action);
+                    ApiError::Service(fault).into_response()
+                }
+                _ => response,
+            }
+        }
+    }
+}
+
+/// A request that may go on.
+enum Admitted {
+    /// Without a signature.
+    Freely(Body),
+    /// Once its body has been read, if it has one.
+    Signed(Body),
+}
+
+async fn admit<B: Backend>(
+    app: &App<B>,
+    identity: &Arc<Identity>,
+    operation: &'static Operation,
+    parts: &mut Parts,
+    body: Body,
+    session: &Session,
+) -> Result<Admitted, ApiError> {
+    let proven = operation.on == On::Link && is_proven(identity, parts);
+    if operation.on == On::Health || proven {
+        return Ok(Admitted::Freely(body));
+    }
+    let now = OffsetDateTime::now_utc();
+    let claim = Claim::read(parts)?;
+    let services: &[&str] = if operation.action.is_empty() { &SERVICES } else { &["lambda"] };
+    claim.check_scope(now, &app.place.region, services)?;
+    let credentials = identity.find(&claim.key_id, claim.token.as_deref(), now)?;
+    let resource = operation.resource(parts, &app.place).await?;
+    let session = session.clone();
+    let settle = move |hash: [u8; 32]| {
+        claim.verify(&credentials.secret, &hash)?;
+        // Settled once: a body ends once.
+        let _ = session.0.principal.set(credentials.principal);
+        resource.map_or(Ok(()), |resource| session.may(operation.action, &resource))
+    };
+    let body = Body::new(Checked { body, hash: Sha256::new(), settle: Some(Box::new(settle)) });
+    if matches!(parts.method, Method::POST | Method::PUT) {
+        return Ok(Admitted::Signed(body));
+    }
+    let too_large = |_| ApiError::RequestTooLarge("This operation takes no body.".into());
+    read_body(&parts.headers, body, UNREAD, too_large).await?;
+    Ok(Admitted::Signed(Body::empty()))
+}
+
+/// Whether a link carries a proof that has not run out.
+fn is_proven(identity: &Identity, parts: &Parts) -> bool {
+    let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
+    let Some((path, proof)) = target.rsplit_once("&proof=") else { return false };
+    let end = path.rsplit_once("&expires=").and_then(|(_, end)| end.parse::<i64>().ok());
+    identity.proves(proof, path)
+        && end.is_some_and(|end| OffsetDateTime::now_utc().unix_timestamp() <= end)
+}
+
+/// The address that a request came from.
+pub fn source(parts: &Parts) -> Option<IpAddr> {
+    parts.extensions.get::<Peer>().map(|peer| peer.0.ip().to_canonical())
+}
+
+type Settle = Box<dyn FnOnce([u8; 32]) -> Result<(), ApiError> + Send>;
+
+/// A body that ends with the verdict on its request.
+struct Checked {
+    body: Body,
+    hash: Sha256,
+    /// Gone when it is spoken.
+    settle: Option<Settle>,
+}
+
+impl HttpBody for Checked {
+    type Data = Bytes;
+    type Error = ApiError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        task: &mut Task<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, ApiError>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(task));
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.hash.update(data);
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(_)) => Some(Err(ApiError::RequestTimeout(BROKEN.into()))),
+            None => {
+                let hash = std::mem::take(&mut self.hash).finalize().into();
+                let verdict = self.settle.take().map_or(Ok(()), |settle| settle(hash));
+                verdict.err().map(Err)
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.settle.is_none()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl From<AuthError> for ApiError {
+    fn from(error: AuthError) -> Self {
+        Self::Unauthenticated(error)
+    }
+}

@@ -1,0 +1,142 @@
+//! Every operation: what policies call it, what the audit trail calls it, and on what it is.
+//!
+//! Actions and their resources follow the *Service authorization reference* of Lambda; names of events
+//! follow CloudTrail, which has the version of the API in those of the older operations.
+
+use std::collections::HashMap;
+
+use axum::{
+    extract::{FromRequestParts, Path},
+    http::request::Parts,
+};
+
+use super::{Target, error::ApiError, names::Place, names::Reference};
+
+/// One operation of the API.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// What policies call it.
+    pub action: &'static str,
+    /// What CloudTrail calls it.
+    pub event: &'static str,
+    /// What it does.
+    pub kind: Kind,
+    /// On what.
+    pub on: On,
+}
+
+/// What an operation does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Changes nothing.
+    Read,
+    /// Changes something.
+    Write,
+    /// Invokes a function: what CloudTrail calls a data event.
+    Data,
+}
+
+/// What an operation is on: how the gate knows before the handler runs what is to be allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    /// Nothing in particular: `*`.
+    Account,
+    /// The function that path and `Qualifier` name.
+    Function,
+    /// What the ARN in the path names.
+    Arn,
+    /// Only the body says: the handler asks for leave itself.
+    Body,
+    /// The function's code; a link with a proof will do instead of a signature.
+    Link,
+    /// Whether the daemon is well, which everybody may ask.
+    Health,
+}
+
+macro_rules! operations {
+    ($($id:ident: $kind:ident on $on:ident, $action:literal, $event:literal;)*) => {
+        $(pub static $id: Operation =
+            Operation { action: $action, event: $event, kind: Kind::$kind, on: On::$on };)*
+    };
+}
+
+operations! {
+    CREATE_FUNCTION: Write on Body, "lambda:CreateFunction", "CreateFunction20150331";
+    GET_FUNCTION: Read on Function, "lambda:GetFunction", "GetFunction20150331v2";
+    GET_FUNCTION_CONFIGURATION: Read on Function, "lambda:GetFunctionConfiguration", "GetFunctionConfiguration20150331v2";
+    LIST_FUNCTIONS: Read on Account, "lambda:ListFunctions", "ListFunctions20150331";
+    UPDATE_FUNCTION_CODE: Write on Function, "lambda:UpdateFunctionCode", "UpdateFunctionCode20150331v2";
+    UPDATE_FUNCTION_CONFIGURATION: Write on Function, "lambda:UpdateFunctionConfiguration", "UpdateFunctionConfiguration20150331v2";
+    DELETE_FUNCTION: Write on Function, "lambda:DeleteFunction", "DeleteFunction20150331";
+    PUBLISH_VERSION: Write on Function, "lambda:PublishVersion", "PublishVersion20150331";
+    LIST_VERSIONS: Read on Function, "lambda:ListVersionsByFunction", "ListVersionsByFunction20150331";
+    CREATE_ALIAS: Write on Function, "lambda:CreateAlias", "CreateAlias20150331";
+    GET_ALIAS: Read on Function, "lambda:GetAlias", "GetAlias20150331";
+    UPDATE_ALIAS: Write on Function, "lambda:UpdateAlias", "UpdateAlias20150331";
+    DELETE_ALIAS: Write on Function, "lambda:DeleteAlias", "DeleteAlias20150331";
+    LIST_ALIASES: Read on Function, "lambda:ListAliases", "ListAliases20150331";
+    ADD_PERMISSION: Write on Function, "lambda:AddPermission", "AddPermission20150331v2";
+    REMOVE_PERMISSION: Write on Function, "lambda:RemovePermission", "RemovePermission20150331v2";
+    GET_POLICY: Read on Function, "lambda:GetPolicy", "GetPolicy20150331v2";
+    TAG_RESOURCE: Write on Arn, "lambda:TagResource", "TagResource20170331v2";
+    UNTAG_RESOURCE: Write on Arn, "lambda:UntagResource", "UntagResource20170331v2";
+    LIST_TAGS: Read on Arn, "lambda:ListTags", "ListTags20170331";
+    INVOKE: Data on Function, "lambda:InvokeFunction", "Invoke";
+    // The same by an older way: who may not invoke may not do so by it either.
+    INVOKE_ASYNC: Data on Function, "lambda:InvokeFunction", "InvokeAsync";
+    INVOKE_STREAM: Data on Function, "lambda:InvokeFunction", "InvokeWithResponseStream";
+    GET_ACCOUNT_SETTINGS: Read on Account, "lambda:GetAccountSettings", "GetAccountSettings20160819";
+    PUT_FUNCTION_CONCURRENCY: Write on Function, "lambda:PutFunctionConcurrency", "PutFunctionConcurrency20171031";
+    GET_FUNCTION_CONCURRENCY: Read on Function, "lambda:GetFunctionConcurrency", "GetFunctionConcurrency";
+    DELETE_FUNCTION_CONCURRENCY: Write on Function, "lambda:DeleteFunctionConcurrency", "DeleteFunctionConcurrency20171031";
+    PUT_PROVISIONED: Write on Function, "lambda:PutProvisionedConcurrencyConfig", "PutProvisionedConcurrencyConfig";
+    GET_PROVISIONED: Read on Function, "lambda:GetProvisionedConcurrencyConfig", "GetProvisionedConcurrencyConfig";
+    LIST_PROVISIONED: Read on Function, "lambda:ListProvisionedConcurrencyConfigs", "ListProvisionedConcurrencyConfigs";
+    DELETE_PROVISIONED: Write on Function, "lambda:DeleteProvisionedConcurrencyConfig", "DeleteProvisionedConcurrencyConfig";
+    PUT_EVENT_CONFIG: Write on Function, "lambda:PutFunctionEventInvokeConfig", "PutFunctionEventInvokeConfig";
+    UPDATE_EVENT_CONFIG: Write on Function, "lambda:UpdateFunctionEventInvokeConfig", "UpdateFunctionEventInvokeConfig";
+    GET_EVENT_CONFIG: Read on Function, "lambda:GetFunctionEventInvokeConfig", "GetFunctionEventInvokeConfig";
+    DELETE_EVENT_CONFIG: Write on Function, "lambda:DeleteFunctionEventInvokeConfig", "DeleteFunctionEventInvokeConfig";
+    LIST_EVENT_CONFIGS: Read on Function, "lambda:ListFunctionEventInvokeConfigs", "ListFunctionEventInvokeConfigs";
+    // Of other services: which operation it is stands in the body.
+    SERVICE: Write on Body, "", "";
+    HEALTH: Read on Health, "firn:GetHealth", "GetHealth";
+    INSTANCES: Read on Account, "firn:ListInstances", "ListInstances";
+    EVENTS: Read on Account, "firn:GetEventQueue", "GetEventQueue";
+    SNAPSHOT: Read on Function, "firn:GetSnapshot", "GetSnapshot";
+    CODE: Read on Link, "firn:GetCode", "GetCode";
+}
+
+impl Operation {
+    /// The operation that a request means: one path has two, which a parameter tells apart.
+    pub fn meant(&'static self, query: Option<&str>) -> &'static Self {
+        let lists = query.is_some_and(|query| query.split('&').any(|pair| pair == "List=ALL"));
+        if std::ptr::eq(self, &GET_PROVISIONED) && lists { &LIST_PROVISIONED } else { self }
+    }
+
+    /// What a request is on, as far as its head says.
+    ///
+    /// # Errors
+    /// The path names nothing that there can be.
+    pub async fn resource(
+        &self,
+        parts: &mut Parts,
+        place: &Place,
+    ) -> Result<Option<String>, ApiError> {
+        match self.on {
+            On::Account => Ok(Some("*".into())),
+            On::Function | On::Link => {
+                let Target(reference) = Target::from_request_parts(parts, &()).await?;
+                Ok(Some(reference.arn(place)))
+            }
+            On::Arn => {
+                let path = Path::<HashMap<String, String>>::from_request_parts(parts, &()).await;
+                let arn = path.ok().and_then(|Path(path)| path.get("arn").cloned());
+                let arn = arn.unwrap_or_default();
+                // What the handler takes it for, whatever else it may look like.
+                Reference::parse(&arn, None).map(|reference| Some(reference.arn(place)))
+            }
+            On::Body | On::Health => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! With identities: who is let through, and who is not.
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::{Answer, Daemon, FUNCTIONS, daemon, limits, start, zip};
+use crate::identity::sigv4::tests::sign;
+
+const ADMIN: (&str, &str) = ("AKIDADMIN00000000000", "a-secret-of-the-admin");
+const BOB: (&str, &str) = ("AKIDBOB0000000000000", "a-secret-of-bob-himself");
+const PLACE: &str = "arn:aws:lambda:us-east-1:000000000000:function";
+
+fn document() -> Value {
+    let user = |(id, secret): (&str, &str), statements: Value| {
+        json!({"keys": [{"id": id, "secret": secret}],
+            "policies": [{"Version": "2012-10-17", "Statement": statements}]})
+    };
+    let trust = |service: &str| {
+        json!({"trust": {"Version": "2012-10-17", "Statement": {"Effect": "Allow",
+            "Principal": {"Service": service}, "Action": "sts:AssumeRole"}}})
+    };
+    json!({
+        "users": {
+            "admin": user(ADMIN, json!({"Effect": "Allow", "Action": "*", "Resource": "*"})),
+            "bob": user(BOB, json!([
+                {"Effect": "Allow", "Action": ["lambda:GetFunction", "lambda:InvokeFunction"],
+                    "Resource": format!("{PLACE}:${{aws:username}}-*")},
+                {"Effect": "Allow", "Action": "lambda:CreateFunction", "Resource": "*"},
+                {"Effect": "Deny", "Action": "lambda:*", "Resource": format!("{PLACE}:bob-secret")},
+            ])),
+        },
+        "roles": {"r": trust("lambda.amazonaws.com"), "s": trust("s3.amazonaws.com")},
+    })
+}
+
+async fn guarded() -> (tempfile::TempDir, Daemon) {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("identity.json");
+    std::fs::write(&path, document().to_string()).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let daemon = start(dir.path(), limits(), 0).await;
+    (dir, daemon)
+}
+
+impl Daemon {
+    async fn signed(&self, who: (&str, &str), method: &str, path: &str, body: &[u8]) -> Answer {
+        self.signed_with(who, method, path, &[], body, body).await
+    }
+
+    /// Signs one body and sends another.
+    async fn signed_with(
+        &self,
+        who: (&str, &str),
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        signed: &[u8],
+        sent: &[u8],
+    ) -> Answer {
+        let host = self.address.to_string();
+        let mut all = vec![("host", host.as_str())];
+        all.extend(headers);
+        let headers = sign(method, path, &all, signed, who);
+        let headers: Vec<_> = headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        self.call(method, path, &headers, sent).await
+    }
+}
+
+fn function(name: &str, role: &str) -> Vec<u8> {
+    let role = format!("arn:aws:iam::000000000000:role/{role}");
+    json!({"FunctionName": name, "Runtime": "python3.11", "Handler": "a.b", "Role": role,
+        "Publish": true, "Code": {"ZipFile": zip("1")}})
+    .to_string()
+    .into_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_known_gets_nothing() {
+    let (_dir, d) = guarded().await;
+    let path = FUNCTIONS;
+    d.get(path).await.expect(403, "MissingAuthenticationTokenException");
+    d.call("GET", path, &[("authorization", "Bearer x")], b"")
+        .await
+        .expect(403, "IncompleteSignatureException");
+    let nobody = ("AKIDNOBODY0000000000", ADMIN.1);
+    d.signed(nobody, "GET", path, b"").await.expect(403, "UnrecognizedClientException");
+    let wrong = d.signed((ADMIN.0, "wrong"), "GET", path, b"").await;
+    let wrong = wrong.expect(403, "InvalidSignatureException");
+    assert!(wrong.contains(r#""message":"The request signature we calculated"#), "{wrong}");
+    let body = function("f", "r");
+    // What was signed is not what was sent.
+    let altered = d.signed_with(ADMIN, "POST", path, &[], &body, &function("g", "r")).await;
+    altered.expect(403, "InvalidSignatureException");
+    let named = crate::identity::sigv4::hex(&Sha256::digest(&body));
+    let named = [("x-amz-content-sha256", named.as_str())];
+    let altered = d.signed_with(ADMIN, "POST", path, &named, &body, &function("g", "r")).await;
+    altered.expect(403, "InvalidSignatureException");
+    assert_eq!(d.signed(ADMIN, "GET", path, b"").await.json()["Functions"], json!([]));
+    assert_eq!(d.signed_with(ADMIN, "POST", path, &named, &body, &body).await.status, 201);
+    let listed = d.signed(ADMIN, "GET", path, b"").await.json();
+    assert_eq!(listed["Functions"].as_array().unwrap().len(), 1);
+    assert_eq!(d.get("/firn/v1/health").await.status, 200);
+    d.get("/firn/v1/instances").await.expect(403, "MissingAuthenticationTokenException");
+    assert_eq!(d.signed(ADMIN, "GET", "/firn/v1/instances", b"").await.status, 200);
+}
+
+/// Each route that there is, with a body where it takes one.
+const ROUTES: [(&str, &str); 42] = [
+    ("POST", "/2015-03-31/functions"),
+    ("GET", "/2015-03-31/functions"),
+    ("GET", "/2015-03-31/functions/f"),
+    ("DELETE", "/2015-03-31/functions/f"),
+    ("GET", "/2015-03-31/functions/f/configuration"),
+    ("PUT", "/2015-03-31/functions/f/configuration"),
+    ("PUT", "/2015-03-31/functions/f/code"),
+    ("GET", "/2015-03-31/functions/f/versions"),
+    ("POST", "/2015-03-31/functions/f/versions"),
+    ("GET", "/2015-03-31/functions/f/aliases"),
+    ("POST", "/2015-03-31/functions/f/aliases"),
+    ("GET", "/2015-03-31/functions/f/aliases/a"),
+    ("PUT", "/2015-03-31/functions/f/aliases/a"),
+    ("DELETE", "/2015-03-31/functions/f/aliases/a"),
+    ("GET", "/2015-03-31/functions/f/policy"),
+    ("POST", "/2015-03-31/functions/f/policy"),
+    ("DELETE", "/2015-03-31/functions/f/policy/s"),
+    ("GET", "/2017-03-31/tags/arn:aws:lambda:us-east-1:000000000000:function:f"),
+    ("POST", "/2017-03-31/tags/arn:aws:lambda:us-east-1:000000000000:function:f"),
+    ("DELETE", "/2017-03-31/tags/arn:aws:lambda:us-east-1:000000000000:function:f"),
+    ("POST", "/2015-03-31/functions/f/invocations"),
+    ("POST", "/2014-11-13/functions/f/invoke-async"),
+    ("POST", "/2021-11-15/functions/f/response-streaming-invocations"),
+    ("GET", "/2016-08-19/account-settings"),
+    ("PUT", "/2017-10-31/functions/f/concurrency"),
+    ("DELETE", "/2017-10-31/functions/f/concurrency"),
+    ("GET", "/2019-09-30/functions/f/concurrency"),
+    ("GET", "/2019-09-30/functions/f/provisioned-concurrency"),
+    ("GET", "/2019-09-30/functions/f/provisioned-concurrency?List=ALL"),
+    ("PUT", "/2019-09-30/functions/f/provisioned-concurrency"),
+    ("DELETE", "/2019-09-30/functions/f/provisioned-concurrency"),
+    ("GET", "/2019-09-25/functions/f/event-invoke-config"),
+    ("PUT", "/2019-09-25/functions/f/event-invoke-config"),
+    ("POST", "/2019-09-25/functions/f/event-invoke-config"),
+    ("DELETE", "/2019-09-25/functions/f/event-invoke-config"),
+    ("GET", "/2019-09-25/functions/f/event-invoke-config/list"),
+    ("GET", "/firn/v1/instances"),
+    ("GET", "/firn/v1/events"),
+    ("GET", "/firn/v1/functions/f/snapshot"),
+    ("GET", "/firn/v1/functions/f/code"),
+    ("GET", "/2015-03-31/functions/"),
+    ("POST", "/"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_has_its_gate() {
+    let (_dir, d) = guarded().await;
+    d.signed(ADMIN, "POST", FUNCTIONS, &function("f", "r")).await;
+    let before = d.signed(ADMIN, "GET", &format!("{FUNCTIONS}/f/configuration"), b"").await.json();
+    for (method, path) in ROUTES {
+        let body: &[u8] = if matches!(method, "POST" | "PUT") { b"{}" } else { b"" };
+        let unsigned = d.call(method, path, &[], body).await;
+        unsigned.expect(403, "MissingAuthenticationTokenException");
+        if path.contains(['?', ':']) {
+            continue;
+        }
+        let target = [("x-amz-target", "Logs_20140328.DescribeLogGroups")];
+        for (who, exception) in
+            [((BOB.0, "wrong"), "InvalidSignatureException"), (BOB, "AccessDeniedException")]
+        {
+            let create = function("bob-secret", "r");
+            let body = if path == FUNCTIONS && method == "POST" { &create } else { body };
+            let answer = d.signed_with(who, method, path, &target, body, body).await;
+            let text = String::from_utf8_lossy(&answer.body).into_owned();
+            let found = answer.header("x-amzn-errortype");
+            assert_eq!((answer.status, found), (403, Some(exception)), "{method} {path} {text}");
+            assert!(
+                exception != "AccessDeniedException" || text.contains("user/bob is not authorized"),
+                "{text}"
+            );
+        }
+    }
+    let after = d.signed(ADMIN, "GET", &format!("{FUNCTIONS}/f/configuration"), b"").await.json();
+    assert_eq!(before, after);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_decide() {
+    let (_dir, d) = guarded().await;
+    for name in ["bob-1", "bob-secret", "other"] {
+        let made = d.signed(ADMIN, "POST", FUNCTIONS, &function(name, "r")).await;
+        assert_eq!(made.status, 201, "{}", made.json());
+    }
+    let invoke = async |name: &str| {
+        d.signed(BOB, "POST", &format!("{FUNCTIONS}/{name}/invocations"), b"1").await
+    };
+    for name in ["bob-1", "bob-1:1"] {
+        assert_eq!(invoke(name).await.status, 200, "{name}");
+    }
+    let denied = invoke("other").await.expect(403, "AccessDeniedException");
+    assert_eq!(
+        serde_json::from_str::<Value>(&denied).unwrap()["Message"],
+        format!(
+            "User: arn:aws:iam::000000000000:user/bob is not authorized to perform: \
+             lambda:InvokeFunction on resource: {PLACE}:other because no identity-based policy allows \
+             the lambda:InvokeFunction action"
+        )
+    );
+    let denied = invoke("bob-secret").await.expect(403, "AccessDeniedException");
+    assert!(denied.contains("with an explicit deny in an identity-based policy"), "{denied}");
+
+    // What the function's own policy allows, by the qualifier that it was allowed for.
+    let bob = "arn:aws:iam::000000000000:user/bob";
+    let permission =
+        json!({"StatementId": "s", "Action": "lambda:InvokeFunction", "Principal": bob})
+            .to_string();
+    for name in ["other:1", "bob-secret"] {
+        let path = format!("{FUNCTIONS}/{name}/policy");
+        let added = d.signed(ADMIN, "POST", &path, permission.as_bytes()).await;
+        assert_eq!(added.status, 201, "{}", added.json());
+    }
+    assert_eq!(invoke("other:1").await.status, 200);
+    for name in ["other", "other:$LATEST", "bob-secret"] {
+        invoke(name).await.expect(403, "AccessDeniedException");
+    }
+    // An account that is allowed allows nobody by itself.
+    let account = json!({"StatementId": "t", "Action": "lambda:InvokeFunction",
+        "Principal": "000000000000"});
+    d.signed(ADMIN, "POST", &format!("{FUNCTIONS}/other/policy"), account.to_string().as_bytes())
+        .await;
+    invoke("other").await.expect(403, "AccessDeniedException");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_must_be_passed_and_be_lambdas() {
+    let (_dir, d) = guarded().await;
+    let refused = d.signed(BOB, "POST", FUNCTIONS, &function("x", "r")).await;
+    let refused = refused.expect(403, "AccessDeniedException");
+    let words =
+        "not authorized to perform: iam:PassRole on resource: arn:aws:iam::000000000000:role/r";
+    assert!(refused.contains(words), "{refused}");
+    for role in ["s", "nobody"] {
+        let refused = d.signed(ADMIN, "POST", FUNCTIONS, &function("x", role)).await;
+        let refused = refused.expect(400, "InvalidParameterValueException");
+        assert!(refused.contains("cannot be assumed by Lambda"), "{refused}");
+    }
+    assert_eq!(d.signed(ADMIN, "POST", FUNCTIONS, &function("x", "r")).await.status, 201);
+    let change = json!({"Role": "arn:aws:iam::000000000000:role/s"}).to_string();
+    let path = format!("{FUNCTIONS}/x/configuration");
+    let refused = d.signed(ADMIN, "PUT", &path, change.as_bytes()).await;
+    refused.expect(400, "InvalidParameterValueException");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_to_code_carry_a_proof() {
+    let (_dir, d) = guarded().await;
+    d.signed(ADMIN, "POST", FUNCTIONS, &function("bob-1", "r")).await;
+    let got = d.signed(BOB, "GET", &format!("{FUNCTIONS}/bob-1"), b"").await.json();
+    let location = got["Code"]["Location"].as_str().unwrap();
+    let path = location.split_once(&d.address.to_string()).unwrap().1;
+    assert_eq!(d.get(path).await.body, b"PK1");
+    for altered in [
+        path.replace("bob-1", "other"),
+        path.replace("expires=1", "expires=2"),
+        path.rsplit_once('&').unwrap().0.to_owned(),
+    ] {
+        d.get(&altered).await.expect(403, "MissingAuthenticationTokenException");
+    }
+    let plain = "/firn/v1/functions/bob-1/code";
+    d.signed(BOB, "GET", plain, b"").await.expect(403, "AccessDeniedException");
+    assert_eq!(d.signed(ADMIN, "GET", plain, b"").await.body, b"PK1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_that_can_not_be_enforced_are_refused() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    let body = json!({"StatementId": "s", "Action": "lambda:InvokeFunction",
+        "Principal": "arn:aws:iam::000000000000:user/*"});
+    let refused = d.send("POST", &format!("{FUNCTIONS}/f/policy"), &body).await;
+    let refused = refused.expect(400, "InvalidParameterValueException");
+    assert!(refused.contains("no principal"), "{refused}");
+}
