@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     api::names::{Place, is_region},
+    audit,
     events::Bounds,
     scheduler::{Isolation, Limits, Reserve},
 };
@@ -59,6 +60,12 @@ pub struct Options {
     /// Account that ARNs see, twelve digits.
     #[arg(long, default_value = "000000000000")]
     pub account: String,
+    /// Record invocations in the audit trail, too, not only what is done to functions.
+    #[arg(long)]
+    pub audit_data_events: bool,
+    /// Most MiB of compressed files of the audit trail; the oldest are removed.
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    pub audit_space: u32,
     /// Invocations at once.
     #[arg(long, default_value_t = 1000, value_name = "COUNT")]
     pub concurrency: u32,
@@ -237,6 +244,12 @@ impl Options {
             bytes: self.event_queue << 20,
             retry: Duration::from_secs_f64(self.event_retry_delay),
         }
+    }
+
+    /// What bounds the audit trail.
+    pub fn audit(&self) -> audit::Bounds {
+        let (space, data_events) = (u64::from(self.audit_space) << 20, self.audit_data_events);
+        audit::Bounds { space, data_events, ..audit::Bounds::default() }
     }
 
     /// Where the master key lies.

@@ -6,6 +6,7 @@
 
 mod api;
 mod attachments;
+mod audit;
 mod backend;
 mod code;
 mod config;
@@ -195,6 +196,9 @@ async fn daemon<B: Backend>(
     let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
         .context("can't use the directory of snapshots")?;
     let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
+    let audit = audit::Audit::open(dir("audit")?, options.place(), options.audit())
+        .context("can't use the directory of the audit trail")?;
+    let audit = Arc::new(audit);
     let bounds = options.events();
     let queue = events::queue::Queue::open(&state.join("events.sqlite"), bounds.bytes)?;
     let clock = events::clock::Clock::default();
@@ -213,7 +217,7 @@ async fn daemon<B: Backend>(
         events.clone(),
         options.concurrency,
         options.stream_rate(),
-        identity,
+        api::gate::Callers { identity, audit: audit.clone() },
     );
     let address = listener.local_addr().context("the listener has no address")?;
     // Whoever started the daemon may not be listening; that is no reason to stop.
@@ -227,6 +231,7 @@ async fn daemon<B: Backend>(
     tracing::info!("stopping");
     scheduler.close(patience).await;
     events.close(LAST_WRITES).await;
+    audit.close().await;
     Ok(())
 }
 

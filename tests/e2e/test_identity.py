@@ -260,3 +260,34 @@ def test_a_user_who_is_taken_out_is_refused_from_the_next_request_on(guarded, ad
     assert "stays in force" in guarded.log()
     reload(IDENTITY)
     assert bob.list_functions()
+
+
+def test_every_call_leaves_a_record(guarded, admin):
+    bob = guarded.client(BOB, user_agent="audited")
+    refused(bob.delete_function, FunctionName="other")
+    admin.update_function_configuration(
+        FunctionName="other", Environment={"Variables": {"TOKEN": "planted"}}, Timeout=61
+    )
+    audit = f"{guarded.state}/audit"
+    lines = guarded.site.run(f"cat {audit}/current.jsonl").splitlines()
+    records = [json.loads(line) for line in lines]
+    deleted = [r for r in records if r["eventName"] == "DeleteFunction20150331"][-1]
+    assert deleted["errorCode"] == "AccessDenied"
+    assert deleted["userIdentity"]["userName"] == "bob"
+    assert deleted["userIdentity"]["accessKeyId"] == BOB[0]
+    assert deleted["sourceIPAddress"] == "127.0.0.1"
+    assert "audited" in deleted["userAgent"]
+    assert deleted["requestParameters"] == {"functionName": "other"}
+    changed = records[-1]
+    assert changed["eventName"] == "UpdateFunctionConfiguration20150331v2"
+    assert changed["userIdentity"]["userName"] == "admin"
+    assert changed["requestParameters"]["timeout"] == 61
+    assert changed["responseElements"]["timeout"] == 61
+    assert "planted" not in json.dumps(records)
+    # A daemon that is killed loses none of them.
+    guarded.site.run(f"kill -9 $(cat {guarded.dir}/pid); sleep 1")
+    guarded.start()
+    path = f"{audit}/AWSLogs/{ACCOUNT}/CloudTrail/us-east-1/*/*/*/{ACCOUNT}_CloudTrail_us-east-1_*.json.gz"
+    packed = guarded.site.run(f"busybox zcat {path}")
+    assert packed.startswith('{"Records":[{')
+    assert changed["eventID"] in packed and deleted["eventID"] in packed

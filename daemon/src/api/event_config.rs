@@ -12,7 +12,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    App, Parameters, Target, error::ApiError, functions, json, names::Reference, pages::Page,
+    App, Parameters, Target, error::ApiError, functions, gate::Session, json, names::Reference,
+    pages::Page,
 };
 use crate::{backend::Backend, events::settings::Settings, function::Function};
 
@@ -124,10 +125,11 @@ async fn change<B: Backend>(
     operation: &'static str,
     from: impl FnOnce(Option<Settings>) -> Result<Settings, ApiError>,
 ) -> Result<Response<Body>, ApiError> {
+    let session = Session::of(&request)?;
     let body = functions::body(request, operation).await?;
     let function = app.find(reference)?;
     let input = functions::parse::<Input>(&body)?;
-    check(app, &function, &input)?;
+    check(app, &session, &function, &input)?;
     let qualifier = qualifier(reference);
     let apply = |old| {
         let mut settings = from(old)?;
@@ -148,7 +150,12 @@ async fn change<B: Backend>(
     json(StatusCode::OK, &output(app, &function, qualifier, &settings))
 }
 
-fn check<B: Backend>(app: &App<B>, function: &Function, input: &Input) -> Result<(), ApiError> {
+fn check<B: Backend>(
+    app: &App<B>,
+    session: &Session,
+    function: &Function,
+    input: &Input,
+) -> Result<(), ApiError> {
     let range = |member, value: Option<i64>, (least, most)| {
         let (bound, limit) = match value {
             Some(value) if value < least => ("greater", least),
@@ -176,7 +183,7 @@ fn check<B: Backend>(app: &App<B>, function: &Function, input: &Input) -> Result
     for (member, destination) in [("onSuccess", on_success), ("onFailure", on_failure)] {
         let arn = destination.as_ref().and_then(|d| d.destination.as_deref()).unwrap_or_default();
         if !arn.is_empty() {
-            check_destination(app, function, member, arn)?;
+            check_destination(app, session, function, member, arn)?;
         }
     }
     Ok(())
@@ -184,6 +191,7 @@ fn check<B: Backend>(app: &App<B>, function: &Function, input: &Input) -> Result
 
 fn check_destination<B: Backend>(
     app: &App<B>,
+    session: &Session,
     function: &Function,
     member: &str,
     arn: &str,
@@ -208,7 +216,7 @@ fn check_destination<B: Backend>(
         Ok(found) if found.name == function.name => {
             refuse("You can't specify the function as a destination for itself.".into())
         }
-        Ok(_) => Ok(()),
+        Ok(_) => session.role_may(&function.config.role, "lambda:InvokeFunction", arn),
         Err(_) => {
             refuse(format!("The destination ARN {arn} is invalid: there is no such function."))
         }

@@ -8,7 +8,7 @@
 use std::{
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context as Task, Poll},
     time::Duration,
 };
@@ -20,6 +20,7 @@ use axum::{
     middleware::Next,
     response::IntoResponse,
 };
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -27,14 +28,16 @@ use super::{
     App, BROKEN,
     error::ApiError,
     names::Reference,
-    operations::{On, Operation},
+    operations::{Kind, On, Operation},
     read_body,
+    recorded::{Draft, MAX_BODY},
 };
 use crate::{
+    audit::{Audit, Unwritten},
     backend::Backend,
     identity::{
         Identity, Principal,
-        policy::{self, Context, Decision, Kind, Policy},
+        policy::{self, Context, Decision, Policy},
         sigv4::{AuthError, Claim},
     },
     serve::Peer,
@@ -49,6 +52,15 @@ const LINK: Duration = Duration::from_secs(600);
 
 /// Services for which requests to `/` may be signed.
 const SERVICES: [&str; 5] = ["kms", "lambda", "logs", "monitoring", "xray"];
+
+/// Who may call, and what they have called.
+#[derive(Debug)]
+pub struct Callers {
+    /// None: development mode, in which everybody may do everything.
+    pub identity: Option<Arc<Identity>>,
+    /// The audit trail.
+    pub audit: Arc<Audit>,
+}
 
 /// What a gate needs to know.
 pub struct Gate<B: Backend> {
@@ -78,11 +90,29 @@ struct Inner {
     identity: Option<Arc<Identity>>,
     store: Arc<Store>,
     context: Context,
+    /// The id of the access key that the request names, whosoever it is.
+    claimed: OnceLock<String>,
     principal: OnceLock<Arc<Principal>>,
+    /// What the request is on.
+    resource: OnceLock<String>,
 }
 
 impl Session {
     fn new<B: Backend>(app: &App<B>, parts: &Parts) -> Self {
+        let unused = || (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        let (store, (claimed, principal, resource)) = (app.store.clone(), unused());
+        let Some(identity) = app.callers.identity.clone() else {
+            let context = Context::default();
+            let identity = None;
+            return Self(Arc::new(Inner {
+                identity,
+                store,
+                context,
+                claimed,
+                principal,
+                resource,
+            }));
+        };
         let mut context = Context::default();
         let now = OffsetDateTime::now_utc();
         context.set("aws:CurrentTime", now.format(&Rfc3339).unwrap_or_default());
@@ -96,12 +126,17 @@ impl Session {
         if let Some(agent) = agent {
             context.set("aws:UserAgent", agent);
         }
-        Self(Arc::new(Inner {
-            identity: app.identity.clone(),
-            store: app.store.clone(),
-            context,
-            principal: OnceLock::new(),
-        }))
+        let identity = Some(identity);
+        Self(Arc::new(Inner { identity, store, context, claimed, principal, resource }))
+    }
+
+    /// Of a request that has passed its gate.
+    ///
+    /// # Errors
+    /// It has not: the daemon's fault.
+    pub fn of(request: &Request) -> Result<Self, ApiError> {
+        let session = request.extensions().get::<Self>().cloned();
+        session.ok_or_else(|| ApiError::Service("the request has passed no gate".into()))
     }
 
     /// Whether the caller may do `action` on `resource`.
@@ -109,6 +144,9 @@ impl Session {
     /// # Errors
     /// [`ApiError::AccessDenied`].
     pub fn may(&self, action: &str, resource: &str) -> Result<(), ApiError> {
+        if resource.starts_with("arn:") {
+            let _ = self.0.resource.set(resource.to_owned());
+        }
         let mut context = self.0.context.clone();
         if action.starts_with("lambda:") {
             context.set("lambda:FunctionArn", resource);
@@ -131,6 +169,32 @@ impl Session {
             false => Err(ApiError::InvalidParameterValue(
                 "The role defined for the function cannot be assumed by Lambda.".into(),
             )),
+        }
+    }
+
+    /// Whether a function with this role may do `action` on `resource`, as far as that can be told now.
+    ///
+    /// # Errors
+    /// [`ApiError::InvalidParameterValue`].
+    pub fn role_may(&self, role: &str, action: &str, resource: &str) -> Result<(), ApiError> {
+        let Some(identity) = &self.0.identity else { return Ok(()) };
+        let (caller, decision) = identity.role_may(role, action, resource);
+        let context = &Context::default();
+        let request = policy::Request { caller: &caller, action, resource, context };
+        let allowed = match decision {
+            Decision::Allowed => true,
+            Decision::Denied => false,
+            Decision::Unmentioned => {
+                let own = self.resource_policy(resource)?;
+                own.is_some_and(|policy| policy.decide(&request) == Decision::Allowed)
+            }
+        };
+        let (_, name) = action.split_once(':').unwrap_or_default();
+        match allowed {
+            true => Ok(()),
+            false => Err(ApiError::InvalidParameterValue(format!(
+                "The function's execution role does not have permissions to call {name} on {resource}"
+            ))),
         }
     }
 
@@ -181,7 +245,7 @@ impl Session {
         else {
             return Ok(None);
         };
-        let policy = Policy::parse(&policy.document(), Kind::Resource);
+        let policy = Policy::parse(&policy.document(), policy::Kind::Resource);
         policy.map(Some).map_err(|e| ApiError::Service(format!("the policy of {arn}: {e}")))
     }
 
@@ -194,9 +258,35 @@ impl Session {
         format!("{path}&proof={proof}")
     }
 
-    /// Who it was, once that is proven.
-    pub fn principal(&self) -> Option<&Arc<Principal>> {
-        self.0.principal.get()
+    /// `userIdentity` of a CloudTrail record.
+    pub fn identity(&self) -> Value {
+        match self.0.principal.get() {
+            None => json!({ "type": "Unknown" }),
+            Some(principal) => json!({
+                "type": if principal.user.is_some() { "IAMUser" } else { "AssumedRole" },
+                "principalId": principal.id,
+                "arn": principal.arn,
+                "accountId": principal.caller.account,
+                "accessKeyId": self.0.claimed.get(),
+                "userName": principal.user,
+            }),
+        }
+    }
+
+    /// The id of the access key that the request names, unless it is proven.
+    pub fn claimed(&self) -> Option<&str> {
+        let claimed = self.0.claimed.get().filter(|_| self.0.principal.get().is_none());
+        claimed.map(String::as_str)
+    }
+
+    /// Whether it is a stranger's: who can send requests without end must not choose what they leave behind.
+    pub fn strange(&self) -> bool {
+        self.0.identity.is_some() && self.0.principal.get().is_none()
+    }
+
+    /// The ARN of what the request is on, if that is known.
+    pub fn resource(&self) -> Option<&str> {
+        self.0.resource.get().map(String::as_str)
     }
 }
 
@@ -210,16 +300,54 @@ pub async fn pass<B: Backend>(
     let session = Session::new(&gate.app, &parts);
     parts.extensions.insert(session.clone());
     let operation = gate.operation.meant(parts.uri.query());
-    let admitted = match &gate.app.identity {
+    let audit = &gate.app.callers.audit;
+    let recorded = match operation.kind {
+        Kind::Data => audit.data_events(),
+        _ => operation.on != On::Health,
+    };
+    if !recorded {
+        return answer(&gate.app, operation, parts, body, &session, next).await;
+    }
+    if audit.broken() {
+        return ApiError::Service(Unwritten.to_string()).into_response();
+    }
+    let draft = Draft::new(operation, &mut parts, &gate.app.place).await;
+    let kept = Arc::new(Mutex::new(Vec::new()));
+    let body = match operation.kind {
+        // Of another service only the operation is recorded.
+        Kind::Write if operation.on != On::Service => Body::new(Kept { body, kept: kept.clone() }),
+        _ => body,
+    };
+    let response = answer(&gate.app, operation, parts, body, &session, next).await;
+    let kept = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
+    let (record, changes, response) = draft.finish(&session, &kept, response).await;
+    let done = response.status().is_success();
+    match audit.add(record.to_string().into_bytes(), changes && done).await {
+        Ok(()) => response,
+        // It is done; that it could not be recorded must not look like success.
+        Err(unwritten) => ApiError::Service(unwritten.to_string()).into_response(),
+    }
+}
+
+/// What the handler says, if the request gets that far.
+async fn answer<B: Backend>(
+    app: &App<B>,
+    operation: &'static Operation,
+    mut parts: Parts,
+    body: Body,
+    session: &Session,
+    next: Next,
+) -> Response<Body> {
+    let admitted = match &app.callers.identity {
         None => Ok(Admitted::Freely(body)),
-        Some(identity) => admit(&gate.app, identity, operation, &mut parts, body, &session).await,
+        Some(identity) => admit(app, identity, operation, &mut parts, body, session).await,
     };
     match admitted {
         Err(refusal) => refusal.into_response(),
         Ok(Admitted::Freely(body)) => next.run(Request::from_parts(parts, body)).await,
         Ok(Admitted::Signed(body)) => {
             let response = next.run(Request::from_parts(parts, body)).await;
-            match session.principal() {
+            match session.0.principal.get() {
                 None if response.status().is_success() => {
                     let fault =
                         format!("{} was answered before it was known to whom", operation.action);
@@ -253,6 +381,7 @@ async fn admit<B: Backend>(
     }
     let now = OffsetDateTime::now_utc();
     let claim = Claim::read(parts)?;
+    let _ = session.0.claimed.set(claim.key_id.clone());
     let services: &[&str] = if operation.action.is_empty() { &SERVICES } else { &["lambda"] };
     claim.check_scope(now, &app.place.region, services)?;
     let credentials = identity.find(&claim.key_id, claim.token.as_deref(), now)?;
@@ -324,6 +453,41 @@ impl HttpBody for Checked {
 
     fn is_end_stream(&self) -> bool {
         self.settle.is_none()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A body of which the beginning is kept for the record.
+struct Kept {
+    body: Body,
+    kept: Arc<Mutex<Vec<u8>>>,
+}
+
+impl HttpBody for Kept {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        task: &mut Task<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(task));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            // One byte more than is looked at: a document that was cut is none.
+            let room = (MAX_BODY + 1).saturating_sub(kept.len());
+            kept.extend_from_slice(&data[..data.len().min(room)]);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> hyper::body::SizeHint {

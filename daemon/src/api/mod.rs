@@ -10,13 +10,14 @@ mod event_config;
 mod eventstream;
 mod firn_api;
 mod functions;
-mod gate;
+pub mod gate;
 mod invoke;
 mod invoke_stream;
 pub mod names;
 mod operations;
 mod pages;
 mod permissions;
+mod recorded;
 mod response_stream;
 mod routes;
 mod services;
@@ -50,6 +51,7 @@ use tokio::sync::Semaphore;
 pub use self::routes::router;
 use self::{
     error::{ApiError, Fault},
+    gate::Callers,
     names::{Place, Reference},
 };
 use crate::{
@@ -58,7 +60,6 @@ use crate::{
     code::CodeStore,
     events::Events,
     function::{Function, Version},
-    identity::Identity,
     logs::Logs,
     scheduler::Scheduler,
     store::Store,
@@ -115,8 +116,8 @@ pub struct App<B: Backend> {
     pub concurrency: u32,
     /// Most bytes a second of a streamed response, after its first ones.
     pub stream_rate: Option<NonZeroU64>,
-    /// Who may call. None: development mode, in which everybody may do everything.
-    pub identity: Option<Arc<Identity>>,
+    /// Who may call, and what they have called.
+    pub callers: Callers,
     announcing: Mutex<()>,
     uploads: Semaphore,
     room: Arc<Semaphore>,
@@ -131,7 +132,7 @@ impl<B: Backend> App<B> {
         events: Arc<Events<B>>,
         concurrency: u32,
         stream_rate: Option<NonZeroU64>,
-        identity: Option<Arc<Identity>>,
+        callers: Callers,
     ) -> Arc<Self> {
         let app = Self {
             store,
@@ -143,7 +144,7 @@ impl<B: Backend> App<B> {
             place: workshop.place,
             concurrency,
             stream_rate,
-            identity,
+            callers,
             announcing: Mutex::new(()),
             uploads: Semaphore::new(UPLOADS),
             room: Arc::new(Semaphore::new(EVENT_KIB)),

@@ -47,6 +47,8 @@ pub enum On {
     Arn,
     /// Only the body says: the handler asks for leave itself.
     Body,
+    /// Something of another service: the body says which operation it is.
+    Service,
     /// The function's code; a link with a proof will do instead of a signature.
     Link,
     /// Whether the daemon is well, which everybody may ask.
@@ -99,7 +101,7 @@ operations! {
     DELETE_EVENT_CONFIG: Write on Function, "lambda:DeleteFunctionEventInvokeConfig", "DeleteFunctionEventInvokeConfig";
     LIST_EVENT_CONFIGS: Read on Function, "lambda:ListFunctionEventInvokeConfigs", "ListFunctionEventInvokeConfigs";
     // Of other services: which operation it is stands in the body.
-    SERVICE: Write on Body, "", "";
+    SERVICE: Write on Service, "", "";
     HEALTH: Read on Health, "firn:GetHealth", "GetHealth";
     INSTANCES: Read on Account, "firn:ListInstances", "ListInstances";
     EVENTS: Read on Account, "firn:GetEventQueue", "GetEventQueue";
@@ -136,7 +138,7 @@ impl Operation {
                 // What the handler takes it for, whatever else it may look like.
                 Reference::parse(&arn, None).map(|reference| Some(reference.arn(place)))
             }
-            On::Body | On::Health => Ok(None),
+            On::Body | On::Service | On::Health => Ok(None),
         }
     }
 }

@@ -90,8 +90,6 @@ pub struct Principal {
 #[derive(Debug)]
 pub struct Role {
     trust: Policy,
-    /// For sessions of it.
-    #[expect(dead_code, reason = "functions have no credentials of their role yet")]
     policies: Vec<Policy>,
 }
 
@@ -201,6 +199,22 @@ impl Identity {
             context: &context,
         };
         found.trust.decide(&request) == Decision::Allowed
+    }
+
+    /// Whoever acts in a role, as resource policies may name it, and what the role's own policies say.
+    pub fn role_may(&self, role: &str, action: &str, resource: &str) -> (Caller, Decision) {
+        let caller = Caller {
+            account: Some(self.place.account.clone()),
+            arns: vec![role.to_owned()],
+            service: None,
+        };
+        let mut context = Context::default();
+        context.set("aws:PrincipalArn", role);
+        let directory = self.directory();
+        let policies = directory.roles.get(role).map_or(&[][..], |role| &role.policies[..]);
+        let request = Request { caller: &caller, action, resource, context: &context };
+        let decision = policy::evaluate(policies, &request);
+        (caller, decision)
     }
 
     /// A proof that whoever made it may do what `text` says; for links.

@@ -17,7 +17,7 @@ use axum::{
 use serde_json::Value;
 
 use self::wire::Call;
-use super::{App, RequestInfo, gate::Session, read_body};
+use super::{App, RequestInfo, error::ApiError, gate::Session, read_body, recorded::Called};
 use crate::backend::Backend;
 
 /// Most bytes of a request.
@@ -69,17 +69,26 @@ async fn call<B: Backend>(
     }
 }
 
+/// What policies call a service.
+fn prefix(service: &str) -> Option<&'static str> {
+    match service {
+        "Logs_20140328" => Some("logs"),
+        "GraniteServiceVersion20100801" | "2010-08-01" => Some("cloudwatch"),
+        "TrentService" => Some("kms"),
+        "AWSXRay" => Some("xray"),
+        _ => None,
+    }
+}
+
 /// Whether the caller may do that, on all that the service has: none of them has anything finer here.
-fn allowed(session: Option<&Session>, service: &str, operation: &str) -> Result<(), ServiceError> {
-    let prefix = match service {
-        "Logs_20140328" => "logs",
-        "GraniteServiceVersion20100801" | "2010-08-01" => "cloudwatch",
-        "TrentService" => "kms",
-        "AWSXRay" => "xray",
-        _ => return Err(ServiceError::unknown(service, operation)),
-    };
-    let session = session.ok_or_else(|| ServiceError::internal("the request passed no gate"))?;
-    session.may(&format!("{prefix}:{operation}"), "*").map_err(|refusal| ServiceError {
+fn allowed(
+    session: Result<Session, ApiError>,
+    service: &str,
+    operation: &str,
+) -> Result<(), ServiceError> {
+    let prefix = prefix(service).ok_or_else(|| ServiceError::unknown(service, operation))?;
+    let allowed = session.and_then(|session| session.may(&format!("{prefix}:{operation}"), "*"));
+    allowed.map_err(|refusal| ServiceError {
         name: refusal.name(),
         status: refusal.status(),
         message: refusal.to_string(),
@@ -88,13 +97,15 @@ fn allowed(session: Option<&Session>, service: &str, operation: &str) -> Result<
 
 /// Any request of another service.
 pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request) -> Response<Body> {
+    let session = Session::of(&request);
     let (parts, body) = request.into_parts();
     let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone()).unwrap_or_default();
-    let session = parts.extensions.get::<Session>().cloned();
     let protocol = wire::Protocol::of(&parts.headers, parts.uri.path());
-    let body = read_body(&parts.headers, body, MAX_REQUEST, |_| {
-        super::ApiError::RequestEntityTooLarge { limit: MAX_REQUEST, operation: "named" }
+    let body = read_body(&parts.headers, body, MAX_REQUEST, |_| ApiError::RequestEntityTooLarge {
+        limit: MAX_REQUEST,
+        operation: "named",
     });
+    let mut called = None;
     let (service, operation, result) = match body.await {
         Err(error) => {
             let (name, status, message) = (error.name(), error.status(), error.to_string());
@@ -103,7 +114,9 @@ pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request)
         Ok(body) => match protocol.read(&parts.headers, parts.uri.path(), &body) {
             Err(error) => (String::new(), String::new(), Err(error)),
             Ok(Call { service, operation, input }) => {
-                let result = match allowed(session.as_ref(), &service, &operation) {
+                called = prefix(&service)
+                    .map(|service| Called { service, operation: operation.clone() });
+                let result = match allowed(session, &service, &operation) {
                     Ok(()) => call(&app, &service, &operation, input).await,
                     Err(refusal) => Err(refusal),
                 };
@@ -111,5 +124,9 @@ pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request)
             }
         },
     };
-    protocol.write(&service, &operation, &id, result)
+    let mut response = protocol.write(&service, &operation, &id, result);
+    if let Some(called) = called {
+        response.extensions_mut().insert(called);
+    }
+    response
 }

@@ -29,7 +29,11 @@ fn document() -> Value {
                 {"Effect": "Deny", "Action": "lambda:*", "Resource": format!("{PLACE}:bob-secret")},
             ])),
         },
-        "roles": {"r": trust("lambda.amazonaws.com"), "s": trust("s3.amazonaws.com")},
+        "roles": {"r": trust("lambda.amazonaws.com"), "s": trust("s3.amazonaws.com"), "sender": {
+            "trust": trust("lambda.amazonaws.com")["trust"],
+            "policies": [{"Version": "2012-10-17", "Statement": {"Effect": "Allow",
+                "Action": "lambda:InvokeFunction", "Resource": format!("{PLACE}:bob-*")}}],
+        }},
     })
 }
 
@@ -251,6 +255,30 @@ async fn roles_must_be_passed_and_be_lambdas() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn destinations_are_what_the_functions_role_may_invoke() {
+    let (_dir, d) = guarded().await;
+    for (name, role) in [("f", "r"), ("g", "sender"), ("bob-1", "r"), ("other", "r")] {
+        assert_eq!(d.signed(ADMIN, "POST", FUNCTIONS, &function(name, role)).await.status, 201);
+    }
+    let set = async |name: &str, to: &str| {
+        let body =
+            json!({"DestinationConfig": {"OnFailure": {"Destination": format!("{PLACE}:{to}")}}});
+        let path = format!("/2019-09-25/functions/{name}/event-invoke-config");
+        d.signed(ADMIN, "PUT", &path, body.to_string().as_bytes()).await
+    };
+    assert_eq!(set("g", "bob-1").await.status, 200);
+    for (name, to) in [("f", "bob-1"), ("g", "other")] {
+        let refused = set(name, to).await.expect(400, "InvalidParameterValueException");
+        assert!(refused.contains("does not have permissions to call InvokeFunction"), "{refused}");
+    }
+    let permission = json!({"StatementId": "s", "Action": "lambda:InvokeFunction",
+        "Principal": "arn:aws:iam::000000000000:role/sender"});
+    let path = format!("{FUNCTIONS}/other/policy");
+    d.signed(ADMIN, "POST", &path, permission.to_string().as_bytes()).await;
+    assert_eq!(set("g", "other").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn links_to_code_carry_a_proof() {
     let (_dir, d) = guarded().await;
     d.signed(ADMIN, "POST", FUNCTIONS, &function("bob-1", "r")).await;
@@ -268,6 +296,82 @@ async fn links_to_code_carry_a_proof() {
     let plain = "/firn/v1/functions/bob-1/code";
     d.signed(BOB, "GET", plain, b"").await.expect(403, "AccessDeniedException");
     assert_eq!(d.signed(ADMIN, "GET", plain, b"").await.body, b"PK1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_leaves_a_record() {
+    let (dir, d) = guarded().await;
+    let mut create: Value = serde_json::from_slice(&function("bob-1", "r")).unwrap();
+    create["Environment"] = json!({"Variables": {"TOKEN": "planted"}});
+    let body = create.to_string().into_bytes();
+    let agent = [("user-agent", "Boto3/1.0")];
+    let created = d.signed_with(ADMIN, "POST", FUNCTIONS, &agent, &body, &body).await;
+    // On the disk before the answer.
+    let lines = std::fs::read_to_string(dir.path().join("audit/current.jsonl")).unwrap();
+    assert!(lines.contains("CreateFunction20150331"), "{lines}");
+    d.signed(BOB, "DELETE", &format!("{FUNCTIONS}/bob-1?Qualifier=1"), b"").await;
+    let wrong = (BOB.0, "wrong");
+    let path = "/2017-10-31/functions/bob-1/concurrency";
+    d.signed(wrong, "PUT", path, br#"{"ReservedConcurrentExecutions": 1}"#).await;
+    let invoke = format!("{FUNCTIONS}/bob-1/invocations");
+    assert_eq!(d.signed(BOB, "POST", &invoke, br#""planted""#).await.status, 200);
+    let target = [("x-amz-target", "Logs_20140328.DescribeLogGroups")];
+    d.signed_with(BOB, "POST", "/", &target, b"{}", b"{}").await;
+    d.get("/firn/v1/health").await;
+    d.get("/firn/v1/instances").await;
+    d.app.callers.audit.close().await;
+    let (records, _) = crate::audit::tests::records(&dir.path().join("audit"));
+    let text = json!(records).to_string();
+    assert!(!text.contains("planted") && !text.contains("secret-of"), "{text}");
+    let names: Vec<_> = records.iter().map(|r| r["eventName"].as_str().unwrap()).collect();
+    let expected = [
+        "CreateFunction20150331",
+        "DeleteFunction20150331",
+        "PutFunctionConcurrency20171031",
+        "DescribeLogGroups",
+        "ListInstances",
+    ];
+    assert_eq!(names, expected);
+    let [create, delete, stranger, logs, unsigned] = &records[..] else { panic!() };
+    assert_eq!(create["userIdentity"]["arn"], "arn:aws:iam::000000000000:user/admin");
+    assert_eq!(create["userIdentity"]["accessKeyId"], ADMIN.0);
+    assert_eq!(create["userIdentity"]["type"], "IAMUser");
+    assert_eq!(create["requestID"], created.header("x-amzn-requestid").unwrap());
+    assert_eq!(create["requestParameters"]["functionName"], "bob-1");
+    assert_eq!(create["responseElements"]["functionArn"], format!("{PLACE}:bob-1:1"));
+    let expected = json!({"eventVersion": "1.11", "eventSource": "lambda.amazonaws.com",
+        "awsRegion": "us-east-1", "sourceIPAddress": "127.0.0.1", "userAgent": "Boto3/1.0",
+        "readOnly": false, "eventType": "AwsApiCall", "managementEvent": true,
+        "eventCategory": "Management", "recipientAccountId": "000000000000"});
+    for (member, value) in expected.as_object().unwrap() {
+        assert_eq!(&create[member], value, "{member}");
+    }
+    assert!(create.get("errorCode").is_none());
+    let at = create["eventTime"].as_str().unwrap();
+    assert!(at.len() == 20 && at.ends_with('Z'), "{at}");
+    assert_eq!(
+        (&delete["errorCode"], &delete["responseElements"]),
+        (&json!("AccessDenied"), &Value::Null)
+    );
+    let message = delete["errorMessage"].as_str().unwrap();
+    assert!(message.contains("user/bob is not authorized to perform: lambda:DeleteFunction"));
+    let parameters = json!({"functionName": "bob-1", "qualifier": "1"});
+    assert_eq!(delete["requestParameters"], parameters);
+    assert_eq!(delete["resources"][0]["ARN"], format!("{PLACE}:bob-1:1"));
+    // Of who is not known only the claim is recorded, as such.
+    assert_eq!(stranger["userIdentity"], json!({"type": "Unknown"}));
+    assert_eq!(stranger["additionalEventData"]["claimedAccessKeyId"], BOB.0);
+    assert_eq!(stranger["errorCode"], "InvalidSignatureException");
+    assert_eq!(stranger["requestParameters"], Value::Null);
+    assert_eq!(
+        (&logs["eventSource"], &logs["readOnly"]),
+        (&json!("logs.amazonaws.com"), &json!(true))
+    );
+    assert_eq!(logs["errorCode"], "AccessDenied");
+    assert_eq!(unsigned["errorCode"], "MissingAuthenticationTokenException");
+    let ids: std::collections::BTreeSet<_> =
+        records.iter().map(|r| r["eventID"].as_str()).collect();
+    assert_eq!(ids.len(), records.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

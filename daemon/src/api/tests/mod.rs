@@ -28,9 +28,10 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{App, router};
+use super::{App, gate::Callers, router};
 use crate::{
     api::names::Place,
+    audit::{self, Audit},
     code::CodeStore,
     envelope::tests::TestKeys,
     events::{self as queueing, Events, clock::Clock, queue::Queue},
@@ -137,13 +138,24 @@ async fn start_within(
         event_bounds,
     )
     .unwrap();
+    let audit = dir.join("audit");
+    std::fs::create_dir_all(&audit).unwrap();
+    let audit = Audit::open(audit, workshop.place.clone(), audit::Bounds::default()).unwrap();
+    let audit = Arc::new(audit);
     // With such a file requests must be signed.
     let identity = dir.join("identity.json");
     let identity = identity
         .exists()
         .then(|| Arc::new(Identity::open(&identity, workshop.place.clone()).unwrap()));
-    let app =
-        App::new(store, workshop, scheduler.clone(), events.clone(), concurrency, None, identity);
+    let app = App::new(
+        store,
+        workshop,
+        scheduler.clone(),
+        events.clone(),
+        concurrency,
+        None,
+        Callers { identity, audit },
+    );
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel();
