@@ -269,7 +269,7 @@ impl Agent {
             (Source::Host, _) if gone && self.task.is_some() => {
                 return Err(HostError::Closed.into());
             }
-            (Source::Listener, Some(runtime)) => runtime.server.accept(),
+            (Source::Listener, Some(runtime)) => runtime.server.accept(&mut self.scratch),
             (Source::Connection(id), Some(runtime)) => {
                 let alive = runtime.server.serve(id, &mut self.scratch, gone);
                 if !alive {
@@ -523,7 +523,7 @@ impl Agent {
             self.place.kill(runtime.pid)?;
         }
         while let Some(runtime) = &mut self.runtime {
-            runtime.server.accept();
+            runtime.server.accept(&mut self.scratch);
             let open: Vec<_> = runtime.server.connections().iter().map(|c| c.id()).collect();
             for id in open {
                 if !runtime.server.serve(id, &mut self.scratch, false) {

@@ -138,6 +138,15 @@ impl Connection {
         !self.waiting && !self.closing && self.out.is_empty() && self.unread.is_empty()
     }
 
+    /// Whether reading it would tell something now.
+    fn is_ready(&self) -> bool {
+        let told = || match self.stream.peek(&mut [0]) {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        };
+        self.wants_input() && told()
+    }
+
     /// Whether what it sends goes to the host as it comes.
     pub fn feeds_host(&self) -> bool {
         matches!(self.streaming, Some(Streaming::Passed))
@@ -252,8 +261,8 @@ impl Server {
         &self.connections
     }
 
-    /// Takes what has connected. Over the limit a connection is closed at once.
-    pub fn accept(&mut self) {
+    /// Takes what has connected, and what it has said. Over the limit a connection is closed at once.
+    pub fn accept(&mut self, scratch: &mut [u8]) {
         while let Ok((stream, _)) = self.listener.accept() {
             let ready = ioctl_fionbio(&stream, true).is_ok() && stream.set_nodelay(true).is_ok();
             if !ready || self.connections.len() >= MAX_CONNECTIONS {
@@ -271,6 +280,7 @@ impl Server {
                 closing: false,
                 last: false,
             });
+            self.serve(ConnectionId(self.next), scratch, false);
         }
     }
 
@@ -313,19 +323,33 @@ impl Server {
         lost
     }
 
-    /// Whether a connection could be read now. Only of use when no writer is left.
+    /// Whether a connection could be read now, or its end. Only of use when no writer is left.
     pub fn has_input(&self) -> bool {
-        self.connections.iter().any(|connection| {
-            connection.wants_input() && matches!(connection.stream.peek(&mut [0]), Ok(1..))
-        })
+        self.connections.iter().any(Connection::is_ready)
     }
 
     /// The next request that has arrived whole on any connection, or more of one that is streamed.
+    ///
+    /// A runtime need not wait until its response was taken before it asks for the next event on
+    /// another connection: what is being streamed comes first, and what asks (`GET`) last.
     pub fn incoming(&mut self) -> Option<(ConnectionId, Incoming)> {
-        self.connections
-            .iter_mut()
-            .filter(|c| !c.waiting && !c.closing && !c.unread.is_empty())
-            .find_map(|connection| Some((connection.id, connection.parse()?)))
+        if let Some(streaming) = self.connections.iter_mut().find(|c| c.feeds_host()) {
+            if !streaming.unread.is_empty()
+                && let Some(more) = streaming.parse()
+            {
+                return Some((streaming.id, more));
+            }
+            if streaming.is_ready() {
+                return None;
+            }
+        }
+        [false, true].into_iter().find_map(|asks| {
+            self.connections
+                .iter_mut()
+                .filter(|c| !c.waiting && !c.closing && !c.unread.is_empty())
+                .filter(|c| c.unread.starts_with(b"GET ") == asks)
+                .find_map(|connection| Some((connection.id, connection.parse()?)))
+        })
     }
 
     /// The rest of the request that is being streamed on a connection is thrown away, and then

@@ -258,6 +258,28 @@ fn a_stream_that_breaks_off_is_no_response() {
 }
 
 #[test]
+fn the_end_of_a_stream_comes_before_what_was_asked_behind_it() {
+    let (mut guest, address, mut client) = started();
+    for (end, whole) in [("0\r\n\r\n", true), ("", false), ("4", false)] {
+        guest.send(&invocation("r1", 30_000, "{}"));
+        client.answer();
+        guest.while_stopped(|| {
+            let mut other = Client::connect(&address);
+            let text = streaming("r1") + "3\r\nabc\r\n" + end;
+            other.stream.write_all(text.as_bytes()).unwrap();
+            drop(other);
+            client.send("GET", "invocation/next", "", "");
+        });
+        let (_, bytes, done) = guest.streamed("r1");
+        assert_eq!(bytes, b"abc");
+        match whole {
+            true => assert_eq!(done.outcome, Outcome::Streamed),
+            false => assert_eq!(reported(error(&done)).0, "Runtime.TruncatedResponse"),
+        }
+    }
+}
+
+#[test]
 fn a_stream_that_is_not_wanted_is_thrown_away_and_then_refused() {
     let (mut guest, address, mut client) = started();
     guest.send(&invocation("r1", 30_000, "{}"));

@@ -250,6 +250,18 @@ impl Guest {
         (of("VmRSS:"), of("VmHWM:"))
     }
 
+    /// Has `firn-init` find all at once that happens meanwhile.
+    pub fn while_stopped<T>(&self, happens: impl FnOnce() -> T) -> T {
+        let signal = |name: &str| {
+            let id = self.init.id().to_string();
+            assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
+        };
+        signal("-STOP");
+        let result = happens();
+        signal("-CONT");
+        result
+    }
+
     /// Ends the connection, as a monitor does under which none survives a snapshot.
     pub fn lose_connection(&mut self) {
         self.stream.shutdown(std::net::Shutdown::Both).unwrap();
