@@ -1,5 +1,5 @@
-//! What is attached to a function as a whole, beside its versions: aliases, concurrency, and policies that
-//! say who may invoke it.
+//! What is attached to a function as a whole, beside its versions: aliases, concurrency, policies that
+//! say who may invoke it, and URLs that do.
 
 use std::collections::BTreeMap;
 
@@ -24,6 +24,71 @@ pub struct Attachments {
     /// Policies by the qualifier that they hold for: a version, an alias, or nothing for calls without one.
     /// None is empty.
     pub policies: BTreeMap<String, Policy>,
+    /// URLs by what they invoke: `$LATEST` or an alias.
+    pub urls: BTreeMap<String, Url>,
+}
+
+/// A URL of a function, or of an alias.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Url {
+    /// First label of its host name, unique for ever.
+    pub id: String,
+    /// Who may call it.
+    pub auth: UrlAuth,
+    /// What web pages from elsewhere may do, where Firn answers for the function.
+    pub cors: Option<Cors>,
+    /// How it answers.
+    pub mode: InvokeMode,
+    /// Milliseconds since the epoch.
+    pub created_ms: i64,
+    /// Milliseconds since the epoch.
+    pub modified_ms: i64,
+}
+
+/// Who may call a URL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UrlAuth {
+    /// Everybody.
+    #[serde(rename = "NONE")]
+    None,
+    /// Who signs as somebody with the permission.
+    #[serde(rename = "AWS_IAM")]
+    AwsIam,
+}
+
+/// How a URL answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum InvokeMode {
+    /// With the whole response.
+    #[default]
+    Buffered,
+    /// With the response as it is made.
+    ResponseStream,
+}
+
+/// Cross-origin resource sharing, as in Lambda's API.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct Cors {
+    /// `Access-Control-Allow-Credentials`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_credentials: Option<bool>,
+    /// `Access-Control-Allow-Headers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_headers: Option<Vec<String>>,
+    /// `Access-Control-Allow-Methods`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_methods: Option<Vec<String>>,
+    /// `Access-Control-Allow-Origin`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_origins: Option<Vec<String>>,
+    /// `Access-Control-Expose-Headers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expose_headers: Option<Vec<String>>,
+    /// `Access-Control-Max-Age` in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<i64>,
 }
 
 /// Provisioned concurrency of a version or an alias.
@@ -41,6 +106,7 @@ impl Attachments {
         self.aliases.remove(qualifier);
         self.provisioned.remove(qualifier);
         self.policies.remove(qualifier);
+        self.urls.remove(qualifier);
     }
 
     /// Provisioned concurrency, all in all.

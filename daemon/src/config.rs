@@ -16,7 +16,10 @@ use firn::keys::KeyService;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
-    api::names::{Place, is_region},
+    api::{
+        names::{Place, is_region},
+        urls::Urls,
+    },
     audit,
     events::Bounds,
     scheduler::{Isolation, Limits, Reserve},
@@ -83,6 +86,11 @@ pub struct Options {
     /// goes on while its response waits.
     #[arg(long, default_value_t = 2.0, value_name = "MIB")]
     pub stream_rate: f64,
+    /// Domain of functions' URLs, http://<id>.lambda-url.<region>.localhost:<port>/ for `localhost`, which
+    /// lead to this daemon as they are; https://<id>.lambda-url.<region>.<domain>/ for any other, for a
+    /// proxy that passes hosts on as they are.
+    #[arg(long, default_value = "localhost", value_name = "DOMAIN")]
+    pub url_domain: String,
     /// What a request may find of those before it. warm: what its instance kept, as in Lambda.
     /// per-invocation: nothing; instances are taken back to their function's snapshot after each
     /// response, before they wait for the next request.
@@ -183,6 +191,16 @@ impl Options {
             "--stream-rate {} must be 0 or between 0.001 and 1000000 MiB a second",
             self.stream_rate
         );
+        let label = |label: &str| {
+            let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+            (1..=63).contains(&label.len()) && label.bytes().all(fits)
+        };
+        // Lambda's model gives a URL a hundred characters.
+        ensure!(
+            self.url_domain.len() <= 24 && self.url_domain.split('.').all(label),
+            "--url-domain {:?} must be a domain of at most 24 characters, such as fn.example.org",
+            self.url_domain
+        );
         ensure!(
             (0.0..=86_400.0).contains(&self.idle_timeout),
             "--idle-timeout {} must be between 0 and 86400 seconds",
@@ -235,6 +253,11 @@ impl Options {
     /// Most bytes a second of a streamed response.
     pub fn stream_rate(&self) -> Option<NonZeroU64> {
         NonZeroU64::new((self.stream_rate * f64::from(1 << 20)) as u64)
+    }
+
+    /// What functions' URLs look like.
+    pub fn urls(&self, port: u16) -> Urls {
+        Urls::new(&self.region, &self.url_domain, port)
     }
 
     /// What bounds asynchronous invocation.

@@ -1,6 +1,6 @@
 //! A backend without microVMs, for this crate's tests: functions are commands in their events.
 //!
-//! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `large`, `die`, `flood`, `timeout` do as
+//! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `say`, `large`, `die`, `flood`, `timeout` do as
 //! they say; `stream` streams its `chunks`, `ms` after one another, and `then` does one of the others; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
 
 use std::{
@@ -222,6 +222,9 @@ impl Machine for FakeMachine {
         });
         let event: serde_json::Value =
             serde_json::from_slice(&invocation.payload).unwrap_or_default();
+        // Through a URL the orders are in the body.
+        let body = event["body"].as_str().and_then(|body| serde_json::from_str(body).ok());
+        let event: serde_json::Value = body.unwrap_or(event);
         if let Some(ledger) = &mut *self.counters.ledger.lock().unwrap() {
             let Invocation { request_id, function_arn, .. } = invocation;
             // One short write, so that no line is ever half there.
@@ -269,6 +272,7 @@ impl Machine for FakeMachine {
                 error_type: String::new(),
                 payload: br#"{"errorMessage":"oops","errorType":"ValueError"}"#.to_vec(),
             }),
+            "say" => respond(event["what"].to_string().into()),
             "large" => Outcome::Error(FunctionError::ResponseTooLarge { size: 7_000_000 }),
             "timeout" => {
                 let limit_ms = invocation.timeout.as_millis() as u64;

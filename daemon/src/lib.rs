@@ -210,16 +210,14 @@ async fn daemon<B: Backend>(
         clock,
         bounds,
     )?;
-    let app = api::App::new(
-        store,
-        workshop,
-        scheduler.clone(),
-        events.clone(),
-        options.concurrency,
-        options.stream_rate(),
-        api::gate::Callers { identity, audit: audit.clone() },
-    );
     let address = listener.local_addr().context("the listener has no address")?;
+    let settings = api::Settings {
+        concurrency: options.concurrency,
+        stream_rate: options.stream_rate(),
+        urls: options.urls(address.port()),
+    };
+    let callers = api::gate::Callers { identity, audit: audit.clone() };
+    let app = api::App::new(store, workshop, scheduler.clone(), events.clone(), callers, settings);
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);

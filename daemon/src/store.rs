@@ -10,7 +10,7 @@
 //! a function as a whole is one more sealed document, bound to its name.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     io,
     ops::Bound::{Excluded, Included, Unbounded},
@@ -131,6 +131,8 @@ pub struct Store {
     connection: Mutex<Connection>,
     keys: Arc<dyn KeyService>,
     functions: RwLock<BTreeMap<String, Entry>>,
+    /// What URLs invoke, by their ids: names of functions and qualifiers.
+    urls: RwLock<HashMap<String, (String, String)>>,
 }
 
 /// Why the store could not be opened or written.
@@ -289,8 +291,10 @@ impl Store {
                 .ok_or(StoreError::Record { path: path.to_owned(), name, source })?;
             entry.attachments = Arc::new(attachments);
         }
+        let urls = functions.iter().flat_map(|(name, entry)| called(name, &entry.attachments));
+        let urls = RwLock::new(urls.collect());
         let (connection, functions) = (Mutex::new(connection), RwLock::new(functions));
-        Ok(Self { connection, keys, functions })
+        Ok(Self { connection, keys, functions, urls })
     }
 
     /// Keys for a new function.
@@ -449,6 +453,7 @@ impl Store {
         transaction.execute("DELETE FROM attachments WHERE name = ?1", [name])?;
         transaction.commit()?;
         let entry = self.remembered().remove(name).unwrap_or_default();
+        self.reindex(name, &entry.attachments, &Attachments::default());
         Ok(entry.versions.into_values().collect())
     }
 
@@ -533,10 +538,24 @@ impl Store {
         let mut new = Attachments::clone(&old);
         let result = change(&versions, &mut new)?;
         insert_attachments(&connection, latest, &new)?;
+        self.reindex(name, &old, &new);
         if let Some(entry) = self.remembered().get_mut(name) {
             entry.attachments = Arc::new(new);
         }
         Ok(result)
+    }
+
+    /// The function and the qualifier that the URL with this id invokes.
+    pub fn url(&self, id: &str) -> Option<(String, String)> {
+        self.urls.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    fn reindex(&self, name: &str, old: &Attachments, new: &Attachments) {
+        if old.urls != new.urls {
+            let mut urls = self.urls.write().unwrap_or_else(PoisonError::into_inner);
+            old.urls.values().for_each(|url| drop(urls.remove(&url.id)));
+            urls.extend(called(name, new));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -571,6 +590,15 @@ impl Store {
             entry.versions.values().next_back().filter(|last| last.version != Version::Latest);
         Ok((latest.clone(), last.cloned()))
     }
+}
+
+/// What the URLs of a function invoke.
+fn called<'a>(
+    name: &'a str,
+    attachments: &'a Attachments,
+) -> impl Iterator<Item = (String, (String, String))> + 'a {
+    let urls = attachments.urls.iter();
+    urls.map(move |(qualifier, url)| (url.id.clone(), (name.to_owned(), qualifier.clone())))
 }
 
 fn page<'a>(

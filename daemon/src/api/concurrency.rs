@@ -228,9 +228,9 @@ fn count(member: &str, value: Option<i64>, least: u32) -> Result<u32, ApiError> 
 
 /// Whether the account can keep `kept` for a function. Only within [`crate::store::Store::attach`].
 fn room<B: Backend>(app: &App<B>, name: &str, kept: u32, what: &str) -> Result<(), ApiError> {
-    let least = least_unreserved(app.concurrency);
+    let least = least_unreserved(app.settings.concurrency);
     let all = u64::from(app.store.kept_for_others(name)) + u64::from(kept) + u64::from(least);
-    match all > u64::from(app.concurrency) && kept > 0 {
+    match all > u64::from(app.settings.concurrency) && kept > 0 {
         true => Err(ApiError::InvalidParameterValue(format!(
             "Specified {what} for function decreases account's UnreservedConcurrentExecution below \
              its minimum value of [{least}]."

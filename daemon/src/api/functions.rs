@@ -349,7 +349,7 @@ pub async fn account_settings<B: Backend>(
             "TotalCodeSize": 80_530_636_800_u64,
             "CodeSizeUnzipped": MAX_UNZIPPED,
             "CodeSizeZipped": MAX_ZIPPED,
-            "ConcurrentExecutions": app.concurrency,
+            "ConcurrentExecutions": app.settings.concurrency,
             "UnreservedConcurrentExecutions": app.scheduler.unreserved(),
         },
         "AccountUsage": {"TotalCodeSize": code_size, "FunctionCount": count},

@@ -33,11 +33,12 @@ use super::{
     recorded::{Draft, MAX_BODY},
 };
 use crate::{
+    attachments::UrlAuth,
     audit::{Audit, Unwritten},
     backend::Backend,
     identity::{
         Identity, Principal,
-        policy::{self, Context, Decision, Policy},
+        policy::{self, Caller, Context, Decision, Policy},
         sigv4::{AuthError, Claim},
     },
     serve::Peer,
@@ -249,6 +250,11 @@ impl Session {
         policy.map(Some).map_err(|e| ApiError::Service(format!("the policy of {arn}: {e}")))
     }
 
+    /// Who it was, once that is proven.
+    pub fn principal(&self) -> Option<&Principal> {
+        self.0.principal.get().map(|principal| &**principal)
+    }
+
     /// A link that leads to what `path` says for some minutes, whoever follows it.
     pub fn link(&self, path: &str) -> String {
         let Some(identity) = &self.0.identity else { return path.to_owned() };
@@ -357,6 +363,62 @@ async fn answer<B: Backend>(
             }
         }
     }
+}
+
+/// Lets a request to a function's URL through that may invoke `function` by it: everybody whom the function's
+/// policy allows, or who signs and may. The body that it gives ends with the verdict. In development mode
+/// everybody may, but what needs a signature must have one, right or wrong.
+///
+/// # Errors
+/// [`ApiError::AccessDenied`], or what is wrong with the signature.
+pub fn pass_url<B: Backend>(
+    app: &App<B>,
+    parts: &mut Parts,
+    body: Body,
+    auth: UrlAuth,
+    function: String,
+) -> Result<(Body, Session), ApiError> {
+    const ACTION: &str = "lambda:InvokeFunctionUrl";
+    let session = Session::new(app, parts);
+    let mut context = session.0.context.clone();
+    context.set("lambda:FunctionArn", &function);
+    let kind = if auth == UrlAuth::None { "NONE" } else { "AWS_IAM" };
+    context.set("lambda:FunctionUrlAuthType", kind);
+    let body = match (auth, &app.callers.identity) {
+        (UrlAuth::None, None) => body,
+        (UrlAuth::None, Some(_)) => {
+            let caller = Caller::default();
+            let request = policy::Request {
+                caller: &caller,
+                action: ACTION,
+                resource: &function,
+                context: &context,
+            };
+            match session.resource_policy(&function)?.map(|policy| policy.decide(&request)) {
+                Some(Decision::Allowed) => body,
+                _ => return Err(ApiError::AccessDenied("Forbidden".into())),
+            }
+        }
+        (UrlAuth::AwsIam, None) => {
+            Claim::read(parts)?;
+            body
+        }
+        (UrlAuth::AwsIam, Some(identity)) => {
+            let now = OffsetDateTime::now_utc();
+            let claim = Claim::read(parts)?;
+            claim.check_scope(now, &app.place.region, &["lambda"])?;
+            let credentials = identity.find(&claim.key_id, claim.token.as_deref(), now)?;
+            let session = session.clone();
+            let settle = move |hash: [u8; 32]| {
+                claim.verify(&credentials.secret, &hash)?;
+                // Settled once: a body ends once.
+                let _ = session.0.principal.set(credentials.principal);
+                session.may_in(ACTION, &function, context)
+            };
+            Body::new(Checked { body, hash: Sha256::new(), settle: Some(Box::new(settle)) })
+        }
+    };
+    Ok((body, session))
 }
 
 /// A request that may go on.

@@ -307,7 +307,7 @@ fn client_context(headers: &HeaderMap) -> Result<String, ApiError> {
 }
 
 /// The caller's trace header, or a new one that is not sampled.
-fn trace_id(headers: &HeaderMap) -> String {
+pub fn trace_id(headers: &HeaderMap) -> String {
     let own = headers.get(TRACE_ID).and_then(|value| value.to_str().ok());
     if let Some(own) = own.filter(|own| !own.is_empty() && own.len() <= 1024) {
         return own.to_owned();

@@ -23,6 +23,8 @@ mod routes;
 mod services;
 pub mod shapes;
 mod tags;
+mod url_config;
+pub mod urls;
 pub mod validate;
 mod versions;
 
@@ -53,6 +55,7 @@ use self::{
     error::{ApiError, Fault},
     gate::Callers,
     names::{Place, Reference},
+    urls::Urls,
 };
 use crate::{
     attachments::{self, Alias},
@@ -95,6 +98,17 @@ const BROKEN: &str = "The request body broke off.";
 /// Bytes of an oversized body that are read and dropped so that the client gets to see the error.
 const DRAIN: usize = 256 << 20;
 
+/// What the API is told when it starts.
+#[derive(Debug)]
+pub struct Settings {
+    /// The limit that GetAccountSettings shows.
+    pub concurrency: u32,
+    /// Most bytes a second of a streamed response, after its first ones.
+    pub stream_rate: Option<NonZeroU64>,
+    /// What functions' URLs look like.
+    pub urls: Urls,
+}
+
 /// All that requests need.
 #[derive(Debug)]
 pub struct App<B: Backend> {
@@ -112,12 +126,10 @@ pub struct App<B: Backend> {
     pub backend: B,
     /// What ARNs say.
     pub place: Place,
-    /// The limit that GetAccountSettings shows.
-    pub concurrency: u32,
-    /// Most bytes a second of a streamed response, after its first ones.
-    pub stream_rate: Option<NonZeroU64>,
     /// Who may call, and what they have called.
     pub callers: Callers,
+    /// What it was told.
+    pub settings: Settings,
     announcing: Mutex<()>,
     uploads: Semaphore,
     room: Arc<Semaphore>,
@@ -130,9 +142,8 @@ impl<B: Backend> App<B> {
         workshop: crate::workshop::Workshop<B>,
         scheduler: Arc<Scheduler<B>>,
         events: Arc<Events<B>>,
-        concurrency: u32,
-        stream_rate: Option<NonZeroU64>,
         callers: Callers,
+        settings: Settings,
     ) -> Arc<Self> {
         let app = Self {
             store,
@@ -142,9 +153,8 @@ impl<B: Backend> App<B> {
             events,
             backend: workshop.backend,
             place: workshop.place,
-            concurrency,
-            stream_rate,
             callers,
+            settings,
             announcing: Mutex::new(()),
             uploads: Semaphore::new(UPLOADS),
             room: Arc::new(Semaphore::new(EVENT_KIB)),

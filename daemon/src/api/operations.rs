@@ -87,6 +87,11 @@ operations! {
     // The same by an older way: who may not invoke may not do so by it either.
     INVOKE_ASYNC: Data on Function, "lambda:InvokeFunction", "InvokeAsync";
     INVOKE_STREAM: Data on Function, "lambda:InvokeFunction", "InvokeWithResponseStream";
+    CREATE_URL: Write on Function, "lambda:CreateFunctionUrlConfig", "CreateFunctionUrlConfig";
+    GET_URL: Read on Function, "lambda:GetFunctionUrlConfig", "GetFunctionUrlConfig";
+    UPDATE_URL: Write on Function, "lambda:UpdateFunctionUrlConfig", "UpdateFunctionUrlConfig";
+    DELETE_URL: Write on Function, "lambda:DeleteFunctionUrlConfig", "DeleteFunctionUrlConfig";
+    LIST_URLS: Read on Function, "lambda:ListFunctionUrlConfigs", "ListFunctionUrlConfigs";
     GET_ACCOUNT_SETTINGS: Read on Account, "lambda:GetAccountSettings", "GetAccountSettings20160819";
     PUT_FUNCTION_CONCURRENCY: Write on Function, "lambda:PutFunctionConcurrency", "PutFunctionConcurrency20171031";
     GET_FUNCTION_CONCURRENCY: Read on Function, "lambda:GetFunctionConcurrency", "GetFunctionConcurrency";

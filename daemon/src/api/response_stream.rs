@@ -34,7 +34,12 @@ pub enum Invoked {
     /// Its response is not streamed, or it failed before it began to stream.
     Served(Served),
     /// Its response has begun.
-    Begun(Rest),
+    Begun {
+        /// `Content-Type` as the runtime gave it.
+        content_type: String,
+        /// The rest.
+        rest: Rest,
+    },
 }
 
 /// The rest of a response that has begun.
@@ -76,7 +81,10 @@ pub async fn invoke<B: Backend>(
     tokio::select! {
         biased;
         part = parts.recv() => match part {
-            Some(_) => Ok(Invoked::Begun(Rest { parts, served, pace: Pace::new(rate), room })),
+            Some(ResponsePart::Begin { content_type }) => {
+                let rest = Rest { parts, served, pace: Pace::new(rate), room };
+                Ok(Invoked::Begun { content_type, rest })
+            }
             // The invocation has let go of its end without having begun.
             _ => served.await.map(Invoked::Served),
         },

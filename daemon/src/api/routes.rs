@@ -13,7 +13,7 @@ use axum::{
 use super::{
     App, aliases, common, concurrency, event_config, firn_api, functions, gate, gate::Gate, invoke,
     invoke_stream, no_method, no_operation, operations as op, operations::Operation, permissions,
-    services, tags, versions,
+    services, tags, url_config, urls, versions,
 };
 use crate::backend::Backend;
 
@@ -150,6 +150,16 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
             vec![on.post(&op::INVOKE_STREAM, invoke_stream::invoke::<B>)],
         ),
         (
+            "/2021-10-31/functions/{name}/url",
+            vec![
+                on.get(&op::GET_URL, url_config::get::<B>),
+                on.post(&op::CREATE_URL, url_config::create::<B>),
+                on.put(&op::UPDATE_URL, url_config::update::<B>),
+                on.delete(&op::DELETE_URL, url_config::delete::<B>),
+            ],
+        ),
+        ("/2021-10-31/functions/{name}/urls", vec![on.get(&op::LIST_URLS, url_config::list::<B>)]),
+        (
             "/2016-08-19/account-settings",
             vec![on.get(&op::GET_ACCOUNT_SETTINGS, functions::account_settings::<B>)],
         ),
@@ -215,5 +225,7 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         // Every handler sets its own limit as it reads.
         .layer(DefaultBodyLimit::disable())
         .layer(middleware::from_fn(common))
+        // Before all that is the API's.
+        .layer(middleware::from_fn_with_state(app.clone(), urls::by_host::<B>))
         .with_state(app)
 }

@@ -6,8 +6,8 @@ use sha2::{Digest, Sha256};
 use super::{Answer, Daemon, FUNCTIONS, daemon, limits, start, zip};
 use crate::identity::sigv4::tests::sign;
 
-const ADMIN: (&str, &str) = ("AKIDADMIN00000000000", "a-secret-of-the-admin");
-const BOB: (&str, &str) = ("AKIDBOB0000000000000", "a-secret-of-bob-himself");
+pub const ADMIN: (&str, &str) = ("AKIDADMIN00000000000", "a-secret-of-the-admin");
+pub const BOB: (&str, &str) = ("AKIDBOB0000000000000", "a-secret-of-bob-himself");
 const PLACE: &str = "arn:aws:lambda:us-east-1:000000000000:function";
 
 fn document() -> Value {
@@ -37,7 +37,7 @@ fn document() -> Value {
     })
 }
 
-async fn guarded() -> (tempfile::TempDir, Daemon) {
+pub async fn guarded() -> (tempfile::TempDir, Daemon) {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("identity.json");
@@ -48,7 +48,7 @@ async fn guarded() -> (tempfile::TempDir, Daemon) {
 }
 
 impl Daemon {
-    async fn signed(&self, who: (&str, &str), method: &str, path: &str, body: &[u8]) -> Answer {
+    pub async fn signed(&self, who: (&str, &str), method: &str, path: &str, body: &[u8]) -> Answer {
         self.signed_with(who, method, path, &[], body, body).await
     }
 
@@ -71,7 +71,7 @@ impl Daemon {
     }
 }
 
-fn function(name: &str, role: &str) -> Vec<u8> {
+pub fn function(name: &str, role: &str) -> Vec<u8> {
     let role = format!("arn:aws:iam::000000000000:role/{role}");
     json!({"FunctionName": name, "Runtime": "python3.11", "Handler": "a.b", "Role": role,
         "Publish": true, "Code": {"ZipFile": zip("1")}})
@@ -110,7 +110,7 @@ async fn who_is_not_known_gets_nothing() {
 }
 
 /// Each route that there is, with a body where it takes one.
-const ROUTES: [(&str, &str); 42] = [
+const ROUTES: [(&str, &str); 47] = [
     ("POST", "/2015-03-31/functions"),
     ("GET", "/2015-03-31/functions"),
     ("GET", "/2015-03-31/functions/f"),
@@ -132,6 +132,11 @@ const ROUTES: [(&str, &str); 42] = [
     ("POST", "/2017-03-31/tags/arn:aws:lambda:us-east-1:000000000000:function:f"),
     ("DELETE", "/2017-03-31/tags/arn:aws:lambda:us-east-1:000000000000:function:f"),
     ("POST", "/2015-03-31/functions/f/invocations"),
+    ("GET", "/2021-10-31/functions/f/url"),
+    ("POST", "/2021-10-31/functions/f/url"),
+    ("PUT", "/2021-10-31/functions/f/url"),
+    ("DELETE", "/2021-10-31/functions/f/url"),
+    ("GET", "/2021-10-31/functions/f/urls"),
     ("POST", "/2014-11-13/functions/f/invoke-async"),
     ("POST", "/2021-11-15/functions/f/response-streaming-invocations"),
     ("GET", "/2016-08-19/account-settings"),

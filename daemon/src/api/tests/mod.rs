@@ -13,6 +13,7 @@ mod permissions;
 mod services;
 mod streaming;
 mod tags;
+mod urls;
 mod versions;
 
 use std::{
@@ -28,9 +29,9 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{App, gate::Callers, router};
+use super::{App, Settings, gate::Callers, router};
 use crate::{
-    api::names::Place,
+    api::{names::Place, urls::Urls},
     audit::{self, Audit},
     code::CodeStore,
     envelope::tests::TestKeys,
@@ -65,6 +66,18 @@ struct Answer {
 }
 
 impl Answer {
+    fn parse(answer: &[u8]) -> Self {
+        let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
+        let head = String::from_utf8(answer[..end].to_vec()).unwrap();
+        let mut lines = head.split("\r\n");
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let headers = lines
+            .map(|line| line.split_once(": ").unwrap())
+            .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
+            .collect();
+        Self { status, headers, body: answer[end + 4..].to_vec() }
+    }
+
     fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
@@ -147,17 +160,12 @@ async fn start_within(
     let identity = identity
         .exists()
         .then(|| Arc::new(Identity::open(&identity, workshop.place.clone()).unwrap()));
-    let app = App::new(
-        store,
-        workshop,
-        scheduler.clone(),
-        events.clone(),
-        concurrency,
-        None,
-        Callers { identity, audit },
-    );
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
+    let urls = Urls::new("us-east-1", "localhost", address.port());
+    let callers = Callers { identity, audit };
+    let settings = Settings { concurrency, stream_rate: None, urls };
+    let app = App::new(store, workshop, scheduler.clone(), events.clone(), callers, settings);
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
     let routes = router(app.clone());
@@ -187,15 +195,7 @@ impl Daemon {
         stream.write_all(body).await.unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.unwrap();
-        let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
-        let head = String::from_utf8(answer[..end].to_vec()).unwrap();
-        let mut lines = head.split("\r\n");
-        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
-        let headers = lines
-            .map(|line| line.split_once(": ").unwrap())
-            .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
-            .collect();
-        Answer { status, headers, body: answer[end + 4..].to_vec() }
+        Answer::parse(&answer)
     }
 
     async fn get(&self, path: &str) -> Answer {
