@@ -1,5 +1,6 @@
 """Invocations: what the function gets, what the caller gets, and the three kinds of start."""
 
+import base64
 import concurrent.futures
 import json
 import re
@@ -104,3 +105,24 @@ def test_invocations_at_once_run_in_instances_of_their_own(deploy):
 def test_large_events_and_responses(scripts, size):
     text = "x" * size
     assert scripts.run("result = event['text']", text=text).json == text
+
+
+def test_a_function_knows_its_client_and_whom_a_gateway_vouches_for(client, deploy):
+    function = deploy("""
+def handler(event, context):
+    custom = context.client_context and context.client_context.custom
+    return [custom, context.identity.cognito_identity_id, context.identity.cognito_identity_pool_id]
+""")
+    assert function.invoke().json == [None, None, None]
+    identity = {"cognitoIdentityId": "us-east-1:1", "cognitoIdentityPoolId": "us-east-1:2"}
+
+    def vouch(request, **_):
+        request.headers["X-Firn-Cognito-Identity"] = json.dumps(identity)
+
+    client.meta.events.register("before-sign.lambda.Invoke", vouch)
+    try:
+        context = base64.b64encode(json.dumps({"custom": {"a": "b"}}).encode()).decode()
+        answer = function.invoke(ClientContext=context).json
+    finally:
+        client.meta.events.unregister("before-sign.lambda.Invoke", vouch)
+    assert answer == [{"a": "b"}, "us-east-1:1", "us-east-1:2"]

@@ -10,11 +10,12 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use firn::Invocation;
+use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     App, MAX_ASYNC_EVENT, MAX_EVENT, MAX_INVOKE_ARGS, RequestInfo, Target, announced,
-    error::ApiError, json, names::Reference, no_content, read_body,
+    error::ApiError, gate::Session, json, names::Reference, no_content, read_body,
 };
 use crate::{
     backend::Backend,
@@ -26,9 +27,13 @@ use crate::{
 /// Longest client context in bytes, as it is sent.
 const MAX_CLIENT_CONTEXT: usize = 3583;
 
+/// Longest Cognito identity in bytes, as it is sent: twice what Cognito's own can be.
+const MAX_COGNITO_IDENTITY: usize = 256;
+
 const INVOCATION_TYPE: &str = "x-amz-invocation-type";
 const LOG_TYPE: &str = "x-amz-log-type";
 const CLIENT_CONTEXT: &str = "x-amz-client-context";
+const COGNITO_IDENTITY: &str = "x-firn-cognito-identity";
 const TRACE_ID: HeaderName = HeaderName::from_static("x-amzn-trace-id");
 const START: &str = "x-firn-start";
 
@@ -93,6 +98,7 @@ pub struct Call {
     pub headers: HeaderMap,
     trace: Trace,
     payload: Bytes,
+    session: Session,
     /// Held until the answer is there: this is what bounds the memory for events.
     room: OwnedSemaphorePermit,
 }
@@ -107,6 +113,7 @@ impl Call {
         request: Request,
         more: usize,
     ) -> Result<Self, ApiError> {
+        let session = Session::of(&request)?;
         let (parts, body) = request.into_parts();
         let headers = parts.headers;
         let info = parts.extensions.get::<RequestInfo>().cloned();
@@ -124,26 +131,30 @@ impl Call {
         let room = room.map_err(|error| ApiError::Service(error.to_string()))?;
         let payload = read_body(&headers, body, limit, too_large).await?;
         trace.mark("body");
-        Ok(Self { id, headers, trace, payload, room })
+        Ok(Self { id, headers, trace, payload, session, room })
     }
 
     /// What the scheduler is to do, and the room that it takes meanwhile.
     ///
     /// # Errors
-    /// [`ApiError::InvalidRequestContent`] for an event that is no JSON.
+    /// [`ApiError::InvalidRequestContent`] for an event that is no JSON, [`ApiError::AccessDenied`] for a
+    /// Cognito identity that is not the caller's to tell.
     pub fn request(
         self,
         function: Arc<Function>,
         function_arn: String,
         wishes: Wishes,
     ) -> Result<(scheduler::Request, OwnedSemaphorePermit), ApiError> {
-        let Self { id, headers, trace, payload, room } = self;
+        let Self { id, headers, trace, payload, session, room } = self;
+        if !wishes.cognito_identity.is_empty() {
+            session.may("firn:AssertCognitoIdentity", &function_arn)?;
+        }
         let invocation = Invocation {
             request_id: id,
             function_arn,
             trace_id: trace_id(&headers),
             client_context: wishes.client_context,
-            cognito_identity: String::new(),
+            cognito_identity: wishes.cognito_identity,
             timeout: function.timeout(),
             payload: checked_event(payload)?,
             response: None,
@@ -161,6 +172,7 @@ pub struct Wishes {
     pub tail: bool,
     force: Option<StartKind>,
     client_context: String,
+    cognito_identity: String,
 }
 
 impl Wishes {
@@ -181,7 +193,9 @@ impl Wishes {
             }
         };
         let kind = kind.or(kinds.first().copied()).unwrap_or_default();
-        Ok(Self { kind, tail, force, client_context: client_context(headers)? })
+        let client_context = client_context(headers)?;
+        let cognito_identity = cognito_identity(headers)?;
+        Ok(Self { kind, tail, force, client_context, cognito_identity })
     }
 }
 
@@ -306,6 +320,27 @@ fn client_context(headers: &HeaderMap) -> Result<String, ApiError> {
     })
 }
 
+/// Who the caller's caller is, by the word of a gateway: Lambda takes that from credentials that Cognito gave
+/// out, which nobody here can check.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct CognitoIdentity {
+    cognito_identity_id: String,
+    cognito_identity_pool_id: String,
+}
+
+fn cognito_identity(headers: &HeaderMap) -> Result<String, ApiError> {
+    let Some(value) = headers.get(COGNITO_IDENTITY) else { return Ok(String::new()) };
+    let identity: Option<CognitoIdentity> = serde_json::from_slice(value.as_bytes()).ok();
+    let identity = identity.filter(|_| value.len() <= MAX_COGNITO_IDENTITY);
+    identity.and_then(|identity| serde_json::to_string(&identity).ok()).ok_or_else(|| {
+        ApiError::InvalidRequestContent(format!(
+            "X-Firn-Cognito-Identity must be a JSON object of at most {MAX_COGNITO_IDENTITY} bytes \
+             with cognitoIdentityId and cognitoIdentityPoolId."
+        ))
+    })
+}
+
 /// The caller's trace header, or a new one that is not sampled.
 pub fn trace_id(headers: &HeaderMap) -> String {
     let own = headers.get(TRACE_ID).and_then(|value| value.to_str().ok());
@@ -355,5 +390,23 @@ mod unit {
         assert!(with(STANDARD.encode("[1]")).is_err());
         assert!(with("A".repeat(3584)).is_err());
         assert_eq!(client_context(&HeaderMap::new()).unwrap(), "");
+    }
+
+    #[test]
+    fn cognito_identities_are_checked_and_bounded() {
+        let with = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(COGNITO_IDENTITY, HeaderValue::try_from(value).unwrap());
+            cognito_identity(&headers)
+        };
+        let identity =
+            r#"{"cognitoIdentityId":"us-east-1:1","cognitoIdentityPoolId":"us-east-1:2"}"#;
+        assert_eq!(with(&identity.replace("\",\"", "\", \"")).unwrap(), identity);
+        let long = identity.replace("us-east-1:1", &"x".repeat(256));
+        for bad in ["", "{}", "[]", "us-east-1:1", &identity.replace('}', ",\"a\":1}"), &long] {
+            let error = with(bad).unwrap_err();
+            assert_eq!(error.name(), "InvalidRequestContentException", "{bad}");
+        }
+        assert_eq!(cognito_identity(&HeaderMap::new()).unwrap(), "");
     }
 }

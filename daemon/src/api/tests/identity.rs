@@ -389,3 +389,22 @@ async fn statements_that_can_not_be_enforced_are_refused() {
     let refused = refused.expect(400, "InvalidParameterValueException");
     assert!(refused.contains("no principal"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_a_gateway_speaks_for_is_not_everybodys_to_say() {
+    let (_dir, d) = guarded().await;
+    assert_eq!(d.signed(ADMIN, "POST", FUNCTIONS, &function("bob-f", "r")).await.status, 201);
+    let identity = r#"{"cognitoIdentityId":"a","cognitoIdentityPoolId":"b"}"#;
+    let headers = [("x-firn-cognito-identity", identity)];
+    let paths = [
+        format!("{FUNCTIONS}/bob-f/invocations"),
+        "/2021-11-15/functions/bob-f/response-streaming-invocations".to_owned(),
+    ];
+    for path in &paths {
+        assert_eq!(d.signed(BOB, "POST", path, b"{}").await.status, 200);
+        let refused = d.signed_with(BOB, "POST", path, &headers, b"{}", b"{}").await;
+        let refused = refused.expect(403, "AccessDeniedException");
+        assert!(refused.contains("firn:AssertCognitoIdentity"), "{refused}");
+        assert_eq!(d.signed_with(ADMIN, "POST", path, &headers, b"{}", b"{}").await.status, 200);
+    }
+}
