@@ -32,7 +32,10 @@ use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
 use anyhow::Context;
 use clap::Parser;
 use firn::keys::{KeyService, LocalKeyFile};
-use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use rustix::{
+    fs::Mode,
+    process::{DumpableBehavior, Resource, Rlimit},
+};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -76,7 +79,11 @@ fn start(options: Options) -> anyhow::Result<()> {
 
 /// Keys, code and environments lie in this process's memory: no core dump of it is written, and nobody
 /// without the right to trace everything can look into it, if it is root's.
+///
+/// What is private is made so by name; the rest must be readable by users of Firn's own (`mkfs.erofs`, VMMs),
+/// whatever the umask of whoever started the daemon.
 fn harden() -> io::Result<()> {
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none)?;
     // An ordinary user's process may not touch its own files in /proc then, which jails need.
@@ -236,8 +243,11 @@ async fn daemon<B: Backend>(
 #[cfg(test)]
 mod tests {
     #[test]
-    fn no_core_dump_is_written() {
+    fn no_core_dump_is_written_and_files_are_as_their_modes_say() {
+        use rustix::{fs::Mode, process::umask};
+        umask(Mode::from_raw_mode(0o077));
         super::harden().unwrap();
+        assert_eq!(umask(Mode::from_raw_mode(0o022)), Mode::from_raw_mode(0o022));
         let limits = rustix::process::getrlimit(rustix::process::Resource::Core);
         assert_eq!((limits.current, limits.maximum), (Some(0), Some(0)));
         let dumpable = rustix::process::dumpable_behavior().unwrap();

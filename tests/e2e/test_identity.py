@@ -59,6 +59,7 @@ IDENTITY = {
 
 
 class Guarded(SecondDaemon):
+    # The file must be nobody else's. The daemon must do under such a umask, too.
     before = f"""
 umask 077
 cat > /tmp/guarded/identity.json <<'IDENTITY'
