@@ -19,6 +19,7 @@ mod function;
 pub mod fuzzing;
 mod identity;
 mod logs;
+mod metrics;
 mod outcome;
 mod prepare;
 mod report;
@@ -198,6 +199,7 @@ async fn daemon<B: Backend>(
             .context("can't use the directory of code")?,
         logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
             .context("can't use the directory of logs")?,
+        metrics: metrics::Metrics::open(&state.join("metrics.sqlite"))?,
         patience: options.patience,
     };
     let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
@@ -236,6 +238,7 @@ async fn daemon<B: Backend>(
     tracing::info!("stopping");
     scheduler.close(patience).await;
     events.close(LAST_WRITES).await;
+    scheduler.metrics().flush().await;
     audit.close().await;
     Ok(())
 }

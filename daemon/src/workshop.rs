@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     api::names::Place, backend::Backend, code::CodeStore, function::Function, logs, logs::Logs,
+    metrics::Metrics,
 };
 
 /// Lines of output that may wait between a guest and its log. With [`firn::guest::MAX_LOG`] this
@@ -31,6 +32,8 @@ pub struct Workshop<B> {
     pub code: CodeStore,
     /// Functions' logs.
     pub logs: Logs,
+    /// Counts what happens.
+    pub metrics: Metrics,
     /// Multiplies the time for initialisation on slow machines.
     pub patience: u32,
 }

@@ -1,10 +1,12 @@
 """What functions do, seen with the clients of CloudWatch: boto3 and the AWS CLI."""
 
+import datetime
 import json
 import os
 import subprocess
 import sys
 import time
+import urllib.request
 
 import boto3
 import botocore.config
@@ -115,3 +117,57 @@ def test_lines_of_a_running_invocation_are_found(deploy, logs, client):
         logGroupName="/aws/lambda/slow-talker", filterPattern="REPORT"
     )["events"]
     assert ended == []
+
+
+def test_metrics_and_metering_say_what_was_invoked(deploy, logs, endpoint):
+    function = deploy(TALKER, name="counted").wait_for_snapshot()
+    for event in ({}, {"say": ["x"]}, {"raise": True}):
+        function.invoke(event)
+    cloudwatch = service(endpoint, "cloudwatch")
+    dimensions = [{"Name": "FunctionName", "Value": "counted"}]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    start, end = now - datetime.timedelta(hours=1), now + datetime.timedelta(minutes=5)
+
+    def total(name):
+        points = cloudwatch.get_metric_statistics(
+            Namespace="AWS/Lambda", MetricName=name, Dimensions=dimensions,
+            StartTime=start, EndTime=end, Period=7200, Statistics=["Sum"],
+        )["Datapoints"]
+        minute = datetime.timedelta(minutes=1)
+        assert all(start - minute < point["Timestamp"] <= end for point in points)
+        return sum(point["Sum"] for point in points)
+
+    assert (total("Invocations"), total("Errors")) == (3, 1)
+    assert total("Duration") > 0
+    query = {
+        "Id": "p", "MetricStat": {
+            "Metric": {"Namespace": "AWS/Lambda", "MetricName": "Duration", "Dimensions": dimensions},
+            "Period": 3600, "Stat": "p99",
+        },
+    }
+    data = cloudwatch.get_metric_data(MetricDataQueries=[query], StartTime=start, EndTime=end)
+    result = data["MetricDataResults"][0]
+    assert len(result["Values"]) == len(result["Timestamps"]) >= 1 and result["Values"][0] > 0
+    listed = cloudwatch.list_metrics(Namespace="AWS/Lambda", Dimensions=dimensions)["Metrics"]
+    assert {"Invocations", "Duration"} <= {metric["MetricName"] for metric in listed}
+
+    # The command line of the same.
+    shown = aws(
+        endpoint, "cloudwatch", "get-metric-statistics", "--namespace", "AWS/Lambda",
+        "--metric-name", "Invocations", "--dimensions", "Name=FunctionName,Value=counted",
+        "--start-time", start.isoformat(), "--end-time", end.isoformat(),
+        "--period", "7200", "--statistics", "Sum",
+    )
+    assert sum(point["Sum"] for point in shown["Datapoints"]) == 3
+
+    with urllib.request.urlopen(f"{endpoint}/firn/v1/metering?FunctionName=counted") as answer:
+        days = json.load(answer)["Days"]
+    reports = logs.filter_log_events(logGroupName="/aws/lambda/counted", filterPattern="REPORT")
+    billed = [
+        int(event["message"].split("Billed Duration: ")[1].split(" ")[0]) for event in reports["events"]
+    ]
+    assert sum(day["Requests"] for day in days) == len(billed) == 3
+    assert sum(day["BilledMilliseconds"] for day in days) == sum(billed)
+    with urllib.request.urlopen(f"{endpoint}/metrics") as answer:
+        text = answer.read().decode()
+    assert 'firn_invocations_total{function="counted"} 3' in text

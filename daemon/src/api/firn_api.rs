@@ -9,8 +9,15 @@ use axum::{
 };
 use serde_json::json;
 
-use super::{App, Target, blocking, error::ApiError, json};
-use crate::{backend::Backend, prepare::Status};
+use super::{App, Parameters, Target, blocking, error::ApiError, json};
+use crate::{
+    backend::Backend,
+    metrics::{Day, prometheus, prometheus::Now},
+    prepare::Status,
+};
+
+/// Days of functions in a page of metering.
+const METERED: usize = 1000;
 
 /// Whether the daemon serves.
 pub async fn health<B: Backend>(
@@ -50,6 +57,56 @@ pub async fn events<B: Backend>(
     State(app): State<Arc<App<B>>>,
 ) -> Result<Response<Body>, ApiError> {
     json(StatusCode::OK, &app.events.usage().await?)
+}
+
+/// What Prometheus reads.
+pub async fn metrics<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+) -> Result<Response<Body>, ApiError> {
+    let mut now = Now::default();
+    for listed in app.scheduler.instances().into_values() {
+        *now.instances.entry(listed.state).or_default() += 1;
+    }
+    let usage = app.events.usage().await?;
+    now.events = (usage.events, usage.bytes);
+    let mut response = Response::new(Body::from(prometheus::text(app.metrics.totals(), now)));
+    let value = HeaderValue::from_static(prometheus::CONTENT_TYPE);
+    response.headers_mut().insert(header::CONTENT_TYPE, value);
+    Ok(response)
+}
+
+/// What functions have used, day by day: of all or of one (`FunctionName`), from a day (`From`) to a day
+/// (`To`), page by page (`Marker`).
+pub async fn metering<B: Backend>(
+    State(app): State<Arc<App<B>>>,
+    Parameters(query): Parameters,
+) -> Result<Response<Body>, ApiError> {
+    let invalid = |name: &str| {
+        ApiError::InvalidParameterValue(format!("{name} is no day; one looks like 2026-11-24."))
+    };
+    let day = |name: &str| {
+        query.get(name).map(|text| Day::parse(text).ok_or_else(|| invalid(name))).transpose()
+    };
+    let (from, to) = (day("From")?, day("To")?.unwrap_or(i64::MAX));
+    let after = match query.get("Marker") {
+        None => Day { day: from.unwrap_or(0), function: String::new() },
+        Some(marker) => marker
+            .split_once(' ')
+            .and_then(|(day, function)| {
+                Some(Day { day: Day::parse(day)?, function: function.to_owned() })
+            })
+            .ok_or_else(|| ApiError::InvalidParameterValue("The Marker is invalid.".into()))?,
+    };
+    let function = query.get("FunctionName").cloned();
+    let days = app.metrics.read(move |store| store.days(function.as_deref(), &after, to, METERED));
+    let days = days.await.map_err(ApiError::Service)?;
+    let last = days.last().filter(|_| days.len() == METERED);
+    let marker = last.map(|last| format!("{} {}", last.day, last.function_name));
+    let mut body = json!({ "Days": days });
+    if let Some(marker) = marker {
+        body["NextMarker"] = marker.into();
+    }
+    json(StatusCode::OK, &body)
 }
 
 /// A function's code as it was uploaded: where `Code.Location` of GetFunction leads.

@@ -325,6 +325,7 @@ pub async fn delete<B: Backend>(
     }
     if let Some(latest) = gone.first().filter(|f| f.version == Version::Latest) {
         app.logs.remove(&latest.name).await;
+        app.metrics.forget(&latest.name);
     }
     Ok(no_content())
 }

@@ -239,7 +239,7 @@ async fn accept<B: Backend>(
 }
 
 fn respond(served: Served, version: Version, tail: bool, trace_id: &str) -> Response<Body> {
-    let Served { kind, answer, tail: log, mut trace } = served;
+    let Served { kind, answer, tail: log, mut trace, .. } = served;
     trace.mark("responding");
     let mut response = Response::new(Body::from(answer.payload));
     let headers = response.headers_mut();

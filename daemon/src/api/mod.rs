@@ -64,6 +64,7 @@ use crate::{
     events::Events,
     function::{Function, Version},
     logs::Logs,
+    metrics::Metrics,
     scheduler::Scheduler,
     store::Store,
 };
@@ -118,6 +119,8 @@ pub struct App<B: Backend> {
     pub code: CodeStore,
     /// Their logs.
     pub logs: Logs,
+    /// What is counted.
+    pub metrics: Metrics,
     /// Who runs them.
     pub scheduler: Arc<Scheduler<B>>,
     /// What is invoked asynchronously.
@@ -149,6 +152,7 @@ impl<B: Backend> App<B> {
             store,
             code: workshop.code,
             logs: workshop.logs,
+            metrics: workshop.metrics,
             scheduler,
             events,
             backend: workshop.backend,

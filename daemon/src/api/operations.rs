@@ -110,6 +110,8 @@ operations! {
     HEALTH: Read on Health, "firn:GetHealth", "GetHealth";
     INSTANCES: Read on Account, "firn:ListInstances", "ListInstances";
     EVENTS: Read on Account, "firn:GetEventQueue", "GetEventQueue";
+    METRICS: Read on Account, "firn:GetMetrics", "GetMetrics";
+    METERING: Read on Account, "firn:GetMetering", "GetMetering";
     SNAPSHOT: Read on Function, "firn:GetSnapshot", "GetSnapshot";
     CODE: Read on Link, "firn:GetCode", "GetCode";
 }

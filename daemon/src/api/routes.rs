@@ -198,6 +198,8 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         ("/firn/v1/health", vec![on.get(&op::HEALTH, firn_api::health::<B>)]),
         ("/firn/v1/instances", vec![on.get(&op::INSTANCES, firn_api::instances::<B>)]),
         ("/firn/v1/events", vec![on.get(&op::EVENTS, firn_api::events::<B>)]),
+        ("/firn/v1/metering", vec![on.get(&op::METERING, firn_api::metering::<B>)]),
+        ("/metrics", vec![on.get(&op::METRICS, firn_api::metrics::<B>)]),
         (
             "/firn/v1/functions/{name}/snapshot",
             vec![on.get(&op::SNAPSHOT, firn_api::snapshot::<B>)],

@@ -49,6 +49,7 @@ use crate::{
     attachments::{self, Alias},
     backend::Backend,
     function::{Function, Version},
+    metrics::{self, Metric},
     outcome::Answer,
     scheduler::{Refusal, Request, Scheduler, Served, Trace},
     store::Store,
@@ -200,9 +201,11 @@ impl<B: Backend> Events<B> {
         trace_id: String,
         payload: Bytes,
     ) -> Result<(), QueueError> {
+        let resource = metrics::resource(&function_arn).to_owned();
         let event = Event { head: Head { function_arn, trace_id, hops: 0 }, payload };
         let event = event.seal(function, request_id, self.clock.now());
         self.queue.add(event.map_err(QueueError::from)?).await?;
+        self.count(&function.name, &resource, Metric::AsyncEventsReceived, 1.0);
         self.wake(&function.name);
         Ok(())
     }
@@ -427,6 +430,10 @@ impl<B: Backend> Events<B> {
         }
     }
 
+    fn count(&self, function: &str, resource: &str, metric: Metric, value: f64) {
+        self.scheduler.metrics().observe(function, resource, metric, value);
+    }
+
     /// The event in which a destination hears of another one, if it has one.
     fn follow(&self, settings: &Settings, head: &Head, ended: &Ended<'_>) -> Option<New> {
         let destination = match ended.condition {
@@ -479,6 +486,7 @@ impl<B: Backend> Events<B> {
             return Some(Fate::Done(None));
         };
         let settings = self.settings(&latest, &qualifier).unwrap_or_default();
+        let resource = metrics::resource(&event.head.function_arn);
         let ended = |condition, attempts, answer: Option<&Answer>| {
             let ended = Ended {
                 request_id,
@@ -488,7 +496,18 @@ impl<B: Backend> Events<B> {
                 payload: &event.payload,
                 answer: answer.map(|answer| (answer, function.version)),
             };
-            Some(Fate::Done(self.follow(&settings, &event.head, &ended)))
+            if condition != Condition::Success {
+                self.count(name, resource, Metric::AsyncEventsDropped, 1.0);
+            }
+            let follow = self.follow(&settings, &event.head, &ended);
+            let has_destination = match condition {
+                Condition::Success => settings.on_success.is_some(),
+                _ => settings.on_failure.is_some(),
+            };
+            if has_destination && follow.is_none() {
+                self.count(name, resource, Metric::DestinationDeliveryFailures, 1.0);
+            }
+            Some(Fate::Done(follow))
         };
         let age = settings.max_age_s.map_or(MAX_AGE, |s| Duration::from_secs(s.into()));
         let deadline = row.accepted_ms.saturating_add(ms(age));
@@ -510,6 +529,8 @@ impl<B: Backend> Events<B> {
             payload: event.payload.clone(),
             response: None,
         };
+        let waited = self.clock.now().saturating_sub(row.accepted_ms).max(0);
+        self.count(name, resource, Metric::AsyncEventAge, waited as f64);
         let trace = Trace::new(std::time::Instant::now());
         let request = Request { function: function.clone(), invocation, force: None, trace };
         let result = self.scheduler.invoke(request).await;

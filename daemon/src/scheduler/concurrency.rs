@@ -73,6 +73,39 @@ pub struct Permit {
     provisioned: Option<Version>,
 }
 
+/// How much was in flight, a request itself included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InFlight {
+    /// All.
+    pub account: u32,
+    /// For which nothing is kept.
+    pub unreserved: u32,
+    /// Of its function.
+    pub function: u32,
+    /// On what its version has provisioned, and how much that is; `None`: nothing is.
+    pub provisioned: Option<(u32, u32)>,
+    /// Whether the request itself is.
+    pub on_provisioned: bool,
+}
+
+impl Permit {
+    /// How much is in flight now, for a request of `version`.
+    pub fn in_flight(&self, version: Version) -> InFlight {
+        let counts = self.concurrency.lock();
+        let (account, unreserved) = (counts.all, counts.unreserved);
+        let on_provisioned = self.provisioned.is_some();
+        let all = InFlight { account, unreserved, on_provisioned, ..InFlight::default() };
+        let Some(function) = counts.functions.get(&self.function) else { return all };
+        let running = function.provisioned.get(&version).copied().unwrap_or_default();
+        let share = function.shares.provisioned.get(&version);
+        InFlight {
+            function: function.on_demand + function.provisioned.values().sum::<u32>(),
+            provisioned: share.map(|share| (running, *share)),
+            ..all
+        }
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut counts = self.concurrency.lock();

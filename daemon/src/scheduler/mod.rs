@@ -30,7 +30,7 @@ use std::{
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
 
-pub use self::{admission::Reserve, trace::Trace};
+pub use self::{admission::Reserve, concurrency::InFlight, trace::Trace};
 use self::{
     admission::{Admission, Admitted},
     concurrency::{Concurrency, Shares},
@@ -40,6 +40,7 @@ use self::{
 use crate::{
     backend::{Backend, Machine},
     function::{Function, Version, now_ms},
+    metrics::{Metrics, Target, Took},
     outcome::Answer,
     prepare::Preparer,
     workshop::{Output, Workshop},
@@ -127,6 +128,8 @@ pub struct Served {
     pub answer: Answer,
     /// The last bytes of its log.
     pub tail: Vec<u8>,
+    /// What it took.
+    pub took: Took,
     /// When what happened.
     pub trace: Trace,
 }
@@ -296,6 +299,11 @@ impl<B: Backend> Scheduler<B> {
         self.concurrency.unreserved()
     }
 
+    /// Who counts what happens.
+    pub fn metrics(&self) -> &Metrics {
+        &self.workshop.metrics
+    }
+
     /// Where the snapshot of a function stands.
     pub fn snapshot(&self, function: &Function) -> crate::prepare::Status {
         self.preparer
@@ -325,12 +333,19 @@ impl<B: Backend> Scheduler<B> {
     /// # Errors
     /// Any [`Refusal`].
     pub async fn invoke(self: &Arc<Self>, request: Request) -> Result<Served, Refusal> {
-        let permit = self.concurrency.enter(&request.function.name, request.function.version)?;
+        let target = Target::new(&request.function, &request.invocation.function_arn);
+        let metrics = self.workshop.metrics.clone();
+        let version = request.function.version;
+        let entered = self.concurrency.enter(&request.function.name, version);
+        let permit = entered.inspect_err(|refusal| metrics.refused(&target, refusal))?;
+        metrics.began(&target, &permit.in_flight(version));
         let scheduler = self.clone();
         // A task of its own: it goes on when the caller hangs up.
         let task = tokio::spawn(async move {
             let _permit = permit;
-            scheduler.serve(request).await
+            let result = scheduler.serve(request).await;
+            metrics.concluded(&target, &result);
+            result
         });
         task.await.unwrap_or_else(|error| Err(Refusal::Failed(format!("internal error: {error}"))))
     }

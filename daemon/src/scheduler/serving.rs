@@ -13,6 +13,7 @@ use super::{Isolation, Refusal, Request, Scheduler, Served, StartKind, Trace, Wo
 use crate::{
     backend::{Backend, Machine},
     function::Function,
+    metrics::Took,
     outcome::Answer,
     report::{self, Report},
     workshop::Output,
@@ -218,14 +219,15 @@ impl<B: Backend> Scheduler<B> {
         };
         let output = &mut worker.output;
         let elapsed = begun.elapsed();
-        let tail = write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
+        let (tail, took) =
+            write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
         if report.is_some() {
             self.give_back(worker);
         } else {
             tracing::warn!(function = worker.function, "an instance ended under an invocation");
             self.retire(worker);
         }
-        Ok(Served { kind, answer, tail, trace: request.trace })
+        Ok(Served { kind, answer, tail, took, trace: request.trace })
     }
 }
 
@@ -259,12 +261,12 @@ async fn ended(
     answer: Answer,
     begun: Instant,
 ) -> Served {
-    let tail = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
+    let (tail, took) = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
     let trace = std::mem::take(&mut request.trace);
-    Served { kind: StartKind::Thaw, answer, tail, trace }
+    Served { kind: StartKind::Thaw, answer, tail, took, trace }
 }
 
-/// Writes the end of an invocation into its log and gives the tail.
+/// Writes the end of an invocation into its log and gives the tail, and what the invocation took.
 async fn write_end(
     output: &mut Output,
     request: &Request,
@@ -272,7 +274,7 @@ async fn write_end(
     report: Option<&InvokeReport>,
     init_us: u64,
     elapsed: Duration,
-) -> Vec<u8> {
+) -> (Vec<u8>, Took) {
     let request_id = request.invocation.request_id.as_str();
     let renewed = report.and_then(|r| r.renewed.as_ref());
     let line = Report {
@@ -297,5 +299,5 @@ async fn write_end(
     stream.service(&line.to_string()).await;
     let tail = stream.tail().to_vec();
     stream.flush().await;
-    tail
+    (tail, Took::from(&line))
 }

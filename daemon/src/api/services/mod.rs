@@ -5,6 +5,7 @@
 //! arm here. Whatever is not in the table answers UnknownOperationException.
 
 mod logs;
+mod monitoring;
 mod wire;
 
 use std::sync::Arc;
@@ -65,6 +66,9 @@ async fn call<B: Backend>(
 ) -> Result<Value, ServiceError> {
     match service {
         "Logs_20140328" => logs::call(app, operation, input).await,
+        "GraniteServiceVersion20100801" | "2010-08-01" => {
+            monitoring::call(app, service, operation, input).await
+        }
         _ => Err(ServiceError::unknown(service, operation)),
     }
 }

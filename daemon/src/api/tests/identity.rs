@@ -110,7 +110,7 @@ async fn who_is_not_known_gets_nothing() {
 }
 
 /// Each route that there is, with a body where it takes one.
-const ROUTES: [(&str, &str); 47] = [
+const ROUTES: [(&str, &str); 49] = [
     ("POST", "/2015-03-31/functions"),
     ("GET", "/2015-03-31/functions"),
     ("GET", "/2015-03-31/functions/f"),
@@ -154,6 +154,8 @@ const ROUTES: [(&str, &str); 47] = [
     ("GET", "/2019-09-25/functions/f/event-invoke-config/list"),
     ("GET", "/firn/v1/instances"),
     ("GET", "/firn/v1/events"),
+    ("GET", "/firn/v1/metering"),
+    ("GET", "/metrics"),
     ("GET", "/firn/v1/functions/f/snapshot"),
     ("GET", "/firn/v1/functions/f/code"),
     ("GET", "/2015-03-31/functions/"),

@@ -9,6 +9,7 @@ mod identity;
 mod invocations;
 mod isolation;
 mod logs;
+mod metrics;
 mod permissions;
 mod services;
 mod streaming;
@@ -130,6 +131,7 @@ async fn start_within(
         place: Place { region: "us-east-1".into(), account: "000000000000".into() },
         code: CodeStore::open(dir.join("code"), |blob| store.uses_code(blob)).unwrap(),
         logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
+        metrics: crate::metrics::Metrics::open(&dir.join("metrics.sqlite")).unwrap(),
         patience: 1,
     };
     let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
