@@ -317,18 +317,35 @@ pub async fn pass<B: Backend>(
     if audit.broken() {
         return ApiError::Service(Unwritten.to_string()).into_response();
     }
-    let draft = Draft::new(operation, &mut parts, &gate.app.place).await;
+    // A task of its own, which no client ends by hanging up: what is begun ends, and is recorded.
+    let call = tokio::spawn(async move {
+        let Gate { app, .. } = &gate;
+        record(app, operation, parts, body, &session, next).await
+    });
+    call.await.unwrap_or_else(|error| ApiError::Service(error.to_string()).into_response())
+}
+
+/// What the handler says, and what the audit trail has of it then.
+async fn record<B: Backend>(
+    app: &App<B>,
+    operation: &'static Operation,
+    mut parts: Parts,
+    body: Body,
+    session: &Session,
+    next: Next,
+) -> Response<Body> {
+    let draft = Draft::new(operation, &mut parts, &app.place).await;
     let kept = Arc::new(Mutex::new(Vec::new()));
     let body = match operation.kind {
         // Of another service only the operation is recorded.
         Kind::Write if operation.on != On::Service => Body::new(Kept { body, kept: kept.clone() }),
         _ => body,
     };
-    let response = answer(&gate.app, operation, parts, body, &session, next).await;
+    let response = answer(app, operation, parts, body, session, next).await;
     let kept = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
-    let (record, changes, response) = draft.finish(&session, &kept, response).await;
+    let (record, changes, response) = draft.finish(session, &kept, response).await;
     let done = response.status().is_success();
-    match audit.add(record.to_string().into_bytes(), changes && done).await {
+    match app.callers.audit.add(record.to_string().into_bytes(), changes && done).await {
         Ok(()) => response,
         // It is done; that it could not be recorded must not look like success.
         Err(unwritten) => ApiError::Service(unwritten.to_string()).into_response(),

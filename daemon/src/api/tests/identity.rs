@@ -382,6 +382,37 @@ async fn every_call_leaves_a_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_leaves_a_record_of_what_was_done() {
+    use tokio::io::AsyncWriteExt;
+    let (dir, d) = daemon().await;
+    d.create("f", json!({"Publish": true})).await;
+    for n in 0..50 {
+        let body = format!(r#"{{"Name":"a{n}","FunctionVersion":"1"}}"#);
+        let head = "POST /2015-03-31/functions/f/aliases HTTP/1.1\r\nHost: h\r\n";
+        let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+        let mut stream = tokio::net::TcpStream::connect(d.address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        // At another point of the call each time.
+        tokio::time::sleep(std::time::Duration::from_micros(n * 40)).await;
+    }
+    let recorded = || {
+        let lines = std::fs::read_to_string(dir.path().join("audit/current.jsonl")).unwrap();
+        lines.lines().filter(|line| line.contains("CreateAlias20150331")).count()
+    };
+    let made = || d.app.store.attachments("f").unwrap().aliases.len();
+    let settled = async || {
+        for _ in 0..400 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            if made() > 0 && made() == recorded() {
+                return true;
+            }
+        }
+        false
+    };
+    assert!(settled().await, "{} made, {} recorded", made(), recorded());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn statements_that_can_not_be_enforced_are_refused() {
     let (_dir, d) = daemon().await;
     d.create("f", json!({})).await;
