@@ -1,6 +1,7 @@
 //! The `firn` command.
 
 mod doctor;
+mod logs;
 
 use std::process::ExitCode;
 
@@ -17,6 +18,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Doctor(doctor::Arguments),
+    Logs(logs::Arguments),
     /// The research harness: measure, report, compare
     #[command(subcommand)]
     Bench(firn_bench::Command),
@@ -25,6 +27,13 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Logs(arguments) => match logs::run(&arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("firn logs: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Command::Bench(command) => match firn_bench::main(command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
