@@ -133,6 +133,8 @@ pub struct Function {
     pub guest: Guest,
     /// Its code: a read-only EROFS disk that belongs on `/var/task`.
     pub disk: PathBuf,
+    /// Its code as it was uploaded: a zip archive.
+    pub archive: Vec<u8>,
     /// blake3 of the disk.
     pub hash: String,
     /// Environment of its runtime, without what depends on how it starts.
@@ -182,6 +184,7 @@ impl Source {
             event: self.event,
             guest: self.guest,
             disk,
+            archive: zip,
             hash: blake3::hash(&bytes).to_hex().to_string(),
             environment: environment(self.memory_mb),
         })

@@ -121,6 +121,7 @@ impl Scenario {
     /// Whether the subject can do it at all.
     pub fn is_for(self, subject: &dyn Subject) -> bool {
         self.needs().is_none_or(|start| subject.supports(start))
+            && subject.measures(self)
             && (self != Self::Reset || subject.resets())
     }
 

@@ -23,6 +23,7 @@ use serde_json::Value;
 use crate::{
     error::{Error, Result},
     functions::Function,
+    scenario::Scenario,
 };
 
 /// Names of the moments that lie within a [`Trip`]; each is the end of what it names.
@@ -152,6 +153,11 @@ pub trait Subject {
     /// Whether its instances can go back to their snapshot in place.
     fn resets(&self) -> bool {
         false
+    }
+
+    /// Whether its samples of a scenario compare with others'.
+    fn measures(&self, _: Scenario) -> bool {
+        true
     }
 
     /// Makes one process as ready as it gets without a function, for a guest of `memory_mb` MB,

@@ -1,7 +1,7 @@
 //! What a function is: the record that the store keeps and everything that follows from it alone
 //! (its ARN, its environment, the fingerprint that decides which instances may serve it).
 
-use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::OnceLock, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -132,7 +132,33 @@ pub struct Function {
     pub revision: String,
     /// Its keys, those of all its versions.
     pub envelope: Envelope,
+    /// What [`Function::fingerprint`] has found.
+    pub memo: Memo,
 }
+
+/// A fingerprint, once it is known. Clones are there to be changed: they know nothing.
+#[derive(Default)]
+pub struct Memo(OnceLock<String>);
+
+impl Clone for Memo {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl fmt::Debug for Memo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Memo")
+    }
+}
+
+impl PartialEq for Memo {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Memo {}
 
 impl Function {
     /// What tells versions of all functions apart: `name`, or `name:7` for a published one.
@@ -175,7 +201,11 @@ impl Function {
     /// another fingerprint must not serve this function. Timeout, description, role and tags are
     /// not part of it, for they take effect without a new instance. It is keyed: it names files, and
     /// must not tell whether a guess at the environment is right.
-    pub fn fingerprint(&self, place: &Place) -> String {
+    pub fn fingerprint(&self, place: &Place) -> &str {
+        self.memo.0.get_or_init(|| self.hash(place))
+    }
+
+    fn hash(&self, place: &Place) -> String {
         let mut hasher = blake3::Hasher::new_keyed(self.envelope.fingerprint.as_bytes());
         // Each field with its length, so that no two records run together.
         let mut field = |bytes: &[u8]| {
@@ -261,6 +291,7 @@ pub(crate) mod tests {
     /// A function that is like any other.
     pub(crate) fn example(name: &str) -> Function {
         Function {
+            memo: Memo::default(),
             envelope: Envelope::generate(&TestKeys(1)).unwrap(),
             name: name.into(),
             version: Version::Latest,

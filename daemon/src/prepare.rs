@@ -131,7 +131,7 @@ impl<B: Backend> Preparer<B> {
     /// Makes a snapshot of `function` in the background, unless there is one already or one is on
     /// its way. One that failed is tried again: the reason may have gone.
     pub fn ensure(self: &Arc<Self>, function: Arc<Function>) {
-        let fingerprint = function.fingerprint(&self.workshop.place);
+        let fingerprint = function.fingerprint(&self.workshop.place).to_owned();
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let fresh = Entry {
             generation,
@@ -252,7 +252,7 @@ impl<B: Backend> Preparer<B> {
         dir: &Path,
     ) -> Result<B::Resident, PrepareError> {
         let Workshop { backend, place, .. } = &self.workshop;
-        let key = function.fingerprint(place);
+        let key = function.fingerprint(place).to_owned();
         let class = ShellClass::for_memory(function.config.memory_mb);
         let base = self.base(&function.config.runtime, class).await?;
         let code = self.workshop.disk(function).await.map_err(PrepareError::Other)?;

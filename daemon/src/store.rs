@@ -26,7 +26,7 @@ use zeroize::Zeroizing;
 use crate::{
     attachments::{Alias, Attachments},
     envelope::Envelope,
-    function::{Code, Config, Function, Version},
+    function::{Code, Config, Function, Memo, Version},
 };
 
 /// The oldest schema that can be read. The one before kept code and environments in the clear; bringing
@@ -657,8 +657,9 @@ fn insert_attachments(
 }
 
 fn insert(connection: &Connection, function: &Function) -> Result<(), StoreError> {
-    let Function { name, version, config, code, tags, last_modified_ms, revision, envelope } =
-        function;
+    let Function {
+        name, version, config, code, tags, last_modified_ms, revision, envelope, ..
+    } = function;
     let environment = Zeroizing::new(serde_json::to_vec(&config.environment)?);
     let environment = envelope.record.seal(&context(&bound(function)?), &environment)?;
     // Never in place of another record.
@@ -774,6 +775,7 @@ impl Stored {
             last_modified_ms: self.last_modified_ms,
             revision: self.revision,
             envelope: Envelope::open(keys, self.wrapped_key)?,
+            memo: Memo::default(),
         };
         let bound = bound(&function).map_err(altered)?;
         let opened = function.envelope.record.open(&context(&bound), &self.environment);

@@ -4,6 +4,7 @@ mod artifacts;
 mod bench;
 mod cache;
 mod cargo;
+mod clients;
 mod cpio;
 mod daemon;
 mod demo;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::daemon::{self, Daemon, Settings};
 use crate::lane::{Choice, Lane, Site};
-use crate::{artifacts, bench, cargo, demo, packages, python, scratch, step, test};
+use crate::{artifacts, bench, cargo, clients, packages, scratch, step, test};
 
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm,density";
@@ -72,6 +72,8 @@ enum Source {
     Starts(String),
     /// As that, in a run side by side with Firecracker.
     Peer(String),
+    /// As that, in a run side by side with `firnd`.
+    Daemon(String),
     /// A figure of `tiny_thaw`, or one over another.
     Native(String),
     /// A figure of `firn bench run --for-resets`, or one over another.
@@ -246,6 +248,12 @@ impl Rig {
                 let starts = self.beside_peer.as_ref().context("no figures")?;
                 Ok((starts.figure(key)?, starts.rig.clone()))
             }
+            Source::Daemon(key) => {
+                let none = bench::Peers { firecracker: None, ..self.peers.clone() };
+                let arguments = ["--firnd", "--scenario", "paused", "--warm", "10"];
+                let starts = self.measure_starts(&none, bench::MEMORY_MIB, &arguments)?;
+                Ok((starts.figure(key)?, starts.rig.clone()))
+            }
             Source::Native(key) => {
                 if self.tiny.is_none() {
                     self.tiny = Some(bench::tiny_thaw(self.peers.firecracker.as_deref())?);
@@ -374,11 +382,11 @@ impl Rig {
         if end_to_end.is_empty() {
             return Ok(());
         }
-        let environment = python::environment("the clients", demo::REQUIREMENTS)?;
+        let clients = clients::prepare()?;
         let settings = Settings { restart: true, ..Settings::default() };
         let runner = serde_json::to_string(&site.runner()?)?;
         let daemon = Daemon::start(site, &self.artifacts, &settings)?;
-        let mut pytest = test::pytest(&environment, &daemon, &runner);
+        let mut pytest = test::pytest(&clients, &daemon, &runner);
         pytest.args(end_to_end);
         let counts = |line: &str| test::pytest_result(line).is_some();
         let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
@@ -491,6 +499,7 @@ fn parse_source(text: &str) -> Result<Source> {
     let words: Vec<&str> = text.split_whitespace().collect();
     Ok(match words[..] {
         ["icount", key] => Source::Starts(key.into()),
+        ["through-firnd", key] => Source::Daemon(key.into()),
         ["beside-firecracker", key] => Source::Peer(key.into()),
         ["native", key] => Source::Native(key.into()),
         ["resets", key] => Source::Resets(key.into()),

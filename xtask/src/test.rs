@@ -5,7 +5,7 @@
 //! | `style` | rustfmt, clippy with warnings denied |
 //! | `unit` | `cargo test` of the workspace, tiny guests against this machine's `/dev/kvm` included |
 //! | `linux` | the VMM against Linux and `firn-init`, in the lane |
-//! | `e2e` | `tests/e2e` with boto3 against a daemon, in the lane |
+//! | `e2e` | `tests/e2e` with boto3, AWS's CLI and other SDKs against a daemon, in the lane |
 //!
 //! The lane's host VM boots once. A failing test does not keep the others from running.
 
@@ -17,11 +17,12 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use crate::clients::Clients;
 use crate::cpio::Archive;
 use crate::daemon::{self, Daemon, Settings};
 use crate::lane::{Choice, Lane, Site};
 use crate::step::Outcome;
-use crate::{artifacts, cargo, demo, packages, python, scratch, step};
+use crate::{artifacts, cargo, clients, demo, packages, scratch, step};
 
 /// Run all tests.
 #[derive(Debug, clap::Args)]
@@ -204,11 +205,11 @@ pub fn linux(site: &Site, artifacts: &Path, environment: &[(&str, String)]) -> R
 }
 
 fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) -> Result<()> {
-    let environment = python::environment("the clients", demo::REQUIREMENTS)?;
+    let clients = clients::prepare()?;
     let runner = serde_json::to_string(&site.runner()?)?;
     let settings = Settings { restart: true, ..Settings::default() };
     let daemon = Daemon::start(site, artifacts, &settings)?;
-    let mut pytest = pytest(&environment, &daemon, &runner);
+    let mut pytest = pytest(&clients, &daemon, &runner);
     pytest.args(more);
     let counts = |line: &str| pytest_result(line).is_some();
     let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
@@ -234,13 +235,14 @@ fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) 
 }
 
 /// pytest in `tests/e2e` against a daemon; it runs all tests unless names of some are added.
-pub fn pytest(environment: &Path, daemon: &Daemon, runner: &str) -> Command {
-    let mut pytest = Command::new(environment.join("bin/python"));
+pub fn pytest(clients: &Clients, daemon: &Daemon, runner: &str) -> Command {
+    let mut pytest = Command::new(clients.python.join("bin/python"));
     pytest.args(["-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]);
     pytest.current_dir(cargo::workspace().join("tests/e2e"));
     pytest.envs(demo::CREDENTIALS).env("PYTHONDONTWRITEBYTECODE", "1");
     pytest.env("PYTHONUNBUFFERED", "1");
     pytest.env("FIRN_ENDPOINT", daemon.endpoint()).env("FIRN_RUNNER", runner);
+    pytest.env("FIRN_CLIENTS", &clients.commands);
     pytest
 }
 

@@ -2,3 +2,4 @@
 
 pub mod firecracker;
 pub mod firn;
+pub mod firnd;

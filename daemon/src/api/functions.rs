@@ -33,7 +33,7 @@ use crate::{
     backend::Backend,
     code::Upload,
     envelope::Envelope,
-    function::{Function, Version, now_ms},
+    function::{Function, Memo, Version, now_ms},
     store::{Published, StoreError, Updated, check_revision},
 };
 
@@ -98,6 +98,7 @@ pub async fn create<B: Backend>(
             last_modified_ms: now_ms(),
             revision: uuid::Uuid::new_v4().to_string(),
             envelope,
+            memo: Memo::default(),
         };
         let created = work.store.create(function, input.publish)?;
         upload.keep();

@@ -29,6 +29,7 @@ use std::{
 
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
+use tokio_util::task::TaskTracker;
 
 pub use self::{admission::Reserve, concurrency::InFlight, trace::Trace};
 use self::{
@@ -45,6 +46,9 @@ use crate::{
     prepare::Preparer,
     workshop::{Output, Workshop},
 };
+
+/// Time that logs get to be written when the last answer is out.
+const LAST_TAILS: Duration = Duration::from_secs(2);
 
 /// What one request may find of those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -220,6 +224,8 @@ pub struct Scheduler<B: Backend> {
     concurrency: Arc<Concurrency>,
     provision: Provision,
     admission: Admission,
+    /// What goes on after answers: logs to write, instances to pause or retire.
+    tails: TaskTracker,
     instances: Mutex<BTreeMap<String, Listed>>,
 }
 
@@ -234,6 +240,7 @@ impl<B: Backend> Scheduler<B> {
             provision: Provision::default(),
             admission: Admission::new(limits.reserve.clone()),
             limits,
+            tails: TaskTracker::new(),
             instances: Mutex::default(),
         });
         let weak = Arc::downgrade(&scheduler);
@@ -267,11 +274,11 @@ impl<B: Backend> Scheduler<B> {
         let place = &self.workshop.place;
         let key = function.qualified_name();
         let fingerprint = function.fingerprint(place);
-        for worker in self.pools.switch(&key, &fingerprint) {
+        for worker in self.pools.switch(&key, fingerprint) {
             self.retire(worker);
         }
         if let Some(old) = before.map(|f| f.fingerprint(place)).filter(|old| *old != fingerprint) {
-            self.preparer.forget(&key, &old);
+            self.preparer.forget(&key, old);
         }
         self.preparer.ensure(function.clone());
     }
@@ -282,7 +289,7 @@ impl<B: Backend> Scheduler<B> {
         for worker in self.pools.remove(&key) {
             self.retire(worker);
         }
-        self.preparer.forget(&key, &function.fingerprint(&self.workshop.place));
+        self.preparer.forget(&key, function.fingerprint(&self.workshop.place));
     }
 
     /// From now on this much concurrency is kept for a function: all in all, or for versions of it, for
@@ -306,8 +313,7 @@ impl<B: Backend> Scheduler<B> {
 
     /// Where the snapshot of a function stands.
     pub fn snapshot(&self, function: &Function) -> crate::prepare::Status {
-        self.preparer
-            .status(&function.qualified_name(), &function.fingerprint(&self.workshop.place))
+        self.preparer.status(&function.qualified_name(), function.fingerprint(&self.workshop.place))
     }
 
     /// All live instances by id.
@@ -322,6 +328,10 @@ impl<B: Backend> Scheduler<B> {
         self.concurrency.close();
         if tokio::time::timeout(patience, self.concurrency.drained()).await.is_err() {
             tracing::warn!("invocations in flight are cut off");
+        }
+        self.tails.close();
+        if tokio::time::timeout(LAST_TAILS, self.tails.wait()).await.is_err() {
+            tracing::warn!("the last lines of some logs are lost");
         }
         drop(self.pools.drain());
         self.workshop.backend.shutdown().await;
@@ -371,8 +381,9 @@ impl<B: Backend> Scheduler<B> {
             return self.retire(worker);
         }
         let scheduler = self.clone();
-        tokio::spawn(async move {
+        self.tails.spawn(async move {
             let (function, fingerprint) = (worker.function.clone(), worker.fingerprint.clone());
+            worker.output.stream.flush().await;
             let rested = match scheduler.limits.isolation {
                 Isolation::Warm => worker.machine.pause().await,
                 Isolation::PerInvocation => worker.machine.reset().await,
@@ -452,11 +463,14 @@ impl<B: Backend> Scheduler<B> {
         }
     }
 
-    fn retire(&self, worker: Worker<B::Machine>) {
+    fn retire(&self, mut worker: Worker<B::Machine>) {
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         instances.remove(&worker.listed_as);
         drop(instances);
-        tokio::spawn(worker.machine.retire());
+        self.tails.spawn(async move {
+            worker.output.stream.flush().await;
+            worker.machine.retire().await;
+        });
     }
 
     /// Room for one more instance; idle ones of any function make way for it.

@@ -132,7 +132,7 @@ impl<B: Backend> Scheduler<B> {
         let key = function.qualified_name();
         let fingerprint = function.fingerprint(&self.workshop.place);
         // Until the snapshot is there, there is nothing to thaw; if it has failed, its status says so.
-        let Some(snapshot) = self.preparer.resident(&key, &fingerprint) else { return Ok(()) };
+        let Some(snapshot) = self.preparer.resident(&key, fingerprint) else { return Ok(()) };
         let class = ShellClass::for_memory(function.config.memory_mb);
         let starting = self.admission.admit(class.memory_mib);
         let _starting = starting.ok_or("the host has no memory or disk space for it")?;
@@ -140,9 +140,9 @@ impl<B: Backend> Scheduler<B> {
         let thaw = self.workshop.backend.thaw(&snapshot, None, Some(sink));
         let (mut machine, _) = output.during(thaw).await.map_err(|e| e.to_string())?;
         machine.pause().await.map_err(|e| e.to_string())?;
-        let worker = self.register(machine, output, StartKind::Thaw, function, &fingerprint, 0);
-        let stale = match self.pools.returning(&key, &fingerprint) {
-            true => self.pools.returned(&key, &fingerprint, Some((Instant::now(), worker))),
+        let worker = self.register(machine, output, StartKind::Thaw, function, fingerprint, 0);
+        let stale = match self.pools.returning(&key, fingerprint) {
+            true => self.pools.returned(&key, fingerprint, Some((Instant::now(), worker))),
             false => Some(worker),
         };
         // The version was deleted meanwhile.

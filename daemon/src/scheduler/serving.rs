@@ -23,7 +23,7 @@ impl<B: Backend> Scheduler<B> {
     /// Finds or starts an instance and has it serve.
     pub(super) async fn serve(self: &Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
         let key = request.function.qualified_name();
-        let fingerprint = request.function.fingerprint(&self.workshop.place);
+        let fingerprint = request.function.fingerprint(&self.workshop.place).to_owned();
         // What instances that wait are: as they were left, or as their snapshot was.
         let waiting = match self.limits.isolation {
             Isolation::Warm => StartKind::Warm,
@@ -262,11 +262,13 @@ async fn ended(
     begun: Instant,
 ) -> Served {
     let (tail, took) = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
+    output.stream.flush().await;
     let trace = std::mem::take(&mut request.trace);
     Served { kind: StartKind::Thaw, answer, tail, took, trace }
 }
 
-/// Writes the end of an invocation into its log and gives the tail, and what the invocation took.
+/// Adds the end of an invocation to its log, and gives the tail and what the invocation took; to write the
+/// log down is left to whoever has the time.
 async fn write_end(
     output: &mut Output,
     request: &Request,
@@ -297,7 +299,5 @@ async fn write_end(
     }
     stream.service(&report::end(request_id)).await;
     stream.service(&line.to_string()).await;
-    let tail = stream.tail().to_vec();
-    stream.flush().await;
-    (tail, Took::from(&line))
+    (stream.tail().to_vec(), Took::from(&line))
 }

@@ -1,6 +1,9 @@
 //! When what happened to a request, for the header `X-Firn-Phases`.
 
-use std::time::Instant;
+use std::{
+    fmt::{self, Write},
+    time::Instant,
+};
 
 use firn::Phases;
 use serde::{Serialize, Serializer, ser::SerializeMap};
@@ -9,7 +12,34 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 #[derive(Debug, Clone)]
 pub struct Trace {
     received: Instant,
-    moments: Vec<(String, u64)>,
+    moments: Vec<(Name, u64)>,
+}
+
+/// A name, put together only if somebody reads it.
+#[derive(Debug, Clone, Copy)]
+struct Name {
+    /// With a phase, the operation that it is of.
+    first: &'static str,
+    phase: Option<&'static str>,
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.first)?;
+        let Some(phase) = self.phase else { return Ok(()) };
+        f.write_char('.')?;
+        for (i, word) in phase.split(' ').enumerate() {
+            f.write_str(if i > 0 { "_" } else { "" })?;
+            f.write_str(word)?;
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for Name {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 impl Default for Trace {
@@ -25,15 +55,16 @@ impl Trace {
     }
 
     /// Records that something happens now.
-    pub fn mark(&mut self, name: &str) {
-        self.moments.push((name.to_owned(), self.received.elapsed().as_micros() as u64));
+    pub fn mark(&mut self, name: &'static str) {
+        let name = Name { first: name, phase: None };
+        self.moments.push((name, self.received.elapsed().as_micros() as u64));
     }
 
     /// Adds the phases of an operation that began at `begun`.
-    pub fn add(&mut self, operation: &str, begun: Instant, phases: &Phases) {
+    pub fn add(&mut self, operation: &'static str, begun: Instant, phases: &Phases) {
         let offset = begun.saturating_duration_since(self.received);
-        for (name, at) in &phases.0 {
-            let name = format!("{operation}.{}", name.replace(' ', "_"));
+        for (phase, at) in &phases.0 {
+            let name = Name { first: operation, phase: Some(phase) };
             self.moments.push((name, (offset + *at).as_micros() as u64));
         }
     }

@@ -8,6 +8,7 @@ mod events;
 mod identity;
 mod invocations;
 mod isolation;
+mod load;
 mod logs;
 mod metrics;
 mod permissions;

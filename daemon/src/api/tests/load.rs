@@ -1,0 +1,152 @@
+//! More requests than the daemon may take: `cargo test --release -p firnd load -- --nocapture` prints a
+//! table.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+};
+
+use super::{FUNCTIONS, daemon, join_all, limits, zip};
+
+/// What clients saw.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Answers by status.
+    statuses: BTreeMap<u16, usize>,
+    /// How long those with status 200 took.
+    latencies: Vec<Duration>,
+}
+
+impl Seen {
+    fn join(all: Vec<Self>) -> Self {
+        let mut sum = Self::default();
+        for seen in all {
+            for (status, count) in seen.statuses {
+                *sum.statuses.entry(status).or_default() += count;
+            }
+            sum.latencies.extend(seen.latencies);
+        }
+        sum.latencies.sort();
+        sum
+    }
+
+    fn of(&self, status: u16) -> usize {
+        self.statuses.get(&status).copied().unwrap_or_default()
+    }
+
+    fn quantile(&self, share: f64) -> Duration {
+        let last = self.latencies.len().saturating_sub(1);
+        self.latencies.get((share * last as f64) as usize).copied().unwrap_or_default()
+    }
+}
+
+/// A client with one connection, which asks again as soon as it has an answer. One that is turned away
+/// waits as long as `back_off` says.
+async fn client(address: SocketAddr, event: &Value, until: Instant, back_off: Duration) -> Seen {
+    let mut stream = BufReader::new(TcpStream::connect(address).await.unwrap());
+    let event = event.to_string();
+    let request = format!(
+        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: {address}\r\nContent-Length: {}\r\n\r\n{event}",
+        event.len()
+    );
+    let mut seen = Seen::default();
+    while Instant::now() < until {
+        let begun = Instant::now();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let (mut status, mut length) = (0, 0);
+        loop {
+            let mut line = String::new();
+            assert_ne!(stream.read_line(&mut line).await.unwrap(), 0, "the connection has ended");
+            let line = line.trim_end().to_lowercase();
+            if let Some(rest) = line.strip_prefix("http/1.1 ") {
+                status = rest[..3].parse().unwrap();
+            } else if let Some(rest) = line.strip_prefix("content-length: ") {
+                length = rest.parse().unwrap();
+            } else if line.is_empty() {
+                break;
+            }
+        }
+        stream.read_exact(&mut vec![0; length]).await.unwrap();
+        *seen.statuses.entry(status).or_default() += 1;
+        match status {
+            200 => seen.latencies.push(begun.elapsed()),
+            _ => tokio::time::sleep(back_off).await,
+        }
+    }
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overloaded_daemon_serves_as_many_as_it_may_and_turns_the_rest_away() {
+    const TIME: Duration = Duration::from_secs(1);
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    let limit = limits().concurrency as usize;
+    let event = json!({"do": "sleep", "ms": 10});
+    let mut least = 0;
+    println!("clients  served/s  p50 ms  p99 ms  turned away");
+    for (times, back_off) in [(1, 0), (2, 5), (10, 5), (10, 0)] {
+        let until = Instant::now() + TIME;
+        let back_off = Duration::from_millis(back_off);
+        let clients = (0..limit * times).map(|_| client(d.address, &event, until, back_off));
+        let seen = Seen::join(join_all(clients.collect()).await);
+        let (served, refused) = (seen.of(200), seen.of(429));
+        let all: usize = seen.statuses.values().sum();
+        println!(
+            "{:>7}  {:>8.0}  {:>6.1}  {:>6.1}  {:>10.1}%",
+            limit * times,
+            served as f64 / TIME.as_secs_f64(),
+            seen.quantile(0.5).as_secs_f64() * 1e3,
+            seen.quantile(0.99).as_secs_f64() * 1e3,
+            100.0 * refused as f64 / all as f64,
+        );
+        assert_eq!(served + refused, all, "{:?}", seen.statuses);
+        match times {
+            1 => {
+                assert_eq!(refused, 0);
+                // Clients that don't back off take CPU time from those that are served.
+                least = served / 4;
+            }
+            _ => assert!(refused > 0 && served >= least, "{:?}, not {least}", seen.statuses),
+        }
+    }
+    // Nothing of it stays.
+    let answer = d.invoke("f", &[], &json!(1)).await;
+    assert_eq!((answer.status, answer.header("x-firn-start-kind")), (200, Some("warm")));
+    assert!(d.count(|c| &c.alive) <= limit);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn updates_under_load_fail_no_call() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    let event = json!({"do": "sleep", "ms": 1});
+    let until = Instant::now() + Duration::from_secs(2);
+    let clients = (0..4).map(|_| client(d.address, &event, until, Duration::ZERO));
+    let updates = async {
+        let path = format!("{FUNCTIONS}/f/code");
+        let mut count = 0;
+        while Instant::now() < until {
+            let code = json!({"ZipFile": zip(&count.to_string())});
+            assert_eq!(d.send("PUT", &path, &code).await.status, 200);
+            count += 1;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        count
+    };
+    let (seen, updates) = tokio::join!(join_all(clients.collect()), updates);
+    let seen = Seen::join(seen);
+    let all: usize = seen.statuses.values().sum();
+    assert!(updates > 5 && all > 100, "{updates} updates, {:?}", seen.statuses);
+    assert_eq!(seen.of(200), all, "{:?}", seen.statuses);
+    assert_eq!(d.get(&format!("{FUNCTIONS}/f")).await.status, 200);
+}
