@@ -131,7 +131,7 @@ pub struct Function {
     pub event: &'static str,
     /// What answers.
     pub guest: Guest,
-    /// Its code: a read-only EROFS disk that belongs on `/var/task`.
+    /// Its code: a read-only EROFS disk.
     pub disk: PathBuf,
     /// Its code as it was uploaded: a zip archive.
     pub archive: Vec<u8>,
@@ -172,7 +172,7 @@ impl Source {
             }
         };
         let disk = directory.join(format!("{}.erofs", self.name));
-        let built = firn::code::build_disk(&zip).map_err(of("firn", "build a code disk"))?;
+        let built = firn::code::build_disk(&zip, &[]).map_err(of("firn", "build a code disk"))?;
         let mut bytes = Vec::new();
         let mut content = built.disk.reader().map_err(io_with(&disk))?;
         content.read_to_end(&mut bytes).map_err(io_with(&disk))?;

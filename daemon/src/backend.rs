@@ -45,11 +45,11 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         base: Option<&Self::Resident>,
         code: Option<&Disk>,
     ) -> impl Future<Output = Result<Self::Resident, SnapshotError>> + Send;
-    /// Turns a zip archive into a code disk. Blocks.
+    /// Turns a function's zip archive and those of its layers into a code disk. Blocks.
     ///
     /// # Errors
     /// Any [`CodeError`].
-    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError>;
+    fn build_disk(&self, code: &[u8], layers: &[Vec<u8>]) -> Result<CodeDisk, CodeError>;
     /// Kills everything and waits until nothing is left.
     fn shutdown(&self) -> impl Future<Output = ()> + Send;
 }
@@ -134,8 +134,8 @@ impl Backend for Host {
         opened?.expect(key)?.make_resident(self, base, code).await
     }
 
-    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError> {
-        firn::code::build_disk(zip)
+    fn build_disk(&self, code: &[u8], layers: &[Vec<u8>]) -> Result<CodeDisk, CodeError> {
+        firn::code::build_disk(code, layers)
     }
 
     async fn shutdown(&self) {

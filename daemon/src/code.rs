@@ -1,8 +1,8 @@
-//! Functions' code on disk, encrypted with their keys: for each upload `code/<blob>.zip.sealed`, as it
-//! was uploaded, and `code/<blob>.erofs.sealed`, as guests mount it.
+//! Code of functions and layers on disk, encrypted with their keys: each upload as `code/<blob>.zip.sealed`,
+//! and what guests mount, a function's code together with its layers, as `code/<disk>.disk.sealed`.
 //!
-//! Both files are complete and durable before any record names them, and go when it does not any more.
-//! Each is bound to its function, upload and kind, so none can stand in for another. They are decrypted
+//! Files are complete and durable before any record names them, and go when it does not any more.
+//! Each is bound to its owner, upload, layers and kind, so none can stand in for another. They are decrypted
 //! only into memory, where all instances of a function share one disk. Everything here blocks.
 
 use std::{
@@ -25,39 +25,32 @@ use crate::{
     function::{Code, Function},
 };
 
-/// What follows a blob's name in those of its files.
+/// What follows a blob's or disk's name in that of its file.
 const ZIP: &str = "zip.sealed";
-const DISK: &str = "erofs.sealed";
+const DISK: &str = "disk.sealed";
 
 /// The directory of code. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct CodeStore {
     dir: PathBuf,
-    /// Disks that somebody uses, by blob.
+    /// Disks that somebody uses, by their names.
     disks: Arc<Mutex<HashMap<String, WeakDisk>>>,
 }
 
-/// An upload whose record is not written yet: without one, its files go again.
-#[derive(Debug)]
-pub struct Upload {
-    store: CodeStore,
-    kept: bool,
-    /// The code.
-    pub code: Code,
-}
+/// Files that no record names yet: they go again unless they are kept.
+#[derive(Debug, Default)]
+pub struct Pending(Vec<PathBuf>);
 
-impl Upload {
-    /// A record names it now.
+impl Pending {
+    /// A record names them now.
     pub fn keep(mut self) {
-        self.kept = true;
+        self.0.clear();
     }
 }
 
-impl Drop for Upload {
+impl Drop for Pending {
     fn drop(&mut self) {
-        if !self.kept {
-            self.store.remove(&self.code);
-        }
+        self.0.iter().for_each(|path| remove(path));
     }
 }
 
@@ -65,7 +58,7 @@ impl Drop for Upload {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A file of it can't be read, or is not what was written.
-    #[error("the code of the function can't be read ({}): {source}", path.display())]
+    #[error("the code can't be read ({}): {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -73,12 +66,20 @@ pub enum LoadError {
         source: io::Error,
     },
     /// It is another archive than the record says.
-    #[error("the code of the function has SHA-256 {found}, not {expected}")]
+    #[error("the code has SHA-256 {found}, not {expected}")]
     Hash {
         /// The record's.
         expected: String,
         /// The archive's.
         found: String,
+    },
+    /// There is no record of a layer.
+    #[error("there is no layer {name:?} with version {version}")]
+    Layer {
+        /// Its name.
+        name: String,
+        /// Its version.
+        version: u32,
     },
     /// No disk can be made of it any more.
     #[error(transparent)]
@@ -86,66 +87,82 @@ pub enum LoadError {
 }
 
 impl CodeStore {
-    /// Opens the directory, making it if needed, and removes what `used` does not claim.
+    /// Opens the directory, making it if needed, and removes archives and disks that nobody uses.
     ///
     /// # Errors
     /// The directory can't be made or read.
-    pub fn open(dir: PathBuf, used: impl Fn(&str) -> bool) -> io::Result<Self> {
+    pub fn open(
+        dir: PathBuf,
+        uses_code: impl Fn(&str) -> bool,
+        uses_disk: impl Fn(&str) -> bool,
+    ) -> io::Result<Self> {
         fs::create_dir_all(&dir)?;
         for entry in fs::read_dir(&dir)? {
             let path = entry?.path();
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let claimed = name
-                .split_once('.')
-                .is_some_and(|(blob, kind)| (kind == ZIP || kind == DISK) && used(blob));
-            if !claimed {
+            let used = match name.split_once('.') {
+                Some((blob, ZIP)) => uses_code(blob),
+                Some((disk, DISK)) => uses_disk(disk),
+                _ => false,
+            };
+            if !used {
                 remove(&path);
             }
         }
         Ok(Self { dir, disks: Arc::default() })
     }
 
-    /// Stores an archive for `function`, and the disk that `build` makes of it.
+    /// Stores an archive of `owner`, a function or a layer.
     ///
     /// # Errors
-    /// Any [`CodeError`]; nothing is left behind then.
+    /// It can't be written; nothing is left behind then.
     pub fn put(
         &self,
-        function: &str,
+        owner: &str,
         envelope: &Envelope,
         zip: &[u8],
-        build: impl FnOnce(&[u8]) -> Result<CodeDisk, CodeError>,
-    ) -> Result<Upload, CodeError> {
+        pending: &mut Pending,
+    ) -> io::Result<Code> {
         let blob = uuid::Uuid::new_v4().simple().to_string();
         let code = Code { sha256: sha256(zip), size: zip.len() as u64, blob };
-        let built = build(zip)?;
-        // From here on, what fails takes what is there along.
-        let upload = Upload { store: self.clone(), kept: false, code };
-        let write = |kind, content: &mut dyn Read| {
-            self.write(function, envelope, &upload.code, kind, content)
-                .map_err(|source| CodeError::Io { what: "can't write the code".into(), source })
-        };
-        let mut disk = built
-            .disk
-            .reader()
-            .map_err(|source| CodeError::Io { what: "can't read the code".into(), source })?;
-        write(DISK, &mut disk)?;
-        write(ZIP, &mut &*zip)?;
-        Ok(upload)
+        let context = context(owner, &code.blob, &code.sha256, ZIP);
+        let path = self.path(&code.blob, ZIP);
+        self.write(&path, envelope, &context, &mut &*zip)?;
+        pending.0.push(path);
+        Ok(code)
     }
 
-    /// The disk of a function's code, from memory if somebody uses it already. If its file is gone or
-    /// damaged it is built anew: the archive alone counts.
+    /// Stores what was built for `function`, whose record may not be written yet.
+    ///
+    /// # Errors
+    /// It can't be written; nothing is left behind then.
+    pub fn put_disk(
+        &self,
+        function: &Function,
+        disk: &Disk,
+        pending: &mut Pending,
+    ) -> io::Result<()> {
+        let path = self.path(&function.disk(), DISK);
+        // A version that has the same code and layers has it: it is not ours to remove.
+        if !path.exists() {
+            self.write_disk(function, disk)?;
+            pending.0.push(path);
+        }
+        Ok(())
+    }
+
+    /// The disk of a function's code and layers, from memory if somebody uses it already. If its file is
+    /// gone or damaged it is built anew: archives alone count.
     ///
     /// # Errors
     /// Any [`LoadError`].
     pub fn disk(
         &self,
         function: &Function,
-        build: impl FnOnce(&[u8]) -> Result<CodeDisk, CodeError>,
+        build: impl FnOnce(&[u8]) -> Result<CodeDisk, LoadError>,
     ) -> Result<Disk, LoadError> {
-        let Function { name, envelope, code, .. } = function;
-        if let Some(disk) = self.disks().get(&code.blob).and_then(WeakDisk::upgrade) {
+        let name = function.disk();
+        if let Some(disk) = self.disks().get(&name).and_then(WeakDisk::upgrade) {
             return Ok(disk);
         }
         // At each load, also when the disk is there: what runs is what `CodeSha256` says, or nothing.
@@ -153,23 +170,23 @@ impl CodeStore {
         let disk = match self.read_disk(function) {
             Ok(disk) => disk,
             Err(error) => {
-                tracing::warn!(function = name, %error, "building its code disk anew");
+                tracing::warn!(function = function.name, %error, "building its code disk anew");
                 let disk = build(&zip)?.disk;
-                let path = self.path(code, DISK);
-                disk.reader()
-                    .and_then(|mut content| self.write(name, envelope, code, DISK, &mut content))
-                    .map_err(|source| LoadError::Read { path, source })?;
+                let path = self.path(&name, DISK);
+                self.write_disk(function, &disk)
+                    .map_err(|source| LoadError::Read { path: path.clone(), source })?;
                 // The function may have been deleted meanwhile. Its archive goes first, so either it
-                // is gone here, or this disk goes after it.
-                if !self.path(code, ZIP).exists() {
-                    remove(&self.path(code, DISK));
+                // is gone here, or this disk goes after it. If its layers have changed, the next start
+                // of the daemon finds the disk.
+                if !self.path(&function.code.blob, ZIP).exists() {
+                    remove(&path);
                 }
                 disk
             }
         };
         let mut disks = self.disks();
         disks.retain(|_, disk| disk.upgrade().is_some());
-        disks.insert(code.blob.clone(), disk.downgrade());
+        disks.insert(name, disk.downgrade());
         Ok(disk)
     }
 
@@ -178,37 +195,57 @@ impl CodeStore {
     /// # Errors
     /// [`LoadError::Read`], [`LoadError::Hash`].
     pub fn zip(&self, function: &Function) -> Result<Vec<u8>, LoadError> {
+        self.archive(&function.name, &function.envelope, &function.code)
+    }
+
+    /// An archive of `owner` as it was uploaded.
+    ///
+    /// # Errors
+    /// [`LoadError::Read`], [`LoadError::Hash`].
+    pub fn archive(
+        &self,
+        owner: &str,
+        envelope: &Envelope,
+        code: &Code,
+    ) -> Result<Vec<u8>, LoadError> {
+        let path = self.path(&code.blob, ZIP);
+        let context = context(owner, &code.blob, &code.sha256, ZIP);
         let mut zip = Vec::new();
-        self.open_sealed(function, ZIP)
+        open_sealed(&path, envelope, &context)
             .and_then(|(mut reader, _)| reader.read_to_end(&mut zip))
-            .map_err(|source| LoadError::Read { path: self.path(&function.code, ZIP), source })?;
-        let (expected, found) = (function.code.sha256.clone(), sha256(&zip));
+            .map_err(|source| LoadError::Read { path, source })?;
+        let (expected, found) = (code.sha256.clone(), sha256(&zip));
         match expected == found {
             true => Ok(zip),
             false => Err(LoadError::Hash { expected, found }),
         }
     }
 
-    /// Removes code that no record names any more. Running instances keep what they have.
-    pub fn remove(&self, code: &Code) {
-        // In this order: see `disk`.
-        for kind in [ZIP, DISK] {
-            remove(&self.path(code, kind));
-        }
+    /// Removes an archive that no record names any more; before the disks that were built of it.
+    pub fn remove_archive(&self, code: &Code) {
+        remove(&self.path(&code.blob, ZIP));
+    }
+
+    /// Removes the disk of that name. Running instances keep what they have.
+    pub fn remove_disk(&self, name: &str) {
+        remove(&self.path(name, DISK));
     }
 
     fn disks(&self) -> std::sync::MutexGuard<'_, HashMap<String, WeakDisk>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn path(&self, code: &Code, kind: &str) -> PathBuf {
-        self.dir.join(format!("{}.{kind}", code.blob))
+    fn path(&self, name: &str, kind: &str) -> PathBuf {
+        self.dir.join(format!("{name}.{kind}"))
     }
 
     fn read_disk(&self, function: &Function) -> Result<Disk, LoadError> {
-        let path = self.path(&function.code, DISK);
+        let Function { name, envelope, code, .. } = function;
+        let disk = function.disk();
+        let path = self.path(&disk, DISK);
         let read = || {
-            let (mut reader, length) = self.open_sealed(function, DISK)?;
+            let context = context(name, &disk, &code.sha256, DISK);
+            let (mut reader, length) = open_sealed(&path, envelope, &context)?;
             let disk = Disk::copy(&mut reader, length, &path).map_err(io::Error::other)?;
             reader.finish()?;
             Ok(disk)
@@ -216,55 +253,52 @@ impl CodeStore {
         read().map_err(|source| LoadError::Read { path: path.clone(), source })
     }
 
-    /// A reader of one of a function's files, and the length of what comes out.
-    fn open_sealed(
-        &self,
-        function: &Function,
-        kind: &str,
-    ) -> io::Result<(SealReader<BufReader<File>>, u64)> {
+    fn write_disk(&self, function: &Function, disk: &Disk) -> io::Result<()> {
         let Function { name, envelope, code, .. } = function;
-        let file = File::open(self.path(code, kind))?;
-        let length = plain_length(file.metadata()?.len());
-        let file = BufReader::with_capacity(1 << 20, file);
-        let reader = SealReader::new(file, &envelope.code, &context(name, code, kind))?;
-        Ok((reader, length))
+        let disk_name = function.disk();
+        let context = context(name, &disk_name, &code.sha256, DISK);
+        let path = self.path(&disk_name, DISK);
+        self.write(&path, envelope, &context, &mut disk.reader()?)
     }
 
     /// Writes a file so that it is either whole and durable, or not there.
     fn write(
         &self,
-        function: &str,
+        path: &Path,
         envelope: &Envelope,
-        code: &Code,
-        kind: &str,
+        context: &[&[u8]],
         content: &mut dyn Read,
     ) -> io::Result<()> {
-        let path = self.path(code, kind);
         let temporary = path.with_extension(format!("{}.part", uuid::Uuid::new_v4()));
         let mut write = || {
             let file = BufWriter::with_capacity(1 << 20, File::create_new(&temporary)?);
-            let context = context(function, code, kind);
-            let mut writer = SealWriter::new(file, &envelope.code, &context)?;
+            let mut writer = SealWriter::new(file, &envelope.code, context)?;
             io::copy(content, &mut writer)?;
             let mut file = writer.finish()?;
             file.flush()?;
             file.get_ref().sync_all()?;
-            fs::rename(&temporary, &path)?;
+            fs::rename(&temporary, path)?;
             File::open(&self.dir)?.sync_all()
         };
         write().inspect_err(|_| drop(fs::remove_file(&temporary)))
     }
 }
 
-/// What a file is bound to.
-fn context<'a>(function: &'a str, code: &'a Code, kind: &'a str) -> [&'a [u8]; 5] {
-    [
-        b"firnd code",
-        kind.as_bytes(),
-        function.as_bytes(),
-        code.blob.as_bytes(),
-        code.sha256.as_bytes(),
-    ]
+/// A reader of a file, and the length of what comes out.
+fn open_sealed(
+    path: &Path,
+    envelope: &Envelope,
+    context: &[&[u8]],
+) -> io::Result<(SealReader<BufReader<File>>, u64)> {
+    let file = File::open(path)?;
+    let length = plain_length(file.metadata()?.len());
+    let file = BufReader::with_capacity(1 << 20, file);
+    Ok((SealReader::new(file, &envelope.code, context)?, length))
+}
+
+/// What a file is bound to. The name of a disk stands for its layers, too.
+fn context<'a>(owner: &'a str, name: &'a str, sha256: &'a str, kind: &'a str) -> [&'a [u8]; 5] {
+    [b"firnd code", kind.as_bytes(), owner.as_bytes(), name.as_bytes(), sha256.as_bytes()]
 }
 
 fn sha256(zip: &[u8]) -> String {
@@ -282,16 +316,19 @@ fn remove(path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{envelope::tests::TestKeys, function::tests::example};
+    use crate::{
+        envelope::tests::TestKeys,
+        function::tests::{example, layer},
+    };
 
     const CONTENT: [u8; 1024] = [0x5a; 1024];
 
-    fn build(_zip: &[u8]) -> Result<CodeDisk, CodeError> {
+    fn build(_zip: &[u8]) -> Result<CodeDisk, LoadError> {
         let disk = Disk::copy(&mut &CONTENT[..], 1024, "of a test").unwrap();
         Ok(CodeDisk { disk, entries: 1, unzipped_bytes: 1 })
     }
 
-    fn no_build(_zip: &[u8]) -> Result<CodeDisk, CodeError> {
+    fn no_build(_zip: &[u8]) -> Result<CodeDisk, LoadError> {
         panic!("the disk is there")
     }
 
@@ -313,32 +350,41 @@ mod tests {
     /// A function of that name with `zip` as its code.
     fn deployed(store: &CodeStore, name: &str, zip: &[u8]) -> Function {
         let mut function = example(name);
-        let upload = store.put(name, &function.envelope, zip, build).unwrap();
-        function.code = upload.code.clone();
-        upload.keep();
+        put(store, &mut function, zip).keep();
         function
+    }
+
+    fn put(store: &CodeStore, function: &mut Function, zip: &[u8]) -> Pending {
+        let mut pending = Pending::default();
+        let Function { name, envelope, .. } = &*function;
+        function.code = store.put(name, envelope, zip, &mut pending).unwrap();
+        store.put_disk(function, &build(zip).unwrap().disk, &mut pending).unwrap();
+        pending
     }
 
     fn store() -> (tempfile::TempDir, CodeStore) {
         let dir = tempfile::tempdir().unwrap();
-        let store = CodeStore::open(dir.path().to_owned(), |_| true).unwrap();
+        let store = CodeStore::open(dir.path().to_owned(), |_| true, |_| true).unwrap();
         (dir, store)
     }
 
     #[test]
     fn what_no_record_names_goes() {
         let (dir, store) = store();
-        let envelope = example("f").envelope;
-        let upload = store.put("f", &envelope, b"zip", build).unwrap();
-        assert_eq!((upload.code.sha256.len(), files(dir.path()).len()), (64, 2));
-        drop(upload);
+        let mut function = example("f");
+        let pending = put(&store, &mut function, b"zip");
+        assert_eq!((function.code.sha256.len(), files(dir.path()).len()), (64, 2));
+        drop(pending);
         assert!(files(dir.path()).is_empty());
         let function = deployed(&store, "f", b"zip");
         assert_eq!(files(dir.path()).len(), 2);
-        store.remove(&function.code);
-        assert!(files(dir.path()).is_empty());
-        let error = store.put("f", &envelope, b"zip", |_| Err(CodeError::Empty)).unwrap_err();
-        assert!(matches!(error, CodeError::Empty));
+        // What was there before is not taken along.
+        let mut pending = Pending::default();
+        store.put_disk(&function, &build(b"").unwrap().disk, &mut pending).unwrap();
+        drop(pending);
+        assert_eq!(files(dir.path()).len(), 2);
+        store.remove_archive(&function.code);
+        store.remove_disk(&function.disk());
         assert!(files(dir.path()).is_empty());
     }
 
@@ -346,12 +392,12 @@ mod tests {
     fn opening_sweeps_what_nothing_claims() {
         let dir = tempfile::tempdir().unwrap();
         for name in
-            ["aa.zip.sealed", "aa.erofs.sealed", "bb.zip.sealed", "aa.zip", "aa.1.part", "cc"]
+            ["aa.zip.sealed", "aa.disk.sealed", "aa-1.disk.sealed", "bb.zip.sealed", "aa.zip", "cc"]
         {
             fs::write(dir.path().join(name), b"x").unwrap();
         }
-        CodeStore::open(dir.path().to_owned(), |blob| blob == "aa").unwrap();
-        assert_eq!(files(dir.path()), ["aa.erofs.sealed", "aa.zip.sealed"]);
+        CodeStore::open(dir.path().to_owned(), |blob| blob == "aa", |disk| disk == "aa-1").unwrap();
+        assert_eq!(files(dir.path()), ["aa-1.disk.sealed", "aa.zip.sealed"]);
     }
 
     #[test]
@@ -377,7 +423,7 @@ mod tests {
     fn a_lost_or_damaged_disk_is_built_again() {
         let (_dir, store) = store();
         let function = deployed(&store, "f", b"zip");
-        let path = store.path(&function.code, DISK);
+        let path = store.path(&function.disk(), DISK);
         fs::remove_file(&path).unwrap();
         assert_eq!(content_of(&store.disk(&function, build).unwrap()), CONTENT);
         let mut bytes = fs::read(&path).unwrap();
@@ -391,9 +437,10 @@ mod tests {
     fn a_disk_that_is_built_while_its_code_goes_goes_too() {
         let (dir, store) = store();
         let function = deployed(&store, "f", b"zip");
-        fs::remove_file(store.path(&function.code, DISK)).unwrap();
+        fs::remove_file(store.path(&function.disk(), DISK)).unwrap();
         let gone = |zip: &[u8]| {
-            store.remove(&function.code);
+            store.remove_archive(&function.code);
+            store.remove_disk(&function.disk());
             build(zip)
         };
         store.disk(&function, gone).unwrap();
@@ -410,7 +457,7 @@ mod tests {
         };
         // Another function's blob, though both have the same key here.
         refused(&Function { code: one.code.clone(), ..two.clone() });
-        let file = |function: &Function, kind| store.path(&function.code, kind);
+        let file = |function: &Function, kind| store.path(&function.code.blob, kind);
         let good = fs::read(file(&one, ZIP)).unwrap();
         // Its files under the other one's names.
         fs::copy(file(&two, ZIP), file(&one, ZIP)).unwrap();
@@ -450,8 +497,35 @@ mod tests {
         // Sealed by who has the key, for a record with this hash, but with other content.
         function.code.sha256 = "11".repeat(32);
         let Function { name, envelope, code, .. } = &function;
-        store.write(name, envelope, code, ZIP, &mut &b"zip"[..]).unwrap();
+        let context = context(name, &code.blob, &code.sha256, ZIP);
+        let path = store.path(&code.blob, ZIP);
+        store.write(&path, envelope, &context, &mut &b"zip"[..]).unwrap();
         assert!(matches!(store.disk(&function, build), Err(LoadError::Hash { .. })));
+    }
+
+    #[test]
+    fn a_disk_is_of_its_layers_alone() {
+        let (_dir, store) = store();
+        let plain = deployed(&store, "f", b"zip");
+        let mut layered = plain.clone();
+        layered.config.layers.push(layer(1));
+        let built = std::cell::Cell::new(0);
+        let count = |zip: &[u8]| {
+            built.set(built.get() + 1);
+            build(zip)
+        };
+        let disk = store.disk(&plain, count).unwrap();
+        drop(store.disk(&layered, count).unwrap());
+        assert_eq!(built.get(), 1, "layers make another disk");
+        let mut other = plain.clone();
+        other.config.layers.push(layer(2));
+        // The disk with one layer under the name of that with another.
+        let file = |function: &Function| store.path(&function.disk(), DISK);
+        fs::copy(file(&layered), file(&other)).unwrap();
+        store.disk(&other, count).unwrap();
+        assert_eq!(built.get(), 2);
+        drop(disk);
+        store.disk(&layered, no_build).unwrap();
     }
 
     /// What encryption adds to an upload and to a load:
@@ -483,7 +557,7 @@ mod tests {
         let mut function = example("f");
         for _ in 0..3 {
             time("build, write and flush both files in the clear", &mut || {
-                let disk = firn::code::build_disk(&zip).unwrap().disk;
+                let disk = firn::code::build_disk(&zip, &[]).unwrap().disk;
                 for (name, bytes) in [("zip", zip.clone()), ("erofs", content_of(&disk))] {
                     let mut file = File::create(dir.path().join(name)).unwrap();
                     file.write_all(&bytes).unwrap();
@@ -491,10 +565,11 @@ mod tests {
                 }
             });
             time("build, encrypt, write and flush", &mut || {
-                let build = |zip: &[u8]| firn::code::build_disk(zip);
-                let upload = store.put("f", &function.envelope, &zip, build).unwrap();
-                function.code = upload.code.clone();
-                upload.keep();
+                let disk = firn::code::build_disk(&zip, &[]).unwrap().disk;
+                let mut pending = Pending::default();
+                function.code = store.put("f", &function.envelope, &zip, &mut pending).unwrap();
+                store.put_disk(&function, &disk, &mut pending).unwrap();
+                pending.keep();
             });
             time("load: read both, decrypt, check SHA-256", &mut || {
                 store.disk(&function, no_build).unwrap();

@@ -148,13 +148,20 @@ impl Backend for Fake {
         }
     }
 
-    fn build_disk(&self, zip: &[u8]) -> Result<CodeDisk, CodeError> {
-        if zip.len() as u64 > firn::code::MAX_ZIPPED {
-            let (size, limit) = (zip.len() as u64, firn::code::MAX_ZIPPED);
-            return Err(CodeError::ZippedTooLarge { size, limit });
+    /// Archives that end with `huge` are too large together with anything else.
+    fn build_disk(&self, code: &[u8], layers: &[Vec<u8>]) -> Result<CodeDisk, CodeError> {
+        for zip in std::iter::once(code).chain(layers.iter().map(Vec::as_slice)) {
+            if zip.len() as u64 > firn::code::MAX_ZIPPED {
+                let (size, limit) = (zip.len() as u64, firn::code::MAX_ZIPPED);
+                return Err(CodeError::ZippedTooLarge { size, limit });
+            }
+            if !zip.starts_with(b"PK") {
+                return Err(CodeError::NotAZip { reason: "no signature".into() });
+            }
         }
-        if !zip.starts_with(b"PK") {
-            return Err(CodeError::NotAZip { reason: "no signature".into() });
+        if layers.iter().any(|zip| zip.ends_with(b"huge")) {
+            let (size, limit) = (280_000_000, firn::code::MAX_UNZIPPED);
+            return Err(CodeError::CombinedTooLarge { size, limit });
         }
         let disk = Disk::copy(&mut &[0; 512][..], 512, "of a fake").expect("a memory file");
         Ok(CodeDisk { disk, entries: 1, unzipped_bytes: 1 })

@@ -57,8 +57,8 @@ impl<'de> Deserialize<'de> for Version {
     }
 }
 
-/// A function's code as it was uploaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Code of a function or layer as it was uploaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Code {
     /// SHA-256 of the zip file in lower-case hexadecimal.
     pub sha256: String,
@@ -76,6 +76,19 @@ impl Code {
             .collect();
         STANDARD.encode(bytes)
     }
+}
+
+/// A version of a layer, as the functions know it that have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Name of the layer.
+    pub name: String,
+    /// Its version.
+    pub version: u32,
+    /// As of its [`Code`].
+    pub sha256: String,
+    /// As of its [`Code`].
+    pub size: u64,
 }
 
 /// What the owner of a function sets.
@@ -97,6 +110,8 @@ pub struct Config {
     pub environment: BTreeMap<String, String>,
     /// `TracingConfig.Mode`; nothing is traced so far.
     pub tracing: String,
+    /// What lies in `/opt`; later ones over earlier ones.
+    pub layers: Vec<Layer>,
 }
 
 impl fmt::Debug for Config {
@@ -192,6 +207,19 @@ impl Function {
         iso8601(self.last_modified_ms)
     }
 
+    /// Names the disk of its code and layers; the same for versions that share these.
+    pub fn disk(&self) -> String {
+        let Self { code, config, .. } = self;
+        if config.layers.is_empty() {
+            return code.blob.clone();
+        }
+        let mut hasher = blake3::Hasher::new();
+        for layer in &config.layers {
+            hasher.update(layer.sha256.as_bytes());
+        }
+        format!("{}-{}", code.blob, &hasher.finalize().to_hex()[..32])
+    }
+
     /// Longest time that one invocation may take.
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.config.timeout_s.into())
@@ -211,8 +239,13 @@ impl Function {
         let mut field = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
         };
-        field(b"firn function 1");
+        // 2: disks with layers beside the code.
+        field(b"firn function 2");
         field(self.code.sha256.as_bytes());
+        field(&(self.config.layers.len() as u64).to_le_bytes());
+        for layer in &self.config.layers {
+            field(layer.sha256.as_bytes());
+        }
         field(&self.config.memory_mb.to_le_bytes());
         for (key, value) in self.environment(place, "", "") {
             field(key.as_bytes());
@@ -304,12 +337,17 @@ pub(crate) mod tests {
                 memory_mb: 128,
                 environment: BTreeMap::from([("STAGE".into(), "test".into())]),
                 tracing: "PassThrough".into(),
+                layers: Vec::new(),
             },
             code: Code { sha256: "00".repeat(32), size: 300, blob: format!("blob-{name}") },
             tags: BTreeMap::new(),
             last_modified_ms: 1_767_225_600_000,
             revision: "r1".into(),
         }
+    }
+
+    pub(crate) fn layer(version: u32) -> Layer {
+        Layer { name: "l".into(), version, sha256: format!("{version:064}"), size: 100 }
     }
 
     fn place() -> Place {
@@ -341,6 +379,14 @@ pub(crate) mod tests {
         assert!(changed(|f| f.config.memory_mb = 129));
         assert!(changed(|f| f.code.sha256 = "11".repeat(32)));
         assert!(changed(|f| drop(f.config.environment.insert("A1".into(), "1".into()))));
+        assert!(changed(|f| f.config.layers.push(layer(1))));
+        let layers = |order: [u32; 2]| {
+            let mut other = function.clone();
+            other.config.layers = order.map(layer).into();
+            (other.fingerprint(&place()).to_owned(), other.disk())
+        };
+        let (one, two) = (layers([1, 2]), layers([2, 1]));
+        assert!(one.0 != two.0 && one.1 != two.1, "their order counts");
         assert!(changed(|f| f.name = "g".into()));
         assert!(changed(|f| f.version = Version::Published(1)));
         assert!(!changed(|f| f.config.description = "else".into()));

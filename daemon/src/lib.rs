@@ -18,6 +18,7 @@ mod function;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod identity;
+mod layers;
 mod logs;
 mod metrics;
 mod outcome;
@@ -192,11 +193,19 @@ async fn daemon<B: Backend>(
     let store = Arc::new(store);
     let functions = store.all();
     let dir = |name| config::private_dir(state.join(name));
+    // What was deleted just before the last daemon ended.
+    store.sweep_layers()?;
+    let code = code::CodeStore::open(
+        dir("code")?,
+        |blob| store.uses_code(blob) || store.is_layer(blob),
+        |disk| store.uses_disk(disk),
+    )
+    .context("can't use the directory of code")?;
     let workshop = Workshop {
         backend,
         place: options.place(),
-        code: code::CodeStore::open(dir("code")?, |blob| store.uses_code(blob))
-            .context("can't use the directory of code")?,
+        store: store.clone(),
+        code,
         logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
             .context("can't use the directory of logs")?,
         metrics: metrics::Metrics::open(&state.join("metrics.sqlite"))?,
@@ -226,7 +235,7 @@ async fn daemon<B: Backend>(
         urls: options.urls(address.port()),
     };
     let callers = api::gate::Callers { identity, audit: audit.clone() };
-    let app = api::App::new(store, workshop, scheduler.clone(), events.clone(), callers, settings);
+    let app = api::App::new(workshop, scheduler.clone(), events.clone(), callers, settings);
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);

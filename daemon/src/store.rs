@@ -7,9 +7,13 @@
 //! Each version of a function has a record, sealed with the function's key: the environment is encrypted,
 //! and bound to all other columns, so that none can be altered or moved to another function or version. A
 //! whole record of earlier can be put back; that takes write access to this directory. What is attached to
-//! a function as a whole is one more sealed document, bound to its name.
+//! a function as a whole is one more sealed document, bound to its name. [Layers](layers) have records of
+//! their own.
+
+mod layers;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fs::File,
     io,
@@ -21,12 +25,13 @@ use std::{
 
 use firn::keys::{KeyError, KeyService};
 use rusqlite::{Connection, OpenFlags, Row, params};
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::{
     attachments::{Alias, Attachments},
     envelope::Envelope,
-    function::{Code, Config, Function, Memo, Version},
+    function::{Code, Config, Function, Layer, Memo, Version},
 };
 
 /// The oldest schema that can be read. The one before kept code and environments in the clear; bringing
@@ -35,7 +40,7 @@ const OLDEST: usize = 2;
 
 /// The schema, one step a version from [`OLDEST`] on. Released steps never change; add new ones at the
 /// end.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     "CREATE TABLE functions (
         name             TEXT    NOT NULL PRIMARY KEY,
         runtime          TEXT    NOT NULL,
@@ -87,6 +92,17 @@ const MIGRATIONS: [&str; 3] = [
         name     TEXT NOT NULL PRIMARY KEY,
         document BLOB NOT NULL
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE layers (
+        name        TEXT    NOT NULL,
+        version     INTEGER NOT NULL CHECK (version BETWEEN 1 AND 4294967295),
+        wrapped_key BLOB    NOT NULL,
+        document    BLOB    NOT NULL,
+        PRIMARY KEY (name, version)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE layer_numbers (
+        name TEXT    NOT NULL PRIMARY KEY,
+        last INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The versions of one function.
@@ -125,7 +141,7 @@ pub struct Updated {
     pub published: Option<Published>,
 }
 
-/// All functions.
+/// All functions and layers.
 #[derive(Debug)]
 pub struct Store {
     connection: Mutex<Connection>,
@@ -133,6 +149,8 @@ pub struct Store {
     functions: RwLock<BTreeMap<String, Entry>>,
     /// What URLs invoke, by their ids: names of functions and qualifiers.
     urls: RwLock<HashMap<String, (String, String)>>,
+    /// Locked after `functions`, where both are.
+    layers: RwLock<layers::Layers>,
 }
 
 /// Why the store could not be opened or written.
@@ -193,8 +211,31 @@ pub enum StoreError {
         /// Why.
         source: KeyError,
     },
-    /// There is no key for a new function.
-    #[error("no key for the function: {0}")]
+    /// The record of a layer can't be decrypted, or was altered.
+    #[error(
+        "store {}: the record of layer {name:?}, version {version}, can't be used: {source}",
+        path.display()
+    )]
+    LayerRecord {
+        /// The file.
+        path: PathBuf,
+        /// Whose record.
+        name: String,
+        /// Which version.
+        version: u32,
+        /// Why.
+        source: KeyError,
+    },
+    /// There is no such version of a layer.
+    #[error("there is no layer {name:?} with version {version}")]
+    UnknownLayer {
+        /// The layer.
+        name: String,
+        /// The version.
+        version: u32,
+    },
+    /// There is no key for a new function or layer.
+    #[error("no key for the function or layer: {0}")]
     Key(#[from] KeyError),
     /// A write failed (disk full, for one). Nothing has changed.
     #[error("the store could not be written: {0}")]
@@ -239,7 +280,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::File`], [`StoreError::Version`],
-    /// [`StoreError::Unencrypted`] or [`StoreError::Record`].
+    /// [`StoreError::Unencrypted`], [`StoreError::Record`] or [`StoreError::LayerRecord`].
     pub fn open(path: &Path, keys: Arc<dyn KeyService>) -> Result<Self, StoreError> {
         // SQLite gives its other files the same mode.
         let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path);
@@ -293,11 +334,13 @@ impl Store {
         }
         let urls = functions.iter().flat_map(|(name, entry)| called(name, &entry.attachments));
         let urls = RwLock::new(urls.collect());
+        let layers = layers::read(&connection, &*keys, path)?;
         let (connection, functions) = (Mutex::new(connection), RwLock::new(functions));
-        Ok(Self { connection, keys, functions, urls })
+        let layers = RwLock::new(layers);
+        Ok(Self { connection, keys, functions, urls, layers })
     }
 
-    /// Keys for a new function.
+    /// Keys for a new function or version of a layer.
     ///
     /// # Errors
     /// [`StoreError::Key`].
@@ -354,10 +397,18 @@ impl Store {
         self.read().values().flat_map(|f| f.versions.values()).any(|f| f.code.blob == blob)
     }
 
+    /// Whether any version has the code and the layers that this disk is made of.
+    pub fn uses_disk(&self, disk: &str) -> bool {
+        self.read()
+            .values()
+            .flat_map(|f| f.versions.values())
+            .any(|f| disk.starts_with(&f.code.blob) && f.disk() == disk)
+    }
+
     /// Adds a function, and publishes its first version if that is wanted.
     ///
     /// # Errors
-    /// [`StoreError::Exists`], or that it could not be written.
+    /// [`StoreError::Exists`], [`StoreError::UnknownLayer`], or that it could not be written.
     pub fn create(
         &self,
         function: Function,
@@ -367,6 +418,7 @@ impl Store {
         if self.read().contains_key(&function.name) {
             return Err(StoreError::Exists(function.name));
         }
+        self.check_layers(&function)?;
         let transaction = connection.transaction()?;
         insert(&transaction, &function)?;
         let version = match publish {
@@ -383,8 +435,8 @@ impl Store {
     /// caller believes in, and publishes it if that is wanted.
     ///
     /// # Errors
-    /// [`StoreError::Unknown`], [`StoreError::Revision`], what `change` says, or that it could not
-    /// be written.
+    /// [`StoreError::Unknown`], [`StoreError::UnknownLayer`], [`StoreError::Revision`], what `change` says,
+    /// or that it could not be written.
     pub fn update<E: From<StoreError>>(
         &self,
         name: &str,
@@ -396,6 +448,7 @@ impl Store {
         let (old, last) = self.ends(name)?;
         check_revision(&old, revision)?;
         let new = Arc::new(change(&old)?);
+        self.check_layers(&new)?;
         let write = || {
             let transaction = connection.transaction()?;
             delete(&transaction, &old)?;
@@ -660,8 +713,12 @@ fn insert(connection: &Connection, function: &Function) -> Result<(), StoreError
     let Function {
         name, version, config, code, tags, last_modified_ms, revision, envelope, ..
     } = function;
-    let environment = Zeroizing::new(serde_json::to_vec(&config.environment)?);
-    let environment = envelope.record.seal(&context(&bound(function)?), &environment)?;
+    let Config { environment, layers, .. } = config;
+    let members =
+        Members { environment: Cow::Borrowed(environment), layers: Cow::Borrowed(layers) };
+    let sealed = Sealed::Members([members]);
+    let sealed = Zeroizing::new(serde_json::to_vec(&sealed)?);
+    let environment = envelope.record.seal(&context(&bound(function)?), &sealed)?;
     // Never in place of another record.
     connection.execute(
         "INSERT INTO versions (name, runtime, role, handler, description, timeout_s, memory_mb,
@@ -748,11 +805,29 @@ fn documents(connection: &Connection) -> rusqlite::Result<Vec<(String, Vec<u8>)>
     rows.collect()
 }
 
+/// What is encrypted of a record. It holds whatever has come since the columns were made.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Sealed<'a> {
+    /// In a list, which no environment is.
+    Members([Members<'a>; 1]),
+    /// As it was before there were layers.
+    Environment(BTreeMap<String, String>),
+}
+
+/// Members may be added, with defaults, never renamed.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Members<'a> {
+    environment: Cow<'a, BTreeMap<String, String>>,
+    layers: Cow<'a, [Layer]>,
+}
+
 /// A record as it is stored.
 struct Stored {
     name: String,
     version: Version,
-    /// Without its environment.
+    /// Without what is sealed.
     config: Config,
     environment: Vec<u8>,
     wrapped_key: Vec<u8>,
@@ -779,8 +854,15 @@ impl Stored {
         };
         let bound = bound(&function).map_err(altered)?;
         let opened = function.envelope.record.open(&context(&bound), &self.environment);
-        let environment = opened.map_err(|_| KeyError::Altered { what: "the record" })?;
-        function.config.environment = serde_json::from_slice(&environment).map_err(altered)?;
+        let sealed = opened.map_err(|_| KeyError::Altered { what: "the record" })?;
+        let members = match serde_json::from_slice(&sealed).map_err(altered)? {
+            Sealed::Members([members]) => members,
+            Sealed::Environment(environment) => {
+                Members { environment: Cow::Owned(environment), ..Members::default() }
+            }
+        };
+        function.config.environment = members.environment.into_owned();
+        function.config.layers = members.layers.into_owned();
         Ok(function)
     }
 }
@@ -809,6 +891,7 @@ fn rows(connection: &Connection) -> rusqlite::Result<Vec<Stored>> {
                 memory_mb: row.get(6)?,
                 environment: BTreeMap::new(),
                 tracing: row.get(8)?,
+                layers: Vec::new(),
             },
             environment: row.get(7)?,
             tags: json(row, 9)?,
@@ -1109,8 +1192,11 @@ mod tests {
         let context: [&[u8]; 2] = [b"firnd record", then.as_bytes()];
         let environment = function.envelope.record.seal(&context, environment).unwrap();
         let old = store.lock();
-        old.execute_batch("DROP TABLE versions; DROP TABLE numbers; DROP TABLE attachments;")
-            .unwrap();
+        old.execute_batch(
+            "DROP TABLE versions; DROP TABLE numbers; DROP TABLE attachments; DROP TABLE layers;
+             DROP TABLE layer_numbers;",
+        )
+        .unwrap();
         old.execute_batch(MIGRATIONS[0]).unwrap();
         old.pragma_update(None, "user_version", 2).unwrap();
         old.execute(

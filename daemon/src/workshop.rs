@@ -1,14 +1,20 @@
 //! What it takes to make an instance of a function: the parts that the scheduler (for requests)
 //! and the preparer (for snapshots) share.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use firn::{Disk, FunctionSpec, LogLine, LogSink};
 use tokio::sync::mpsc;
 
 use crate::{
-    api::names::Place, backend::Backend, code::CodeStore, function::Function, logs, logs::Logs,
+    api::names::Place,
+    backend::Backend,
+    code::{CodeStore, LoadError},
+    function::{Function, Layer},
+    logs,
+    logs::Logs,
     metrics::Metrics,
+    store::Store,
 };
 
 /// Lines of output that may wait between a guest and its log. With [`firn::guest::MAX_LOG`] this
@@ -28,7 +34,9 @@ pub struct Workshop<B> {
     pub backend: B,
     /// What ARNs say.
     pub place: Place,
-    /// Functions' code.
+    /// Functions and layers.
+    pub store: Arc<Store>,
+    /// Their code.
     pub code: CodeStore,
     /// Functions' logs.
     pub logs: Logs,
@@ -86,14 +94,18 @@ impl<B: Backend> Workshop<B> {
         (Output { stream: self.logs.stream(&function.name, function.version), lines }, sink)
     }
 
-    /// The function's code as a disk.
+    /// The function's code and layers as a disk.
     ///
     /// # Errors
     /// In plain words.
     pub async fn disk(&self, function: &Function) -> Result<Disk, String> {
-        let (code, backend) = (self.code.clone(), self.backend.clone());
-        let function = function.clone();
-        let open = move || code.disk(&function, |zip| backend.build_disk(zip));
+        let (workshop, function) = (self.clone(), function.clone());
+        let open = move || {
+            workshop.code.disk(&function, |zip| {
+                let layers = layers(&workshop.store, &workshop.code, &function.config.layers)?;
+                Ok(workshop.backend.build_disk(zip, &layers)?)
+            })
+        };
         let opened = tokio::task::spawn_blocking(open).await.map_err(|e| e.to_string())?;
         opened.map_err(|e| e.to_string())
     }
@@ -115,4 +127,21 @@ impl<B: Backend> Workshop<B> {
             log,
         }
     }
+}
+
+/// The archives of layers. Blocks.
+///
+/// # Errors
+/// Any [`LoadError`].
+pub fn layers(
+    store: &Store,
+    code: &CodeStore,
+    layers: &[Layer],
+) -> Result<Vec<Vec<u8>>, LoadError> {
+    let archive = |layer: &Layer| {
+        let Layer { name, version, .. } = layer;
+        let missing = || LoadError::Layer { name: name.clone(), version: *version };
+        store.layer(name, *version).ok_or_else(missing)?.archive(code)
+    };
+    layers.iter().map(archive).collect()
 }

@@ -6,6 +6,7 @@
 //!   /dev  devtmpfs  ──▶    /dev  /proc  /sys  /sys/fs/cgroup
 //!   /root ◀─ /dev/vda      /tmp       /dev/vdc, ext4: the only place that can be written
 //!                          /var/task  /dev/vdb, EROFS: the code, when it comes
+//!                          /opt       the same: its layers
 //! ```
 
 use std::{
@@ -21,7 +22,7 @@ use firn_proto::control::INVOKE_PORT;
 use rustix::{
     fs::{Mode, OFlags, open},
     io::Errno,
-    mount::{MountFlags, mount, mount_move},
+    mount::{MountFlags, mount, mount_bind, mount_move},
     process::{chdir, chroot},
 };
 
@@ -120,13 +121,16 @@ pub fn boot() -> Result<Machine, BootError> {
     Ok(Machine { cgroup, urandom })
 }
 
-/// Mounts the function's code on `target`.
+/// Mounts the function's code and its layers: `task` and `opt` of one disk, on `/var/task` and `/opt`.
 ///
 /// # Errors
-/// [`BootError::Mount`].
-pub fn mount_code(target: &Path) -> Result<(), BootError> {
+/// [`BootError::Mount`] or [`BootError::Step`].
+pub fn mount_code() -> Result<(), BootError> {
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-    mount_disk(CODE_DISK, &target.to_string_lossy(), "erofs", flags, None)
+    mount_disk(CODE_DISK, "/var/task", "erofs", flags, None)?;
+    // Binds have the flags of what they show. The second one covers the disk's root.
+    step("mount the layers", mount_bind("/var/task/opt", "/opt"))?;
+    step("mount the code", mount_bind("/var/task/task", "/var/task"))
 }
 
 /// Connects to the host: the invoke connection, non-blocking.

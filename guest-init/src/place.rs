@@ -9,7 +9,7 @@ use std::{
     fs::{self, File},
     io,
     net::{Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -102,7 +102,7 @@ impl Place {
         self.machine.as_ref()
     }
 
-    /// Mounts the function's code and limits its memory.
+    /// Mounts the function's code and layers, and limits its memory.
     ///
     /// # Errors
     /// Any [`PlaceError`].
@@ -111,7 +111,7 @@ impl Place {
         machine.cgroup.limit_memory(memory_bytes)?;
         if code {
             wait_for_code()?;
-            mount_code(Path::new("/var/task"))?;
+            mount_code()?;
         }
         Ok(())
     }

@@ -106,7 +106,7 @@ pub struct Load {
     /// A snapshot follows: `Loaded` means that the runtime asked for `/runtime/restore/next` (or
     /// for its first event, where it has no restore hooks).
     pub snapshot: bool,
-    /// Whether the code disk holds anything to mount on `/var/task`.
+    /// Whether the code disk holds anything to mount on `/var/task` and `/opt`.
     pub code: bool,
 }
 

@@ -4,7 +4,7 @@
 //! Order of a change: check everything, write the code, commit the record, tell the scheduler.
 //! What fails before the commit leaves nothing behind; what follows it can't fail.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use axum::{
     Extension,
@@ -13,14 +13,17 @@ use axum::{
     http::{HeaderMap, Response, StatusCode, header},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
-use firn::code::{CodeError, MAX_UNZIPPED, MAX_ZIPPED};
+use firn::{
+    Disk,
+    code::{CodeError, MAX_UNZIPPED, MAX_ZIPPED},
+};
 use serde_json::{Value, json};
 
 use super::{
     App, MAX_UPLOAD, Parameters, Target, blocking,
     error::ApiError,
     gate::Session,
-    json, names, no_content,
+    json, layers, names, no_content,
     pages::{self, Page},
     read_body,
     shapes::{
@@ -31,10 +34,10 @@ use super::{
 };
 use crate::{
     backend::Backend,
-    code::Upload,
-    envelope::Envelope,
-    function::{Function, Memo, Version, now_ms},
+    code::Pending,
+    function::{Config, Function, Layer, Memo, Version, now_ms},
     store::{Published, StoreError, Updated, check_revision},
+    workshop,
 };
 
 impl From<StoreError> for ApiError {
@@ -46,6 +49,7 @@ impl From<StoreError> for ApiError {
             StoreError::Revision { .. } => {
                 Self::PreconditionFailed { read: "GetFunction/GetFunctionConfiguration" }
             }
+            StoreError::UnknownLayer { .. } => Self::ResourceNotFound(error.to_string()),
             StoreError::Unknown(name) => {
                 Self::ResourceNotFound(format!("Function not found: {name}"))
             }
@@ -83,25 +87,31 @@ pub async fn create<B: Backend>(
         }
         let name = reference.name;
         let tags = input.settings.tags.clone().unwrap_or_default();
-        let config = validate::create(input.settings, &work.backend.runtimes())?;
+        let layers = input.settings.layers.clone().unwrap_or_default();
+        let mut config = validate::create(input.settings, &work.backend.runtimes())?;
+        config.layers = layers::resolve(&work, &session, &layers)?;
         if work.store.get(&name, Version::Latest).is_some() {
             return Err(StoreError::Exists(name).into());
         }
         let envelope = work.store.envelope()?;
-        let upload = store_code(&work, &name, &envelope, input.code.unwrap_or_default())?;
+        let zip = uploaded(input.code.unwrap_or_default())?;
+        let disk = build_disk(&work, &zip, &config.layers)?;
+        let mut pending = Pending::default();
+        let code = work.code.put(&name, &envelope, &zip, &mut pending).map_err(not_stored)?;
         let function = Function {
             name,
             version: Version::Latest,
             config,
-            code: upload.code.clone(),
+            code,
             tags,
             last_modified_ms: now_ms(),
             revision: uuid::Uuid::new_v4().to_string(),
             envelope,
             memo: Memo::default(),
         };
+        work.code.put_disk(&function, &disk, &mut pending).map_err(not_stored)?;
         let created = work.store.create(function, input.publish)?;
-        upload.keep();
+        pending.keep();
         Ok(created)
     })
     .await?;
@@ -218,15 +228,21 @@ pub async fn update_code<B: Backend>(
                 )));
             }
         }
-        let upload = store_code(&work, &current.name, &current.envelope, input.code)?;
+        let zip = uploaded(input.code)?;
+        let disk = build_disk(&work, &zip, &current.config.layers)?;
+        let Function { name, envelope, .. } = &*current;
+        let mut pending = Pending::default();
+        let code = work.code.put(name, envelope, &zip, &mut pending).map_err(not_stored)?;
+        let built = Function { code: code.clone(), ..Function::clone(&current) };
+        work.code.put_disk(&built, &disk, &mut pending).map_err(not_stored)?;
         let change = |function: &Function| {
-            // Another function of the same name by now: its key would not open this code.
-            if function.envelope != current.envelope {
-                let name = &function.name;
-                return Err(ApiError::ResourceConflict(format!("{name} was replaced meanwhile.")));
+            // Another function of the same name by now: its key would not open this code. Or it has
+            // other layers: the disk has not.
+            if function.envelope != current.envelope || function.disk() != current.disk() {
+                return Err(changed_meanwhile(&work, function));
             }
             Ok(Function {
-                code: upload.code.clone(),
+                code: code.clone(),
                 last_modified_ms: now_ms(),
                 revision: uuid::Uuid::new_v4().to_string(),
                 ..function.clone()
@@ -236,7 +252,7 @@ pub async fn update_code<B: Backend>(
             return Ok(Err(change(&current)?));
         }
         let updated = work.store.update(&current.name, revision, input.publish, change)?;
-        upload.keep();
+        pending.keep();
         remove_unused(&work, &updated.old);
         Ok(Ok(updated))
     })
@@ -274,15 +290,42 @@ pub async fn update_configuration<B: Backend>(
             session.pass_role(role)?;
         }
         let revision = input.revision_id.as_deref().filter(|r| !r.is_empty());
+        check_revision(&current, revision)?;
         let runtimes = work.backend.runtimes();
-        work.store.update(&current.name, revision, false, |function| {
-            Ok::<_, ApiError>(Function {
-                config: validate::update(&function.config, input.settings, &runtimes)?,
+        // Refused before a disk is built.
+        validate::update(&current.config, input.settings.clone(), &runtimes)?;
+        let mut pending = Pending::default();
+        let layers = match &input.settings.layers {
+            None => None,
+            Some(layers) => Some(layers::resolve(&work, &session, layers)?),
+        };
+        if let Some(layers) = layers.as_ref().filter(|new| **new != current.config.layers) {
+            let config = Config { layers: layers.clone(), ..current.config.clone() };
+            let built = Function { config, ..Function::clone(&current) };
+            let zip = work.code.zip(&current).map_err(|e| ApiError::Service(e.to_string()))?;
+            let disk = build_disk(&work, &zip, layers)?;
+            work.code.put_disk(&built, &disk, &mut pending).map_err(not_stored)?;
+        }
+        let change = |function: &Function| {
+            let mut config = validate::update(&function.config, input.settings, &runtimes)?;
+            if let Some(layers) = layers {
+                // The disk is of the code that there was.
+                if function.envelope != current.envelope || function.disk() != current.disk() {
+                    return Err(changed_meanwhile(&work, function));
+                }
+                config.layers = layers;
+            }
+            Ok(Function {
+                config,
                 last_modified_ms: now_ms(),
                 revision: uuid::Uuid::new_v4().to_string(),
                 ..function.clone()
             })
-        })
+        };
+        let updated = work.store.update(&current.name, revision, false, change)?;
+        pending.keep();
+        remove_unused(&work, &updated.old);
+        Ok(updated)
     })
     .await?;
     tracing::info!(function = new.name, "configuration updated");
@@ -331,11 +374,25 @@ pub async fn delete<B: Backend>(
     Ok(no_content())
 }
 
-/// Removes the code of what has gone or changed, unless another version has the same.
+/// Removes code, disk and layers of what has gone or changed, unless another version has the same.
 fn remove_unused<B: Backend>(app: &App<B>, old: &Function) {
     if !app.store.uses_code(&old.code.blob) {
-        app.code.remove(&old.code);
+        app.code.remove_archive(&old.code);
     }
+    let disk = old.disk();
+    if !app.store.uses_disk(&disk) {
+        app.code.remove_disk(&disk);
+    }
+    if !old.config.layers.is_empty() {
+        layers::remove_unused(app);
+    }
+}
+
+fn changed_meanwhile<B: Backend>(app: &App<B>, function: &Function) -> ApiError {
+    ApiError::ResourceConflict(format!(
+        "The operation cannot be performed at this time. An update is in progress for resource: {}",
+        app.place.arn(&function.name)
+    ))
 }
 
 /// GetAccountSettings.
@@ -344,6 +401,7 @@ pub async fn account_settings<B: Backend>(
 ) -> Result<Response<Body>, ApiError> {
     let functions = app.store.all();
     let code_size: u64 = functions.iter().map(|f| f.code.size).sum();
+    let code_size = code_size + app.store.layer_bytes();
     let count = functions.iter().filter(|f| f.version == Version::Latest).count();
     let settings: Value = json!({
         "AccountLimit": {
@@ -396,13 +454,8 @@ pub(super) fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiEr
     }
 }
 
-/// Decodes, checks and stores uploaded code.
-fn store_code<B: Backend>(
-    app: &App<B>,
-    function: &str,
-    envelope: &Envelope,
-    upload: CodeUpload<'_>,
-) -> Result<Upload, ApiError> {
+/// The archive that is uploaded.
+pub(super) fn uploaded(upload: CodeUpload<'_>) -> Result<Vec<u8>, ApiError> {
     let refuse = |message: &str| Err(ApiError::InvalidParameterValue(message.into()));
     if upload.image_uri.is_some() {
         return refuse("Firn does not support ImageUri yet. Use ZipFile.");
@@ -413,20 +466,33 @@ fn store_code<B: Backend>(
     let Some(blob) = upload.zip_file else {
         return refuse("Please provide a source for function code.");
     };
-    let Ok(zip) = STANDARD.decode(blob.0.as_bytes()) else {
-        return Err(ApiError::Serialization("ZipFile is not valid base64".into()));
-    };
-    let build = |zip: &[u8]| app.backend.build_disk(zip);
-    app.code.put(function, envelope, &zip, build).map_err(code_error)
+    STANDARD
+        .decode(blob.0.as_bytes())
+        .map_err(|_| ApiError::Serialization("ZipFile is not valid base64".into()))
 }
 
-fn code_error(error: CodeError) -> ApiError {
+/// Builds the disk of a function's archive and its layers.
+fn build_disk<B: Backend>(app: &App<B>, zip: &[u8], layers: &[Layer]) -> Result<Disk, ApiError> {
+    let layers = workshop::layers(&app.store, &app.code, layers)
+        .map_err(|error| ApiError::Service(error.to_string()))?;
+    Ok(app.backend.build_disk(zip, &layers).map_err(code_error)?.disk)
+}
+
+pub(super) fn not_stored(error: io::Error) -> ApiError {
+    ApiError::Service(format!("The code could not be stored: {error}"))
+}
+
+pub(super) fn code_error(error: CodeError) -> ApiError {
     match error {
         CodeError::ZippedTooLarge { limit, .. } => ApiError::InvalidParameterValue(format!(
             "Zipped size must be smaller than {limit} bytes"
         )),
         CodeError::UnzippedTooLarge { limit } => ApiError::InvalidParameterValue(format!(
             "Unzipped size must be smaller than {limit} bytes"
+        )),
+        CodeError::CombinedTooLarge { size, limit } => ApiError::InvalidParameterValue(format!(
+            "Function code combined with layers exceeds the maximum allowed size of {limit} bytes. \
+             The actual size is {size} bytes."
         )),
         CodeError::Empty => {
             ApiError::InvalidParameterValue("Uploaded file must be a non-empty zip".into())

@@ -149,7 +149,7 @@ impl Session {
             let _ = self.0.resource.set(resource.to_owned());
         }
         let mut context = self.0.context.clone();
-        if action.starts_with("lambda:") {
+        if action.starts_with("lambda:") && resource.split(':').nth(5) != Some("layer") {
             context.set("lambda:FunctionArn", resource);
         }
         self.may_in(action, resource, context)
@@ -454,7 +454,7 @@ async fn admit<B: Backend>(
     body: Body,
     session: &Session,
 ) -> Result<Admitted, ApiError> {
-    let proven = operation.on == On::Link && is_proven(identity, parts);
+    let proven = matches!(operation.on, On::Link | On::LayerLink) && is_proven(identity, parts);
     if operation.on == On::Health || proven {
         return Ok(Admitted::Freely(body));
     }

@@ -13,6 +13,7 @@ mod functions;
 pub mod gate;
 mod invoke;
 mod invoke_stream;
+mod layers;
 pub mod names;
 mod operations;
 mod pages;
@@ -141,7 +142,6 @@ pub struct App<B: Backend> {
 impl<B: Backend> App<B> {
     /// Puts the parts together, and has the scheduler run what is in the store.
     pub fn new(
-        store: Arc<Store>,
         workshop: crate::workshop::Workshop<B>,
         scheduler: Arc<Scheduler<B>>,
         events: Arc<Events<B>>,
@@ -149,7 +149,7 @@ impl<B: Backend> App<B> {
         settings: Settings,
     ) -> Arc<Self> {
         let app = Self {
-            store,
+            store: workshop.store,
             code: workshop.code,
             logs: workshop.logs,
             metrics: workshop.metrics,

@@ -32,6 +32,11 @@ impl Place {
     pub fn arn(&self, name: &str) -> String {
         format!("arn:aws:lambda:{}:{}:function:{name}", self.region, self.account)
     }
+
+    /// The ARN of a layer without a version.
+    pub fn layer_arn(&self, name: &str) -> String {
+        format!("arn:aws:lambda:{}:{}:layer:{name}", self.region, self.account)
+    }
 }
 
 /// A parsed reference to a function.
@@ -166,7 +171,8 @@ fn is_digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
-fn is_name(text: &str) -> bool {
+/// Whether `text` consists of the letters that names have.
+pub fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 

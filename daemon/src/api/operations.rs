@@ -10,7 +10,7 @@ use axum::{
     http::request::Parts,
 };
 
-use super::{Target, error::ApiError, names::Place, names::Reference};
+use super::{Target, error::ApiError, layers, names::Place, names::Reference};
 
 /// One operation of the API.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,12 +45,16 @@ pub enum On {
     Function,
     /// What the ARN in the path names.
     Arn,
-    /// Only the body says: the handler asks for leave itself.
+    /// The layer, or its version, that the path names.
+    Layer,
+    /// Only the body says, or the query: the handler asks for leave itself.
     Body,
     /// Something of another service: the body says which operation it is.
     Service,
     /// The function's code; a link with a proof will do instead of a signature.
     Link,
+    /// The same of a layer.
+    LayerLink,
     /// Whether the daemon is well, which everybody may ask.
     Health,
 }
@@ -105,6 +109,16 @@ operations! {
     GET_EVENT_CONFIG: Read on Function, "lambda:GetFunctionEventInvokeConfig", "GetFunctionEventInvokeConfig";
     DELETE_EVENT_CONFIG: Write on Function, "lambda:DeleteFunctionEventInvokeConfig", "DeleteFunctionEventInvokeConfig";
     LIST_EVENT_CONFIGS: Read on Function, "lambda:ListFunctionEventInvokeConfigs", "ListFunctionEventInvokeConfigs";
+    PUBLISH_LAYER: Write on Layer, "lambda:PublishLayerVersion", "PublishLayerVersion20181031";
+    GET_LAYER: Read on Layer, "lambda:GetLayerVersion", "GetLayerVersion20181031";
+    GET_LAYER_BY_ARN: Read on Body, "lambda:GetLayerVersion", "GetLayerVersionByArn20181031";
+    LIST_LAYERS: Read on Account, "lambda:ListLayers", "ListLayers20181031";
+    LIST_LAYER_VERSIONS: Read on Layer, "lambda:ListLayerVersions", "ListLayerVersions20181031";
+    DELETE_LAYER: Write on Layer, "lambda:DeleteLayerVersion", "DeleteLayerVersion20181031";
+    ADD_LAYER_PERMISSION: Write on Layer, "lambda:AddLayerVersionPermission", "AddLayerVersionPermission20181031";
+    REMOVE_LAYER_PERMISSION: Write on Layer, "lambda:RemoveLayerVersionPermission", "RemoveLayerVersionPermission20181031";
+    GET_LAYER_POLICY: Read on Layer, "lambda:GetLayerVersionPolicy", "GetLayerVersionPolicy20181031";
+    LAYER_CONTENT: Read on LayerLink, "firn:GetLayerContent", "GetLayerContent";
     // Of other services: which operation it is stands in the body.
     SERVICE: Write on Service, "", "";
     HEALTH: Read on Health, "firn:GetHealth", "GetHealth";
@@ -117,10 +131,14 @@ operations! {
 }
 
 impl Operation {
-    /// The operation that a request means: one path has two, which a parameter tells apart.
+    /// The operation that a request means: two paths have two each, which a parameter tells apart.
     pub fn meant(&'static self, query: Option<&str>) -> &'static Self {
-        let lists = query.is_some_and(|query| query.split('&').any(|pair| pair == "List=ALL"));
-        if std::ptr::eq(self, &GET_PROVISIONED) && lists { &LIST_PROVISIONED } else { self }
+        let has = |wanted| query.is_some_and(|query| query.split('&').any(|pair| pair == wanted));
+        match self {
+            one if std::ptr::eq(one, &GET_PROVISIONED) && has("List=ALL") => &LIST_PROVISIONED,
+            one if std::ptr::eq(one, &LIST_LAYERS) && has("find=LayerVersion") => &GET_LAYER_BY_ARN,
+            one => one,
+        }
     }
 
     /// What a request is on, as far as its head says.
@@ -144,6 +162,12 @@ impl Operation {
                 let arn = arn.unwrap_or_default();
                 // What the handler takes it for, whatever else it may look like.
                 Reference::parse(&arn, None).map(|reference| Some(reference.arn(place)))
+            }
+            On::Layer | On::LayerLink => {
+                let path = Path::<HashMap<String, String>>::from_request_parts(parts, &()).await;
+                let path = path.map(|Path(path)| path).unwrap_or_default();
+                let part = |name| path.get(name).map(String::as_str);
+                layers::arn(place, part("layer").unwrap_or_default(), part("version")).map(Some)
             }
             On::Body | On::Service | On::Health => Ok(None),
         }

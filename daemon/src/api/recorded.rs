@@ -27,11 +27,21 @@ const MAX_TEXT: usize = 1024;
 pub const MAX_BODY: usize = 64 << 10;
 
 /// Parameters of a query that are recorded.
-const QUERY: [&str; 7] =
-    ["Qualifier", "FunctionVersion", "MaxItems", "Marker", "RevisionId", "tagKeys", "List"];
+const QUERY: [&str; 10] = [
+    "Qualifier",
+    "FunctionVersion",
+    "MaxItems",
+    "Marker",
+    "RevisionId",
+    "tagKeys",
+    "List",
+    "Arn",
+    "CompatibleRuntime",
+    "CompatibleArchitecture",
+];
 
 /// Members of requests and answers that are recorded.
-const MEMBERS: [&str; 59] = [
+const MEMBERS: [&str; 67] = [
     "Action",
     "AdditionalVersionWeights",
     "AliasArn",
@@ -39,6 +49,10 @@ const MEMBERS: [&str; 59] = [
     "Architectures",
     "CodeSha256",
     "CodeSize",
+    "CompatibleArchitectures",
+    "CompatibleRuntimes",
+    "Content",
+    "CreatedDate",
     "DeadLetterConfig",
     "Description",
     "Destination",
@@ -54,7 +68,10 @@ const MEMBERS: [&str; 59] = [
     "KMSKeyArn",
     "LastModified",
     "LastUpdateStatus",
+    "LayerArn",
+    "LayerVersionArn",
     "Layers",
+    "LicenseInfo",
     "LogFormat",
     "LogGroup",
     "LoggingConfig",
@@ -66,6 +83,7 @@ const MEMBERS: [&str; 59] = [
     "OnFailure",
     "OnSuccess",
     "OptimizationStatus",
+    "OrganizationId",
     "PackageType",
     "Principal",
     "PrincipalOrgID",
@@ -159,7 +177,10 @@ impl Draft {
         }
         if let Some(arn) = session.resource() {
             let account = record["recipientAccountId"].clone();
-            let kind = "AWS::Lambda::Function";
+            let kind = match arn.split(':').nth(5) {
+                Some("layer") => "AWS::Lambda::LayerVersion",
+                _ => "AWS::Lambda::Function",
+            };
             record["resources"] = json!([{"ARN": arn, "accountId": account, "type": kind}]);
         }
         let mut changes = self.operation.kind == Kind::Write;
@@ -219,6 +240,8 @@ async fn parameters(parts: &mut Parts) -> Value {
                 "name" => "functionName",
                 "alias" => "name",
                 "sid" => "statementId",
+                "layer" => "layerName",
+                "version" => "versionNumber",
                 "arn" => "resource",
                 other => other,
             };

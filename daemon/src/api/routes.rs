@@ -12,8 +12,8 @@ use axum::{
 
 use super::{
     App, aliases, common, concurrency, event_config, firn_api, functions, gate, gate::Gate, invoke,
-    invoke_stream, no_method, no_operation, operations as op, operations::Operation, permissions,
-    services, tags, url_config, urls, versions,
+    invoke_stream, layers, no_method, no_operation, operations as op, operations::Operation,
+    permissions, services, tags, url_config, urls, versions,
 };
 use crate::backend::Backend;
 
@@ -194,6 +194,36 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
         (
             "/2019-09-25/functions/{name}/event-invoke-config/list",
             vec![on.get(&op::LIST_EVENT_CONFIGS, event_config::list::<B>)],
+        ),
+        ("/2018-10-31/layers", vec![on.get(&op::LIST_LAYERS, layers::list::<B>)]),
+        (
+            "/2018-10-31/layers/{layer}/versions",
+            vec![
+                on.get(&op::LIST_LAYER_VERSIONS, layers::versions::<B>),
+                on.post(&op::PUBLISH_LAYER, layers::publish::<B>),
+            ],
+        ),
+        (
+            "/2018-10-31/layers/{layer}/versions/{version}",
+            vec![
+                on.get(&op::GET_LAYER, layers::get::<B>),
+                on.delete(&op::DELETE_LAYER, layers::delete::<B>),
+            ],
+        ),
+        (
+            "/2018-10-31/layers/{layer}/versions/{version}/policy",
+            vec![
+                on.get(&op::GET_LAYER_POLICY, layers::policy::get::<B>),
+                on.post(&op::ADD_LAYER_PERMISSION, layers::policy::add::<B>),
+            ],
+        ),
+        (
+            "/2018-10-31/layers/{layer}/versions/{version}/policy/{sid}",
+            vec![on.delete(&op::REMOVE_LAYER_PERMISSION, layers::policy::remove::<B>)],
+        ),
+        (
+            "/firn/v1/layers/{layer}/versions/{version}/content",
+            vec![on.get(&op::LAYER_CONTENT, layers::content::<B>)],
         ),
         ("/firn/v1/health", vec![on.get(&op::HEALTH, firn_api::health::<B>)]),
         ("/firn/v1/instances", vec![on.get(&op::INSTANCES, firn_api::instances::<B>)]),

@@ -13,7 +13,7 @@ use super::names::Place;
 use crate::function::{Function, Version};
 
 /// Everything that CreateFunction and UpdateFunctionConfiguration have in common.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Settings {
     pub(crate) runtime: Option<String>,
@@ -32,7 +32,7 @@ pub struct Settings {
     pub(crate) tags: Option<BTreeMap<String, String>>,
     pub(crate) vpc_config: Option<Value>,
     pub(crate) dead_letter_config: Option<Value>,
-    pub(crate) layers: Option<Value>,
+    pub(crate) layers: Option<Vec<String>>,
     pub(crate) file_system_configs: Option<Value>,
     pub(crate) code_signing_config_arn: Option<Value>,
     pub(crate) image_config: Option<Value>,
@@ -44,7 +44,7 @@ pub struct Settings {
 }
 
 /// `Environment`.
-#[derive(Default, Deserialize)]
+#[derive(Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Environment {
     pub(crate) variables: Option<BTreeMap<String, String>>,
@@ -58,28 +58,28 @@ impl fmt::Debug for Environment {
 }
 
 /// `EphemeralStorage`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct EphemeralStorage {
     pub(crate) size: i64,
 }
 
 /// `SnapStart`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct SnapStart {
     pub(crate) apply_on: Option<String>,
 }
 
 /// `TracingConfig`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct TracingConfig {
     pub(crate) mode: Option<String>,
 }
 
 /// `LoggingConfig`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct LoggingConfig {
     pub(crate) log_format: Option<String>,
@@ -185,6 +185,30 @@ pub struct TagResource {
     pub(crate) tags: Option<BTreeMap<String, String>>,
 }
 
+/// PublishLayerVersion.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct PublishLayerVersion<'a> {
+    #[serde(borrow, default)]
+    pub(crate) content: Option<CodeUpload<'a>>,
+    pub(crate) description: Option<String>,
+    pub(crate) license_info: Option<String>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(crate) compatible_runtimes: Vec<String>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(crate) compatible_architectures: Vec<String>,
+}
+
+/// AddLayerVersionPermission.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AddLayerVersionPermission {
+    pub(crate) statement_id: Option<String>,
+    pub(crate) action: Option<String>,
+    pub(crate) principal: Option<String>,
+    pub(crate) organization_id: Option<String>,
+}
+
 /// Where code comes from. The zip file is borrowed from the body: it may be 70 MB of base64.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -242,6 +266,8 @@ pub struct FunctionConfiguration<'a> {
     ephemeral_storage: Value,
     snap_start: Value,
     logging_config: Value,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<Value>,
 }
 
 impl<'a> FunctionConfiguration<'a> {
@@ -279,6 +305,14 @@ impl<'a> FunctionConfiguration<'a> {
                 "LogFormat": "Text",
                 "LogGroup": format!("/aws/lambda/{}", function.name),
             }),
+            layers: config
+                .layers
+                .iter()
+                .map(|layer| {
+                    let arn = format!("{}:{}", place.layer_arn(&layer.name), layer.version);
+                    serde_json::json!({ "Arn": arn, "CodeSize": layer.size })
+                })
+                .collect(),
         }
     }
 

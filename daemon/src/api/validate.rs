@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{ApiError, violation},
+    layers,
     names::{is_alias, is_region},
     shapes::{AddPermission, CreateAlias, PublishVersion, RoutingConfig, Settings, UpdateAlias},
 };
@@ -63,14 +64,14 @@ const RESERVED: [&str; 21] = [
 
 /// Collects violations of single members.
 #[derive(Default)]
-struct Violations(Vec<String>);
+pub(super) struct Violations(Vec<String>);
 
 impl Violations {
-    fn add(&mut self, member: &str, value: &str, constraint: &str) {
+    pub(super) fn add(&mut self, member: &str, value: &str, constraint: &str) {
         self.0.push(violation(member, value, constraint));
     }
 
-    fn range(&mut self, member: &str, value: Option<i64>, (least, most): (i64, i64)) {
+    pub(super) fn range(&mut self, member: &str, value: Option<i64>, (least, most): (i64, i64)) {
         let Some(value) = value else { return };
         let (bound, limit) = match value {
             v if v < least => ("greater", least),
@@ -81,7 +82,7 @@ impl Violations {
         self.add(member, &value.to_string(), &constraint);
     }
 
-    fn length(&mut self, member: &str, value: Option<&str>, most: usize) {
+    pub(super) fn length(&mut self, member: &str, value: Option<&str>, most: usize) {
         if let Some(value) = value.filter(|v| v.chars().count() > most) {
             let limit = format!("Member must have length less than or equal to {most}");
             self.add(member, value, &limit);
@@ -129,14 +130,20 @@ impl Violations {
         }
     }
 
-    fn pattern(&mut self, member: &str, value: Option<&str>, fits: fn(&str) -> bool, shown: &str) {
+    pub(super) fn pattern(
+        &mut self,
+        member: &str,
+        value: Option<&str>,
+        fits: fn(&str) -> bool,
+        shown: &str,
+    ) {
         if let Some(value) = value.filter(|v| !fits(v)) {
             let constraint = format!("Member must satisfy regular expression pattern: {shown}");
             self.add(member, value, &constraint);
         }
     }
 
-    fn check(self) -> Result<(), ApiError> {
+    pub(super) fn check(self) -> Result<(), ApiError> {
         match self.0.len() {
             0 => Ok(()),
             1 => Err(ApiError::Validation(format!("1 validation error detected: {}", self.0[0]))),
@@ -176,6 +183,7 @@ pub fn create(settings: Settings, runtimes: &[String]) -> Result<Config, ApiErro
         memory_mb: 128,
         environment: BTreeMap::new(),
         tracing: "PassThrough".into(),
+        layers: Vec::new(),
     };
     apply(blank, settings, runtimes)
 }
@@ -361,6 +369,14 @@ fn members(settings: &Settings) -> Violations {
             );
         }
     }
+    for arn in settings.layers.iter().flatten() {
+        found.pattern(
+            "layers",
+            Some(arn),
+            |arn| layers::version_arn(arn).is_some(),
+            layers::VERSION_ARN,
+        );
+    }
     let tracing = settings.tracing_config.as_ref().and_then(|t| t.mode.as_deref());
     if let Some(mode) = tracing.filter(|mode| !matches!(*mode, "Active" | "PassThrough")) {
         let set = "Member must satisfy enum value set: [Active, PassThrough]";
@@ -421,7 +437,6 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
     for (name, value) in [
         ("VpcConfig", &settings.vpc_config),
         ("DeadLetterConfig", &settings.dead_letter_config),
-        ("Layers", &settings.layers),
         ("FileSystemConfigs", &settings.file_system_configs),
         ("CodeSigningConfigArn", &settings.code_signing_config_arn),
         ("ImageConfig", &settings.image_config),
@@ -511,7 +526,7 @@ fn is_action(text: &str) -> bool {
     text == "*" || name.is_some_and(|name| name == "*" || letters(name))
 }
 
-fn is_organization(text: &str) -> bool {
+pub(super) fn is_organization(text: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let id = text.strip_prefix("o-").filter(|id| (10..=32).contains(&id.len()));
     id.is_some_and(|id| id.bytes().all(allowed))
@@ -612,7 +627,7 @@ mod tests {
             (json!({"PackageType": "Tar"}), "[Zip, Image]"),
             (json!({"Architectures": ["arm64"]}), "arm64"),
             (json!({"EphemeralStorage": {"Size": 1024}}), "1024"),
-            (json!({"Layers": ["arn:x"]}), "Layers"),
+            (json!({"Layers": ["arn:x"]}), "at 'layers'"),
             (json!({"VpcConfig": {"SubnetIds": ["s"], "SecurityGroupIds": []}}), "VpcConfig"),
             (
                 json!({"Environment": {"Variables": {"AWS_REGION": "x", "_HANDLER": "y"}}}),

@@ -10,7 +10,7 @@ use std::{
 
 use zip::{ZipArchive, result::ZipError};
 
-use super::{CodeError, MAX_ENTRIES, MAX_UNZIPPED, MAX_ZIPPED, io_at};
+use super::{CodeError, MAX_ENTRIES, MAX_ZIPPED, io_at};
 
 /// Longest name of an entry in bytes.
 const MAX_NAME: usize = 1024;
@@ -31,13 +31,34 @@ pub(super) struct Extracted {
     pub(super) unzipped_bytes: u64,
 }
 
-/// Checks all of `zip` that can be checked without inflating, then extracts it into the empty
-/// directory `tree`.
-pub(super) fn extract(zip: &[u8], tree: &Path) -> Result<Extracted, CodeError> {
-    extract_within(zip, tree, MAX_UNZIPPED)
+/// An archive in memory.
+type Archive<'a> = ZipArchive<Cursor<&'a [u8]>>;
+
+/// What an archive says that it holds.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Summary {
+    pub(super) entries: usize,
+    pub(super) bytes: u64,
 }
 
-fn extract_within(zip: &[u8], tree: &Path, limit: u64) -> Result<Extracted, CodeError> {
+/// Checks all of `zip` that can be checked without inflating. Its files may have `limit` bytes.
+pub(super) fn check(zip: &[u8], limit: u64) -> Result<Summary, CodeError> {
+    open(zip, limit).map(|(_, summary)| summary)
+}
+
+/// Checks `zip` as [`check`] does, then extracts it into the empty directory `tree`.
+pub(super) fn extract(zip: &[u8], tree: &Path, limit: u64) -> Result<Extracted, CodeError> {
+    let (mut archive, Summary { entries, .. }) = open(zip, limit)?;
+    let mut unzipped_bytes = 0;
+    for index in 0..entries {
+        let room = limit - unzipped_bytes;
+        unzipped_bytes += extract_entry(&mut archive, index, tree, room)?
+            .ok_or(CodeError::UnzippedTooLarge { limit })?;
+    }
+    Ok(Extracted { entries, unzipped_bytes })
+}
+
+fn open(zip: &[u8], limit: u64) -> Result<(Archive<'_>, Summary), CodeError> {
     let size = zip.len() as u64;
     if size > MAX_ZIPPED {
         return Err(CodeError::ZippedTooLarge { size, limit: MAX_ZIPPED });
@@ -48,20 +69,15 @@ fn extract_within(zip: &[u8], tree: &Path, limit: u64) -> Result<Extracted, Code
     if archive.is_empty() {
         return Err(CodeError::Empty);
     }
-    let mut claimed = 0u64;
-    for index in 0..archive.len() {
-        claimed = claimed.saturating_add(check_entry(&mut archive, index)?);
+    let entries = archive.len();
+    let mut bytes = 0u64;
+    for index in 0..entries {
+        bytes = bytes.saturating_add(check_entry(&mut archive, index)?);
     }
-    if claimed > limit {
+    if bytes > limit {
         return Err(CodeError::UnzippedTooLarge { limit });
     }
-    let mut unzipped_bytes = 0;
-    for index in 0..archive.len() {
-        let room = limit - unzipped_bytes;
-        unzipped_bytes += extract_entry(&mut archive, index, tree, room)?
-            .ok_or(CodeError::UnzippedTooLarge { limit })?;
-    }
-    Ok(Extracted { entries: archive.len(), unzipped_bytes })
+    Ok((archive, Summary { entries, bytes }))
 }
 
 /// Walks the central directory itself: the archive reader keeps one entry a name, so that it can't
@@ -125,7 +141,7 @@ fn plain_path(raw: &[u8]) -> Result<PathBuf, CodeError> {
 }
 
 /// Checks what can be known before inflating; returns the size that the entry claims.
-fn check_entry(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize) -> Result<u64, CodeError> {
+fn check_entry(archive: &mut Archive<'_>, index: usize) -> Result<u64, CodeError> {
     let entry =
         archive.by_index_raw(index).map_err(|e| CodeError::NotAZip { reason: e.to_string() })?;
     let raw = entry.name_raw();
@@ -143,7 +159,7 @@ fn check_entry(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize) -> Result<
 
 /// Writes one entry; returns its size, or `None` where it is over `room`.
 fn extract_entry(
-    archive: &mut ZipArchive<Cursor<&[u8]>>,
+    archive: &mut Archive<'_>,
     index: usize,
     tree: &Path,
     room: u64,
@@ -206,13 +222,16 @@ fn make_dirs(tree: &Path, dir: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
     use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-    use super::{super::build_disk, *};
+    use super::{
+        super::{MAX_UNZIPPED, build_disk},
+        *,
+    };
 
-    fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    pub(crate) fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
         let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
         for (name, content) in entries {
             let options = SimpleFileOptions::default().unix_permissions(0o600);
@@ -242,7 +261,7 @@ mod tests {
     }
 
     fn error(zip: &[u8]) -> CodeError {
-        build_disk(zip).unwrap_err()
+        build_disk(zip, &[]).unwrap_err()
     }
 
     fn reason(zip: &[u8]) -> String {
@@ -308,7 +327,7 @@ mod tests {
         let mut bomb = archive(&[("bomb", &[0; 100_000])]);
         let refused = |zip: &[u8]| {
             let tree = tempfile::tempdir().unwrap();
-            let error = extract_within(zip, tree.path(), 99_999).unwrap_err();
+            let error = extract(zip, tree.path(), 99_999).unwrap_err();
             assert!(fs::metadata(tree.path().join("bomb")).map_or(0, |m| m.len()) <= 99_999);
             error
         };
@@ -320,11 +339,11 @@ mod tests {
         ));
         let tree = tempfile::tempdir().unwrap();
         let exact = archive(&[("a", &[0; 60_000]), ("b", &[0; 40_000])]);
-        assert_eq!(extract_within(&exact, tree.path(), 100_000).unwrap().unzipped_bytes, 100_000);
+        assert_eq!(extract(&exact, tree.path(), 100_000).unwrap().unzipped_bytes, 100_000);
     }
 
     /// Replaces a number wherever an archive has it, and says how often.
-    fn replace(zip: &mut [u8], from: u32, to: u32) -> usize {
+    pub(crate) fn replace(zip: &mut [u8], from: u32, to: u32) -> usize {
         let places: Vec<_> =
             (0..zip.len() - 3).filter(|at| zip[*at..at + 4] == from.to_le_bytes()).collect();
         for at in &places {
@@ -343,7 +362,7 @@ mod tests {
         }
         let zip = writer.finish().unwrap().into_inner();
         let tree = tempfile::tempdir().unwrap();
-        let extracted = extract(&zip, tree.path()).unwrap();
+        let extracted = extract(&zip, tree.path(), MAX_UNZIPPED).unwrap();
         assert_eq!(extracted, Extracted { entries: 3, unzipped_bytes: 22 });
         let mode = |name: &str| {
             fs::metadata(tree.path().join(name)).unwrap().permissions().mode() & 0o7777
@@ -361,7 +380,7 @@ mod tests {
             ("empty/", b""),
             ("pkg/data.bin", &[7; 10_000]),
         ]);
-        let report = match build_disk(&zip) {
+        let report = match build_disk(&zip, &[]) {
             Err(CodeError::Mkfs { reason }) if reason.contains("not found") => {
                 eprintln!("skipped: {reason}");
                 return;
@@ -374,7 +393,7 @@ mod tests {
             disk.reader().unwrap().read_to_end(&mut bytes).unwrap();
             bytes
         };
-        let (one, two) = (read(report.disk), read(build_disk(&zip).unwrap().disk));
+        let (one, two) = (read(report.disk), read(build_disk(&zip, &[]).unwrap().disk));
         assert!(one == two, "disks differ");
         assert_eq!(one[1024..1028], 0xe0f5_e1e2_u32.to_le_bytes(), "EROFS magic");
         assert_eq!(one.len() % 512, 0);
@@ -394,7 +413,7 @@ mod tests {
             let outer = tempfile::tempdir().unwrap();
             let tree = outer.path().join("tree");
             fs::create_dir(&tree).unwrap();
-            let _ = extract(&zip, &tree);
+            let _ = extract(&zip, &tree, MAX_UNZIPPED);
             prop_assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
         }
     }

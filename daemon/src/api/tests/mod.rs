@@ -8,6 +8,7 @@ mod events;
 mod identity;
 mod invocations;
 mod isolation;
+mod layers;
 mod load;
 mod logs;
 mod metrics;
@@ -130,7 +131,13 @@ async fn start_within(
     let workshop = Workshop {
         backend: fake.clone(),
         place: Place { region: "us-east-1".into(), account: "000000000000".into() },
-        code: CodeStore::open(dir.join("code"), |blob| store.uses_code(blob)).unwrap(),
+        store: store.clone(),
+        code: CodeStore::open(
+            dir.join("code"),
+            |blob| store.uses_code(blob) || store.is_layer(blob),
+            |disk| store.uses_disk(disk),
+        )
+        .unwrap(),
         logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
         metrics: crate::metrics::Metrics::open(&dir.join("metrics.sqlite")).unwrap(),
         patience: 1,
@@ -168,7 +175,7 @@ async fn start_within(
     let urls = Urls::new("us-east-1", "localhost", address.port());
     let callers = Callers { identity, audit };
     let settings = Settings { concurrency, stream_rate: None, urls };
-    let app = App::new(store, workshop, scheduler.clone(), events.clone(), callers, settings);
+    let app = App::new(workshop, scheduler.clone(), events.clone(), callers, settings);
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
     let routes = router(app.clone());
