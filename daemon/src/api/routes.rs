@@ -245,12 +245,14 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     for (path, handlers) in routes {
         let handlers =
             handlers.into_iter().fold(MethodRouter::new(), |all, Route(one)| all.merge(one));
-        let handlers = handlers.fallback(no_method);
-        router = router.route(path, handlers.clone());
-        if path != "/" {
-            // SDKs of several ages differ in whether a slash ends the path.
-            router = router.route(&format!("{path}/"), handlers);
+        if path == "/" {
+            // It names nothing that other methods could be for.
+            router = router.route(path, handlers.fallback(no_operation));
+            continue;
         }
+        let handlers = handlers.fallback(no_method);
+        // SDKs of several ages differ in whether a slash ends the path.
+        router = router.route(path, handlers.clone()).route(&format!("{path}/"), handlers);
     }
     router
         .fallback(no_operation)
