@@ -29,7 +29,6 @@ use std::{
 
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
-use tokio_util::task::TaskTracker;
 
 pub use self::{admission::Reserve, concurrency::InFlight, trace::Trace};
 use self::{
@@ -46,9 +45,6 @@ use crate::{
     prepare::Preparer,
     workshop::{Output, Workshop},
 };
-
-/// Time that logs get to be written when the last answer is out.
-const LAST_TAILS: Duration = Duration::from_secs(2);
 
 /// What one request may find of those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -224,8 +220,6 @@ pub struct Scheduler<B: Backend> {
     concurrency: Arc<Concurrency>,
     provision: Provision,
     admission: Admission,
-    /// What goes on after answers: logs to write, instances to pause or retire.
-    tails: TaskTracker,
     instances: Mutex<BTreeMap<String, Listed>>,
 }
 
@@ -240,7 +234,6 @@ impl<B: Backend> Scheduler<B> {
             provision: Provision::default(),
             admission: Admission::new(limits.reserve.clone()),
             limits,
-            tails: TaskTracker::new(),
             instances: Mutex::default(),
         });
         let weak = Arc::downgrade(&scheduler);
@@ -329,10 +322,6 @@ impl<B: Backend> Scheduler<B> {
         if tokio::time::timeout(patience, self.concurrency.drained()).await.is_err() {
             tracing::warn!("invocations in flight are cut off");
         }
-        self.tails.close();
-        if tokio::time::timeout(LAST_TAILS, self.tails.wait()).await.is_err() {
-            tracing::warn!("the last lines of some logs are lost");
-        }
         drop(self.pools.drain());
         self.workshop.backend.shutdown().await;
         self.workshop.logs.flush().await;
@@ -381,9 +370,8 @@ impl<B: Backend> Scheduler<B> {
             return self.retire(worker);
         }
         let scheduler = self.clone();
-        self.tails.spawn(async move {
+        tokio::spawn(async move {
             let (function, fingerprint) = (worker.function.clone(), worker.fingerprint.clone());
-            worker.output.stream.flush().await;
             let rested = match scheduler.limits.isolation {
                 Isolation::Warm => worker.machine.pause().await,
                 Isolation::PerInvocation => worker.machine.reset().await,
@@ -463,14 +451,11 @@ impl<B: Backend> Scheduler<B> {
         }
     }
 
-    fn retire(&self, mut worker: Worker<B::Machine>) {
+    fn retire(&self, worker: Worker<B::Machine>) {
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         instances.remove(&worker.listed_as);
         drop(instances);
-        self.tails.spawn(async move {
-            worker.output.stream.flush().await;
-            worker.machine.retire().await;
-        });
+        tokio::spawn(worker.machine.retire());
     }
 
     /// Room for one more instance; idle ones of any function make way for it.

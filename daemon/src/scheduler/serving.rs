@@ -262,13 +262,12 @@ async fn ended(
     begun: Instant,
 ) -> Served {
     let (tail, took) = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
-    output.stream.flush().await;
     let trace = std::mem::take(&mut request.trace);
     Served { kind: StartKind::Thaw, answer, tail, took, trace }
 }
 
-/// Adds the end of an invocation to its log, and gives the tail and what the invocation took; to write the
-/// log down is left to whoever has the time.
+/// Hands the log with the end of an invocation to its writer, so that whoever has the answer finds it there, and
+/// gives the tail and what the invocation took.
 async fn write_end(
     output: &mut Output,
     request: &Request,
@@ -299,5 +298,7 @@ async fn write_end(
     }
     stream.service(&report::end(request_id)).await;
     stream.service(&line.to_string()).await;
-    (stream.tail().to_vec(), Took::from(&line))
+    let tail = stream.tail().to_vec();
+    stream.flush().await;
+    (tail, Took::from(&line))
 }
