@@ -11,7 +11,6 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use firn::Invocation;
 use serde::{Deserialize, Serialize};
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     App, MAX_ASYNC_EVENT, MAX_EVENT, MAX_INVOKE_ARGS, RequestInfo, Target, announced,
@@ -21,7 +20,7 @@ use crate::{
     backend::Backend,
     events::queue::QueueError,
     function::{Function, Version},
-    scheduler::{self, Refusal, Served, StartKind, Trace},
+    scheduler::{self, Refusal, Room, Served, StartKind, Trace},
 };
 
 /// Longest client context in bytes, as it is sent.
@@ -85,7 +84,7 @@ pub async fn invoke<B: Backend>(
         _ => {}
     }
     let (version, tail) = (function.version, wishes.tail);
-    let (request, _room) = call.request(function, reference.arn(&app.place), wishes)?;
+    let request = call.request(function, reference.arn(&app.place), wishes)?;
     let trace_id = request.invocation.trace_id.clone();
     let served = app.scheduler.invoke(request).await?;
     Ok(respond(served, version, tail, &trace_id))
@@ -99,8 +98,8 @@ pub struct Call {
     trace: Trace,
     payload: Bytes,
     session: Session,
-    /// Held until the answer is there: this is what bounds the memory for events.
-    room: OwnedSemaphorePermit,
+    /// This is what bounds the memory for events.
+    room: Room,
 }
 
 impl Call {
@@ -128,13 +127,13 @@ impl Call {
         let size = announced(&headers).unwrap_or(limit).min(limit);
         let kib = size / 1024 + 1 + more;
         let room = app.room.clone().acquire_many_owned(kib as u32).await;
-        let room = room.map_err(|error| ApiError::Service(error.to_string()))?;
+        let room = Arc::new(room.map_err(|error| ApiError::Service(error.to_string()))?);
         let payload = read_body(&headers, body, limit, too_large).await?;
         trace.mark("body");
         Ok(Self { id, headers, trace, payload, session, room })
     }
 
-    /// What the scheduler is to do, and the room that it takes meanwhile.
+    /// What the scheduler is to do.
     ///
     /// # Errors
     /// [`ApiError::InvalidRequestContent`] for an event that is no JSON, [`ApiError::AccessDenied`] for a
@@ -144,7 +143,7 @@ impl Call {
         function: Arc<Function>,
         function_arn: String,
         wishes: Wishes,
-    ) -> Result<(scheduler::Request, OwnedSemaphorePermit), ApiError> {
+    ) -> Result<scheduler::Request, ApiError> {
         let Self { id, headers, trace, payload, session, room } = self;
         if !wishes.cognito_identity.is_empty() {
             session.may("firn:AssertCognitoIdentity", &function_arn)?;
@@ -159,8 +158,8 @@ impl Call {
             payload: checked_event(payload)?,
             response: None,
         };
-        let request = scheduler::Request { function, invocation, force: wishes.force, trace };
-        Ok((request, room))
+        let (force, room) = (wishes.force, Some(room));
+        Ok(scheduler::Request { function, invocation, force, trace, room })
     }
 }
 

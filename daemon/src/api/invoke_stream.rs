@@ -41,10 +41,9 @@ pub async fn invoke<B: Backend>(
         return Ok(no_content());
     }
     let (version, tail) = (function.version, wishes.tail);
-    let (request, room) = call.request(function, reference.arn(&app.place), wishes)?;
+    let request = call.request(function, reference.arn(&app.place), wishes)?;
     let trace_id = request.invocation.trace_id.clone();
-    let invoked =
-        response_stream::invoke(&app.scheduler, request, room, app.settings.stream_rate).await;
+    let invoked = response_stream::invoke(&app.scheduler, request, app.settings.stream_rate).await;
     let mut framing = Events { tail };
     let (body, kind) = match invoked? {
         Invoked::Begun { rest, .. } => (rest.body(Bytes::new(), framing), None),

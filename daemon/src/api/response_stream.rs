@@ -10,14 +10,11 @@ use axum::body::Body;
 use bytes::Bytes;
 use firn::{ResponsePart, guest::MAX_CHUNK};
 use futures_util::stream;
-use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
-    time::Instant,
-};
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     backend::Backend,
-    scheduler::{Refusal, Request, Scheduler, Served},
+    scheduler::{Refusal, Request, Room, Scheduler, Served},
 };
 
 /// Chunks that may wait for a client.
@@ -47,8 +44,8 @@ pub struct Rest {
     parts: mpsc::Receiver<ResponsePart>,
     served: Pin<Box<dyn Future<Output = Result<Served, Refusal>> + Send>>,
     pace: Pace,
-    /// For the event, which lives as long as its invocation.
-    room: OwnedSemaphorePermit,
+    /// For the parts, which may outlive the invocation.
+    room: Option<Room>,
 }
 
 /// What messages a streamed response is made of.
@@ -71,11 +68,11 @@ pub trait Framing: Send + 'static {
 pub async fn invoke<B: Backend>(
     scheduler: &Arc<Scheduler<B>>,
     mut request: Request,
-    room: OwnedSemaphorePermit,
     rate: Option<NonZeroU64>,
 ) -> Result<Invoked, Refusal> {
     let (sink, mut parts) = mpsc::channel(CHUNKS);
     request.invocation.response = Some(sink);
+    let room = request.room.clone();
     let scheduler = scheduler.clone();
     let mut served = Box::pin(async move { scheduler.invoke(request).await });
     tokio::select! {
@@ -109,9 +106,7 @@ impl Rest {
 
     /// How it ended; after the last chunk.
     pub async fn end(self) -> Result<Served, Refusal> {
-        let result = self.served.await;
-        drop(self.room);
-        result
+        self.served.await
     }
 
     /// `first`, then the rest, as a body.

@@ -532,7 +532,8 @@ impl<B: Backend> Events<B> {
         let waited = self.clock.now().saturating_sub(row.accepted_ms).max(0);
         self.count(name, resource, Metric::AsyncEventAge, waited as f64);
         let trace = Trace::new(std::time::Instant::now());
-        let request = Request { function: function.clone(), invocation, force: None, trace };
+        let request =
+            Request { function: function.clone(), invocation, force: None, trace, room: None };
         let result = self.scheduler.invoke(request).await;
         let later = |due: i64| due.min(deadline);
         match result {

@@ -29,6 +29,7 @@ use std::{
 
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 
 pub use self::{admission::Reserve, concurrency::InFlight, trace::Trace};
 use self::{
@@ -118,7 +119,12 @@ pub struct Request {
     pub force: Option<StartKind>,
     /// When what happened.
     pub trace: Trace,
+    /// What its event takes of the memory for events.
+    pub room: Option<Room>,
 }
+
+/// A share of the memory for events, given back when the last holder is gone.
+pub type Room = Arc<OwnedSemaphorePermit>;
 
 /// A request that was served.
 pub struct Served {

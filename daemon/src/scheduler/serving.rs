@@ -239,6 +239,7 @@ impl Request {
             invocation: Invocation::default(),
             force: None,
             trace: Trace::default(),
+            room: None,
         }
     }
 }

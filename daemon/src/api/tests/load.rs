@@ -15,6 +15,8 @@ use tokio::{
 
 use super::{FUNCTIONS, daemon, join_all, limits, zip};
 
+const STREAMED: &str = "2021-11-15/functions/f/response-streaming-invocations";
+
 /// What clients saw.
 #[derive(Debug, Default)]
 struct Seen {
@@ -149,4 +151,29 @@ async fn updates_under_load_fail_no_call() {
     assert!(updates > 5 && all > 100, "{updates} updates, {:?}", seen.statuses);
     assert_eq!(seen.of(200), all, "{:?}", seen.statuses);
     assert_eq!(d.get(&format!("{FUNCTIONS}/f")).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_takes_its_room_until_its_function_is_done() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    d.invoke("f", &[], &json!(1)).await;
+    let all = d.app.room.available_permits();
+    let event = json!({"do": "sleep", "ms": 600}).to_string();
+    for operation in ["2015-03-31/functions/f/invocations", STREAMED] {
+        let mut stream = TcpStream::connect(d.address).await.unwrap();
+        let head = format!(
+            "POST /{operation} HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n{event}",
+            d.address,
+            event.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        // Who asked has gone; the event is in memory all the same.
+        drop(stream);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(d.app.room.available_permits() < all, "{operation}");
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        assert_eq!(d.app.room.available_permits(), all, "{operation}");
+    }
 }

@@ -165,7 +165,7 @@ impl Call<'_> {
         let size = announced(&parts.headers).unwrap_or(MAX_EVENT).min(MAX_EVENT);
         let kib = size * 2 / 1024 + 1 + ROOM_KIB;
         let room = app.room.clone().acquire_many_owned(kib as u32).await;
-        let room = room.map_err(|error| ApiError::Service(error.to_string()))?;
+        let room = Arc::new(room.map_err(|error| ApiError::Service(error.to_string()))?);
         let body = read_body(&parts.headers, body, MAX_EVENT, too_large).await?;
         trace.mark("body");
         let trace_id = invoke::trace_id(&parts.headers);
@@ -194,16 +194,16 @@ impl Call<'_> {
             payload,
             ..Invocation::default()
         };
-        let request = scheduler::Request { function, invocation, force: None, trace };
+        let room = Some(room);
+        let request = scheduler::Request { function, invocation, force: None, trace, room };
         match url.mode {
             InvokeMode::Buffered => {
                 let served = app.scheduler.invoke(request).await?;
-                drop(room);
                 Ok(answer::buffered(&served.answer))
             }
             InvokeMode::ResponseStream => {
                 let rate = app.settings.stream_rate;
-                Ok(match response_stream::invoke(&app.scheduler, request, room, rate).await? {
+                Ok(match response_stream::invoke(&app.scheduler, request, rate).await? {
                     Invoked::Served(served) => answer::unstreamed(&served.answer),
                     Invoked::Begun { content_type, rest } => {
                         answer::streamed(&content_type, rest).await
