@@ -176,7 +176,7 @@ pub fn linux(site: &Site, artifacts: &Path, environment: &[(&str, String)]) -> R
     std::fs::write(&initramfs, archive.finish()?)?;
     let code = scratch::directory()?.join("busy.erofs");
     let mut mkfs = Command::new("mkfs.erofs");
-    mkfs.args(["-T0", "--all-root"]).arg(&code).arg(cargo::workspace().join("tests/guests/busy"));
+    mkfs.args(["-T0", "--all-root"]).arg(&code).arg(code_tree("busy")?);
     step::output(&mut mkfs)?;
     let (root, initramfs, code) = match site {
         Site::Native => (
@@ -202,6 +202,19 @@ pub fn linux(site: &Site, artifacts: &Path, environment: &[(&str, String)]) -> R
     ];
     files.extend_from_slice(environment);
     site.watch("the VMM's tests with Linux", &test, &files, is_result)
+}
+
+/// A guest of `tests/guests` as the tree of a code disk: the function in `task`, no layers in `opt`.
+fn code_tree(guest: &str) -> Result<PathBuf> {
+    let tree = scratch::directory()?.join(guest);
+    let task = tree.join("task");
+    std::fs::create_dir_all(&task)?;
+    std::fs::create_dir_all(tree.join("opt"))?;
+    for entry in std::fs::read_dir(cargo::workspace().join("tests/guests").join(guest))? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), task.join(entry.file_name()))?;
+    }
+    Ok(tree)
 }
 
 fn end_to_end(tally: &mut Tally, site: Site, artifacts: &Path, more: &[String]) -> Result<()> {

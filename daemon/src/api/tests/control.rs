@@ -114,7 +114,6 @@ async fn bad_input_is_refused_and_leaves_nothing() {
     assert!(twice.contains("Function already exist: good"), "{twice}");
     assert_eq!(std::fs::read_dir(dir.path().join("code")).unwrap().count(), 2);
     d.get("/2015-03-31/nothing").await.expect(404, "UnknownOperationException");
-    d.get("/").await.expect(404, "UnknownOperationException");
     let wrong = d.call("PATCH", FUNCTIONS, &[], b"").await;
     wrong.expect(405, "UnknownOperationException");
 }

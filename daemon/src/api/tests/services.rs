@@ -21,7 +21,7 @@ async fn unknown_services_and_operations_say_so() {
         assert_eq!(answer.header("x-amzn-errortype"), Some("UnknownOperationException"));
         assert!(answer.header("x-amzn-requestid").is_some());
     }
-    daemon.get("/").await.expect(405, "UnknownOperationException");
+    daemon.get("/").await.expect(404, "UnknownOperationException");
 }
 
 #[tokio::test]
