@@ -106,7 +106,9 @@ impl Rest {
 
     /// How it ended; after the last chunk.
     pub async fn end(self) -> Result<Served, Refusal> {
-        self.served.await
+        let result = self.served.await;
+        drop(self.room);
+        result
     }
 
     /// `first`, then the rest, as a body.
