@@ -165,13 +165,7 @@ impl Concurrency {
         }
         let counts = &mut *counts;
         let rest = self.limit.saturating_sub(counts.kept);
-        if !counts.functions.contains_key(name) {
-            counts.functions.insert(name.to_owned(), Function::default());
-        }
-        // Just put there if it was not.
-        let Some(function) = counts.functions.get_mut(name) else {
-            return Err(Refusal::Throttled(Limit::Account));
-        };
+        let function = counts.functions.entry(name.to_owned()).or_default();
         let running = function.provisioned.get(&version).copied().unwrap_or_default();
         let share = function.shares.provisioned.get(&version).copied().unwrap_or_default();
         let entered = if running < share {

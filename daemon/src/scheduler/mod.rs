@@ -7,8 +7,9 @@
 //! - With [`Isolation::PerInvocation`], an instance that has served is taken back to its snapshot
 //!   before it waits for the next request, or retired if it was booted.
 //! - A request that has begun runs to its end even if its caller goes away.
-//! - Work that the caller need not wait for (pausing, retiring, writing logs) happens after the
-//!   answer.
+//! - Work that the caller need not wait for (pausing, retiring) happens after the answer.
+//! - Provisioned instances are thawed before requests come, and neither idle time nor others' need
+//!   takes them.
 //! - Nothing grows without a limit: requests in flight, by account and by function; instances by host
 //!   memory; idle time.
 
