@@ -16,7 +16,11 @@ import boto3
 import botocore.config
 import pytest
 
-ROLE = "arn:aws:iam::000000000000:role/test"
+ACCOUNT = "000000000000"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/test"
+
+# How to run other clients than boto3, by name.
+COMMANDS = json.loads(os.environ.get("FIRN_CLIENTS", "{}"))
 
 # An emulated CPU takes seconds for what takes milliseconds elsewhere.
 PATIENCE = 180
@@ -223,6 +227,87 @@ tail -n 20 {self.dir}/log
             lambda: (s := json.loads(self.call(path)[1] or "{}").get("state")) in ("ready", "failed") and s,
         )
         assert state == "ready", self.log()
+
+
+ADMIN = ("AKIDADMIN00000000000", "a-secret-of-the-admin")
+DEVELOPER = ("AKIDDEVELOPER0000000", "a-secret-of-the-developer")
+BOB = ("AKIDBOB0000000000000", "a-secret-of-bob-himself")
+
+
+def user(key, *statements):
+    return {
+        "keys": [{"id": key[0], "secret": key[1]}],
+        "policies": [{"Version": "2012-10-17", "Statement": list(statements)}],
+    }
+
+
+IDENTITY = {
+    "users": {
+        "admin": user(ADMIN, {"Effect": "Allow", "Action": "*", "Resource": "*"}),
+        "developer": user(
+            DEVELOPER,
+            {"Effect": "Allow", "Action": "lambda:*", "Resource": "*"},
+            {"Effect": "Allow", "Action": "iam:PassRole", "Resource": ROLE},
+        ),
+        "bob": user(
+            BOB,
+            {"Effect": "Allow", "Action": "lambda:ListFunctions", "Resource": "*"},
+            {
+                "Effect": "Allow",
+                "Action": "lambda:InvokeFunction",
+                "Resource": f"arn:aws:lambda:*:{ACCOUNT}:function:${{aws:username}}-*",
+            },
+        ),
+    },
+    "roles": {
+        "test": {
+            "trust": {
+                "Version": "2012-10-17",
+                "Statement": {
+                    "Effect": "Allow",
+                    "Principal": {"Service": "lambda.amazonaws.com"},
+                    "Action": "sts:AssumeRole",
+                },
+            }
+        }
+    },
+}
+
+
+class Guarded(SecondDaemon):
+    """A daemon with `--identity` that clients here reach, too."""
+
+    # What start() asks for must need no signature.
+    ready = "/firn/v1/health"
+
+    def __init__(self, site, identity=IDENTITY, flags=""):
+        port = int(os.environ["FIRN_SECOND_PORT"])
+        super().__init__(site, "guarded", port, f"--identity /tmp/guarded/identity.json {flags}")
+        # The file must be nobody else's. The daemon must do under such a umask, too.
+        self.before = f"""
+umask 077
+cat > {self.dir}/identity.json <<'IDENTITY'
+{json.dumps(identity)}
+IDENTITY
+"""
+        self.endpoint = os.environ["FIRN_SECOND_ENDPOINT"]
+
+    def client(self, key=(None, None), **config):
+        """boto3's client with that key."""
+        config = {"read_timeout": PATIENCE, "retries": {"total_max_attempts": 1}, **config}
+        return boto3.client(
+            "lambda",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=key[0],
+            aws_secret_access_key=key[1],
+            config=botocore.config.Config(**config),
+        )
+
+
+@pytest.fixture(scope="module")
+def guarded(site):
+    with Guarded(site).running() as daemon:
+        yield daemon
 
 
 SCRIPT_RUNNER = """

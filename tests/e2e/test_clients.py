@@ -1,4 +1,5 @@
-"""A function's whole life through the AWS CLI and AWS's SDKs for JavaScript and Rust."""
+"""A function's whole life through the AWS CLI and AWS's SDKs for JavaScript and Rust, signed by a user who may do
+what one needs for that and nothing else."""
 
 import json
 import os
@@ -6,9 +7,15 @@ import subprocess
 
 import pytest
 
-from conftest import PATIENCE, ROLE, zipped
+from conftest import COMMANDS, DEVELOPER, PATIENCE, ROLE, zipped
 
-COMMANDS = json.loads(os.environ.get("FIRN_CLIENTS", "{}"))
+ENVIRONMENT = {
+    **os.environ,
+    "AWS_ACCESS_KEY_ID": DEVELOPER[0],
+    "AWS_SECRET_ACCESS_KEY": DEVELOPER[1],
+    "AWS_MAX_ATTEMPTS": "1",
+    "AWS_PAGER": "",
+}
 
 SOURCE = """
 def handler(event, context):
@@ -34,9 +41,10 @@ def zips(tmp_path):
 
 
 @pytest.fixture
-def name(client, request):
+def name(guarded, request):
     name = f"life-{request.node.name.rstrip(']').split('[')[-1]}"
     yield name
+    client = guarded.client(DEVELOPER)
     try:
         client.delete_function(FunctionName=name)
     except client.exceptions.ResourceNotFoundException:
@@ -44,18 +52,17 @@ def name(client, request):
 
 
 @pytest.mark.parametrize("sdk", ["node", "rust"])
-def test_a_life_through_another_sdk(sdk, endpoint, name, zips):
-    command = [*COMMANDS[sdk], endpoint, name, *zips]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+def test_a_life_through_another_sdk(sdk, guarded, name, zips):
+    command = [*COMMANDS[sdk], guarded.endpoint, name, *zips]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, env=ENVIRONMENT)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     assert done.stdout.split("\n")[:-1] == [f"ok {step}" for step in STEPS]
 
 
-def test_a_life_through_the_cli(endpoint, name, zips, tmp_path):
+def test_a_life_through_the_cli(guarded, name, zips, tmp_path):
     def aws(*arguments, refused=None):
-        command = [*COMMANDS["aws"], "--endpoint-url", endpoint, "--output", "json", "lambda", *arguments]
-        environment = {**os.environ, "AWS_MAX_ATTEMPTS": "1", "AWS_PAGER": ""}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+        command = [*COMMANDS["aws"], "--endpoint-url", guarded.endpoint, "--output", "json", "lambda", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
         if refused:
             assert done.returncode in (254, 255) and f"({refused})" in done.stderr, done.stderr
             return None

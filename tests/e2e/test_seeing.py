@@ -2,9 +2,7 @@
 
 import datetime
 import json
-import os
 import subprocess
-import sys
 import time
 import urllib.request
 
@@ -12,7 +10,7 @@ import boto3
 import botocore.config
 import pytest
 
-from conftest import PATIENCE, wait_for
+from conftest import COMMANDS, PATIENCE, wait_for
 
 TALKER = """
 import time
@@ -37,12 +35,15 @@ def logs(endpoint):
     return service(endpoint, "logs")
 
 
+def command_line(endpoint, *arguments):
+    """The AWS CLI's."""
+    return [*COMMANDS["aws"], "--endpoint-url", endpoint, "--no-cli-pager", "--output", "json", *arguments]
+
+
 def aws(endpoint, *arguments):
-    """Runs the AWS CLI of the same Python and gives what it says."""
-    command = [os.path.join(os.path.dirname(sys.executable), "aws"), "--endpoint-url", endpoint]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=PATIENCE
-    )
+    """Runs the AWS CLI and gives what it says."""
+    command = command_line(endpoint, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout or "null")
 
@@ -78,7 +79,7 @@ def test_lines_of_a_function_are_found(deploy, logs, endpoint):
     assert len(found('{ $.level = "W*" && $.n >= 7 }')) == 1
     assert found("REPORT -REPORT") == []
 
-    # The command line, and what its `tail` is made of.
+    # The command line.
     filtered = aws(
         endpoint, "logs", "filter-log-events", "--log-group-name", group,
         "--filter-pattern", "plain", "--interleaved",
@@ -87,10 +88,16 @@ def test_lines_of_a_function_are_found(deploy, logs, endpoint):
     assert len(filtered["events"][0]["eventId"]) == 56
     groups = aws(endpoint, "logs", "describe-log-groups", "--log-group-name-prefix", group)
     assert groups["logGroups"][0]["logGroupName"] == group
-    last = filtered["events"][0]["timestamp"]
-    function.invoke({"say": ["later"]})
-    new = logs.filter_log_events(logGroupName=group, startTime=last + 1, interleaved=True)["events"]
-    assert "later\n" in [event["message"] for event in new]
+    follow = command_line(endpoint, "logs", "tail", group, "--follow", "--since", "1h", "--format", "short")
+    follow = ["timeout", str(PATIENCE), *follow]
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as tail:
+        try:
+            told = iter(lambda: tail.stdout.readline().split(" ", 1)[-1], "")
+            assert "plain\n" in told
+            function.invoke({"say": ["later"]})
+            assert "later\n" in told
+        finally:
+            tail.kill()
 
     logs.put_retention_policy(logGroupName=group, retentionInDays=1)
     assert logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"][0]["retentionInDays"] == 1

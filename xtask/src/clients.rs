@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::{
     cache::{self, Key},
-    cargo, demo, python, scratch, step,
+    cargo, demo, packages, python, scratch, step,
 };
 
 /// What only the tests need besides the demo's clients.
@@ -22,7 +22,7 @@ const REQUIREMENTS: &str = include_str!("../clients/tests.txt");
 /// All of them, ready to run.
 #[derive(Debug)]
 pub struct Clients {
-    /// The virtual environment with boto3 and the AWS CLI.
+    /// The virtual environment with boto3.
     pub python: PathBuf,
     /// How to run the others, by name: JSON for the tests.
     pub commands: String,
@@ -30,12 +30,13 @@ pub struct Clients {
 
 /// Makes what is missing.
 pub fn prepare() -> Result<Clients> {
+    packages::ensure(&[packages::AWS_CLI])?;
     let requirements = format!("{}{REQUIREMENTS}", demo::REQUIREMENTS);
     let python = python::environment("the clients", &requirements)?;
     let script = node(&python)?;
     let program = cargo::build("dev", &["firn-client"])?.binary("firn-client")?;
     let commands = json!({
-        "aws": [python.join("bin/aws")],
+        "aws": ["/usr/bin/aws", "--cli-binary-format", "raw-in-base64-out"],
         "node": [python.join("bin/node"), script],
         "rust": [program],
     });

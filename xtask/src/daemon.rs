@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Read};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use firn_host_vm_agent::Exec;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::host_vm::HostVm;
 use crate::host_vm::client::Client;
+use crate::host_vm::{self, HostVm};
 use crate::lane::Site;
 use crate::{scratch, step};
 
@@ -32,8 +32,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// Lines of its log that are kept for error messages.
 const LOG_LINES: usize = 80;
 
-/// Port of the daemon inside the host VM.
-pub const PORT: u16 = firn_host_vm_agent::DAEMON_PORT;
+/// Port of the daemon inside the host VM, and in either lane that of one that tests start beside it.
+pub const PORTS: [u16; 2] = firn_host_vm_agent::DAEMON_PORTS;
 
 /// Where the host VM keeps the number of the process to stop.
 const PID_FILE: &str = "/run/daemon.pid";
@@ -66,8 +66,19 @@ pub struct Settings {
 pub struct Daemon {
     place: Place,
     endpoint: SocketAddr,
+    second: SocketAddr,
+    outside: Outside,
     log: Log,
     before: BTreeSet<String>,
+}
+
+/// Where tests may serve what daemons ask: AWS, as they make it up.
+#[derive(Debug, Clone, Copy)]
+pub struct Outside {
+    /// Port of this machine's 127.0.0.1 to listen on.
+    pub port: u16,
+    /// The same place, as daemons reach it.
+    pub from_daemons: SocketAddrV4,
 }
 
 enum Place {
@@ -84,11 +95,25 @@ impl Daemon {
         step::say("starting the daemon …");
         let log = Log::default();
         let (ready, is_ready) = mpsc::channel();
+        let (second, outside) = match &site {
+            Site::Native => {
+                let port = free_port()?.port();
+                let from_daemons = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+                let second = (Ipv4Addr::LOCALHOST, PORTS[1]).into();
+                (Some(second), Some(Outside { port, from_daemons }))
+            }
+            Site::HostVm(vm) => {
+                let outside = |port| Outside { port, from_daemons: host_vm::OUTSIDE };
+                (vm.forwarded(PORTS[1]), vm.outside().map(outside))
+            }
+        };
+        let second = second.context("the second daemon's port is not forwarded")?;
+        let outside = outside.context("there is no way out of the host VM")?;
         let (place, endpoint, before) = match site {
             Site::Native => start_native(artifacts, settings, &log, ready)?,
             Site::HostVm(vm) => start_in_host_vm(vm, settings, &log, ready)?,
         };
-        let daemon = Self { place, endpoint, log, before };
+        let daemon = Self { place, endpoint, second, outside, log, before };
         match is_ready.recv_timeout(START_LIMIT) {
             Ok(()) => Ok(daemon),
             Err(RecvTimeoutError::Timeout) => {
@@ -107,6 +132,16 @@ impl Daemon {
     /// Where its API is.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.endpoint)
+    }
+
+    /// Where the API of a daemon is that listens on the second of [`PORTS`] beside it.
+    pub fn second_endpoint(&self) -> String {
+        format!("http://{}", self.second)
+    }
+
+    /// Where tests serve what daemons ask.
+    pub fn outside(&self) -> Outside {
+        self.outside
     }
 
     /// The last lines of its log.
@@ -162,9 +197,7 @@ fn start_native(
 ) -> Result<Started> {
     let before = inventory_here()?;
     let state = scratch::directory()?.join("state");
-    // Asking the system and then giving the port to another process can fail if a third takes it
-    // in between; the daemon says so then.
-    let endpoint = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+    let endpoint = free_port()?;
     let mut command = Command::new("sh");
     command.args(["-c", script(settings.restart), "firnd"]);
     command.arg(artifacts.join("bin/firnd")).arg("--artifacts").arg(artifacts);
@@ -202,7 +235,7 @@ fn start_in_host_vm(
     // Emulated CPUs are slow: longer limits, and no share of a CPU for small functions, which would make
     // them slower still.
     let flags =
-        format!("--artifacts /firn --listen 127.0.0.1:{PORT} --patience 20 --no-cpu-limits");
+        format!("--artifacts /firn --listen 127.0.0.1:{} --patience 20 --no-cpu-limits", PORTS[0]);
     argv.extend(flags.split(' ').map(String::from));
     argv.extend(settings.flags.iter().cloned());
     let running = client.start(&Exec { argv, ..Exec::default() })?;
@@ -221,8 +254,14 @@ fn start_in_host_vm(
         log.add(&rest, &ready);
         drop(end);
     });
-    let endpoint = vm.forwarded(PORT).context("the daemon's port is not forwarded")?;
+    let endpoint = vm.forwarded(PORTS[0]).context("the daemon's port is not forwarded")?;
     Ok((Place::HostVm { vm, ended }, endpoint, before))
+}
+
+/// Asking the system and then giving the port to another process can fail if a third takes it in between; who
+/// listens there says so then.
+fn free_port() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
 /// Runs `"$@"`; with `restart` whenever it has ended, until SIGTERM, which is passed on.

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::daemon::{self, Daemon, Settings};
+use crate::daemon::{Daemon, Settings};
 use crate::lane::{Choice, Site};
 use crate::{artifacts, cargo, packages, python, scratch, step};
 
@@ -40,7 +40,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let environment = python::environment("the clients", REQUIREMENTS)?;
-    let site = Site::start(lane, &artifacts, daemon::PORT)?;
+    let site = Site::start(lane, &artifacts)?;
     let daemon = Daemon::start(site, &artifacts, &Settings::default())?;
 
     let workspace = cargo::workspace();

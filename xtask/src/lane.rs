@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::host_vm::{HostVm, Options};
 use crate::step::Outcome;
-use crate::{cargo, step};
+use crate::{cargo, daemon, step};
 
 /// Memory of the host VM for the daemon and a handful of small functions.
 const HOST_VM_MIB: u32 = 3072;
@@ -31,8 +31,8 @@ pub enum Site {
 }
 
 impl Site {
-    /// Prepares it: boots the host VM, forwarding one of its ports.
-    pub fn start(lane: Lane, artifacts: &Path, port: u16) -> Result<Self> {
+    /// Prepares it: boots the host VM, forwarding the ports of daemons, with a way to one port of this machine.
+    pub fn start(lane: Lane, artifacts: &Path) -> Result<Self> {
         match lane {
             Lane::Native => {
                 ensure!(
@@ -47,7 +47,8 @@ impl Site {
                 let options = Options {
                     memory_mib: HOST_VM_MIB,
                     artifacts: Some(artifacts.to_owned()),
-                    forward: vec![port],
+                    forward: daemon::PORTS.to_vec(),
+                    outside: true,
                     ..Options::default()
                 };
                 HostVm::start(&options).map(Self::HostVm)

@@ -45,6 +45,9 @@ pub const RUN: &[&str] = &["erofs-utils"];
 /// What the demo's and the tests' clients need.
 pub const CLIENTS: &[&str] = &["python3-venv"];
 
+/// Version 2 of the AWS CLI, which is on no other registry, for the tests.
+pub const AWS_CLI: &[&str] = &["awscli"];
+
 /// Makes sure that the packages are installed.
 pub fn ensure(lists: &[&[&str]]) -> Result<()> {
     let wanted: BTreeSet<&str> = lists.iter().flat_map(|list| list.iter().copied()).collect();

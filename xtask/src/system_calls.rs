@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 
 use crate::lane::{Choice, Site};
-use crate::{artifacts, cargo, daemon, packages, scratch, step, test};
+use crate::{artifacts, cargo, packages, scratch, step, test};
 
 /// List which system calls that the VMM's filters allow are used by which tests; fails if one is
 /// neither used nor says why.
@@ -43,7 +43,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let vmm = cargo::build("dev", &["firn-vmm"])?.binary("firn-vmm")?;
-    with_linux(&Site::start(lane, &artifacts, daemon::PORT)?, &artifacts, &vmm, &linux)?;
+    with_linux(&Site::start(lane, &artifacts)?, &artifacts, &vmm, &linux)?;
 
     let mut list = cargo::cargo();
     list.args(["run", "--quiet", "--package", "firn-vmm", "--example", "system_calls", "--"]);

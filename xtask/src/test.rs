@@ -153,7 +153,7 @@ fn lane_stages(
     stages: &BTreeSet<Stage>,
     pytest: &[String],
 ) {
-    let site = Site::start(lane, artifacts, daemon::PORT);
+    let site = Site::start(lane, artifacts);
     let Some(site) = tally.must("booting the host VM", site) else { return };
     if stages.contains(&Stage::Linux) {
         let result = linux(&site, artifacts, &[]);
@@ -255,6 +255,10 @@ pub fn pytest(clients: &Clients, daemon: &Daemon, runner: &str) -> Command {
     pytest.envs(demo::CREDENTIALS).env("PYTHONDONTWRITEBYTECODE", "1");
     pytest.env("PYTHONUNBUFFERED", "1");
     pytest.env("FIRN_ENDPOINT", daemon.endpoint()).env("FIRN_RUNNER", runner);
+    pytest.env("FIRN_SECOND_PORT", daemon::PORTS[1].to_string());
+    pytest.env("FIRN_SECOND_ENDPOINT", daemon.second_endpoint());
+    pytest.env("FIRN_AWS_PORT", daemon.outside().port.to_string());
+    pytest.env("FIRN_AWS_ENDPOINT", format!("http://{}", daemon.outside().from_daemons));
     pytest.env("FIRN_CLIENTS", &clients.commands);
     pytest
 }

@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 /// TCP port of the agent inside the host VM.
 pub const AGENT_PORT: u16 = 1;
 
-/// Where a daemon listens on the machine's loopback address. QEMU forwards connections to the machine's own
-/// address, where the agent accepts them for it.
-pub const DAEMON_PORT: u16 = 9000;
+/// Where a daemon listens on the machine's loopback address, and where another may, beside it. QEMU forwards
+/// connections to the machine's own address, where the agent accepts them for it.
+pub const DAEMON_PORTS: [u16; 2] = [9000, 9001];
 
 /// What the agent prints on the console once it accepts connections.
 pub const READY_MARK: &str = "firn-host-vm: ready";

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use firn_host_vm_agent::{
-    AGENT_PORT, CHUNK, DAEMON_PORT, Event, Exec, Input, JOB_PATH, READY_MARK, Request, Stream,
+    AGENT_PORT, CHUNK, DAEMON_PORTS, Event, Exec, Input, JOB_PATH, READY_MARK, Request, Stream,
     receive, send,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -37,12 +37,14 @@ pub fn run() -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let outside = TcpListener::bind((ADDRESS, DAEMON_PORT))?;
-    thread::spawn(move || {
-        for client in outside.incoming().flatten() {
-            thread::spawn(move || forward(&client));
-        }
-    });
+    for port in DAEMON_PORTS {
+        let outside = TcpListener::bind((ADDRESS, port))?;
+        thread::spawn(move || {
+            for client in outside.incoming().flatten() {
+                thread::spawn(move || forward(&client, port));
+            }
+        });
+    }
     let listener = TcpListener::bind(("0.0.0.0", AGENT_PORT))?;
     println!("{READY_MARK}");
     for connection in listener.incoming() {
@@ -56,9 +58,9 @@ pub fn run() -> io::Result<()> {
     Ok(())
 }
 
-/// Carries a connection on to the daemon, until both have said all that they want to say.
-fn forward(client: &TcpStream) -> io::Result<()> {
-    let daemon = &TcpStream::connect(("127.0.0.1", DAEMON_PORT))?;
+/// Carries a connection on to the daemon at that port, until both have said all that they want to say.
+fn forward(client: &TcpStream, port: u16) -> io::Result<()> {
+    let daemon = &TcpStream::connect(("127.0.0.1", port))?;
     client.set_nodelay(true)?;
     daemon.set_nodelay(true)?;
     let carry = |mut from: &TcpStream, mut to: &TcpStream| {

@@ -2,7 +2,7 @@
 //!
 //! It is how Firn runs where KVM is missing or emulates guest kernel code (`firn doctor` tells).
 //! QEMU's TCG needs no rights and no hardware support. The machine has one CPU, a root file system
-//! in memory, and a user network without a way out: only forwarded ports lead in.
+//! in memory, and a user network: only forwarded ports lead in, and to one port at most it leads out.
 //!
 //! ```text
 //! this machine:  xtask ──TCP 127.0.0.1:<free>──▶ QEMU ──▶ host-vm-agent (PID 1) ──▶ firnd ──▶ microVM
@@ -17,7 +17,7 @@ mod qemu;
 mod root;
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,9 @@ use qemu::{Console, Qemu};
 
 /// Longest time from starting QEMU to the agent's mark; it takes 3 s on the slowest rig known.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Where the host VM has the one port of this machine that it reaches.
+pub const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 100), 4566);
 
 /// What the host VM is made of.
 #[derive(Debug, Clone)]
@@ -44,6 +47,8 @@ pub struct Options {
     pub modules: Vec<String>,
     /// TCP ports of the host VM that are to be reachable from this machine.
     pub forward: Vec<u16>,
+    /// Whether the host VM reaches a port of this machine, [`HostVm::outside`], at [`OUTSIDE`].
+    pub outside: bool,
     /// Mount cgroup v2 without `favordynmods`.
     pub plain_cgroups: bool,
 }
@@ -56,6 +61,7 @@ impl Default for Options {
             files: Vec::new(),
             modules: Vec::new(),
             forward: Vec::new(),
+            outside: false,
             plain_cgroups: false,
         }
     }
@@ -65,6 +71,7 @@ impl Default for Options {
 pub struct HostVm {
     qemu: Qemu,
     ports: BTreeMap<u16, u16>,
+    outside: Option<u16>,
     boot_time: Duration,
 }
 
@@ -75,12 +82,15 @@ impl HostVm {
         let initrd = root::build(options, None)?;
         let mut forward = options.forward.clone();
         forward.push(AGENT_PORT);
-        let ports = free_ports(&forward)?;
-        let mut qemu = Qemu::start(&initrd, options.memory_mib, &qemu::Mode::Interactive(&ports))?;
+        forward.extend(options.outside.then_some(OUTSIDE.port()));
+        let mut ports = free_ports(&forward)?;
+        let outside = options.outside.then(|| ports.remove(&OUTSIDE.port())).flatten();
+        let mode = qemu::Mode::Interactive { forward: &ports, outside };
+        let mut qemu = Qemu::start(&initrd, options.memory_mib, &mode)?;
         qemu.wait_until_ready(BOOT_LIMIT)?;
         // QEMU has read it, and it is large.
         drop(initrd);
-        Ok(Self { qemu, ports, boot_time: started.elapsed() })
+        Ok(Self { qemu, ports, outside, boot_time: started.elapsed() })
     }
 
     /// From the start of the work on its root file system until it took commands.
@@ -91,6 +101,11 @@ impl HostVm {
     /// Where a forwarded port of the host VM is reachable from this machine.
     pub fn forwarded(&self, port: u16) -> Option<SocketAddr> {
         self.ports.get(&port).map(|port| (Ipv4Addr::LOCALHOST, *port).into())
+    }
+
+    /// The port of this machine's 127.0.0.1 that the host VM reaches at [`OUTSIDE`]. Nobody listens there yet.
+    pub fn outside(&self) -> Option<u16> {
+        self.outside
     }
 
     /// A client for commands and files; clients are independent of each other.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use firn_host_vm_agent::{FAILED_MARK, READY_MARK};
 
-use super::root::Initrd;
+use super::{OUTSIDE, root::Initrd};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
@@ -23,8 +23,13 @@ const CONSOLE_LINES: usize = 60;
 
 /// How time passes, and how one talks to the machine.
 pub enum Mode<'a> {
-    /// Real time; ports of the host VM (keys) are forwarded from ports of this machine.
-    Interactive(&'a BTreeMap<u16, u16>),
+    /// Real time.
+    Interactive {
+        /// Ports of the host VM (keys) that are forwarded from ports of this machine.
+        forward: &'a BTreeMap<u16, u16>,
+        /// Port of this machine that is reached at [`OUTSIDE`].
+        outside: Option<u16>,
+    },
     /// Virtual time, no network; the agent's events go to a file.
     Measure { seed: u32, output: &'a Path },
 }
@@ -144,17 +149,22 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
     let mut kernel = "console=ttyS0 panic=-1 quiet reboot=t no_timer_check".to_owned();
     let mut more: Vec<String> = Vec::new();
     match mode {
-        Mode::Interactive(ports) => {
+        Mode::Interactive { forward, outside } => {
             // The guest reads this machine's counter; without its frequency it would calibrate
             // against a timer that the machine does not have, and hang. Reliable: a watchdog that
             // is late under emulation would otherwise replace it by jiffies of 4 ms.
             kernel.push_str(&format!(" tsc=reliable tsc_early_khz={}", tsc_khz()));
-            let forwards: String = ports
-                .iter()
-                .map(|(guest, host)| format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"))
-                .collect();
-            // `restrict`: nothing inside reaches this machine or its network.
-            more.extend(["-netdev".into(), format!("user,id=net0,restrict=on{forwards}")]);
+            // `restrict`: nothing inside reaches this machine or its network, but for `outside`.
+            let mut network = "user,id=net0,restrict=on".to_owned();
+            for (guest, host) in *forward {
+                network.push_str(&format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"));
+            }
+            if let Some(port) = outside {
+                // A command for each connection; to an address QEMU would connect once, at its start.
+                let command = format!("busybox nc 127.0.0.1 {port}");
+                network.push_str(&format!(",guestfwd=tcp:{OUTSIDE}-cmd:{command}"));
+            }
+            more.extend(["-netdev".into(), network]);
             more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
             more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
             more.extend(["-accel".into(), "tcg,thread=multi".into()]);
