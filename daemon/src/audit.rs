@@ -6,8 +6,12 @@
 //! leaves the file of lines, and the next one begins with compressing it; what was being written then, and
 //! nobody was told of, may be cut off.
 //!
+//! With a bucket, finished files are [delivered](delivery) to it.
+//!
 //! While the disk takes no records, nothing is done that would have to be recorded: [`Audit::broken`]. So what
 //! waits for the disk is bounded by the requests that were in flight when it failed.
+
+pub mod delivery;
 
 use std::{
     collections::VecDeque,
@@ -30,6 +34,7 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
+use self::delivery::Delivery;
 use crate::api::names::Place;
 
 /// Records that may wait for the thread; who has a further one waits.
@@ -67,6 +72,7 @@ pub struct Audit {
     sender: mpsc::Sender<Command>,
     broken: Arc<AtomicBool>,
     data_events: bool,
+    delivery: Option<Delivery>,
 }
 
 enum Command {
@@ -82,19 +88,25 @@ enum Command {
 pub struct Unwritten;
 
 impl Audit {
-    /// Opens the trail in `dir`, which must be there and this user's alone. Call it within a runtime.
+    /// Opens the trail in `dir`, which must be there and this user's alone, for files that are then delivered,
+    /// or stay. Call it within a runtime.
     ///
     /// # Errors
     /// The directory can't be read or written.
-    pub fn open(dir: PathBuf, place: Place, bounds: Bounds) -> io::Result<Self> {
+    pub fn open(
+        dir: PathBuf,
+        place: Place,
+        bounds: Bounds,
+        delivery: Option<Delivery>,
+    ) -> io::Result<Self> {
         let broken = Arc::new(AtomicBool::new(false));
-        let mut writer = Writer::open(dir, place, bounds)?;
+        let mut writer = Writer::open(dir, place, bounds, delivery.clone())?;
         let (sender, receiver) = mpsc::channel(WAITING);
         let (flag, runtime) = (broken.clone(), Handle::current());
         thread::Builder::new()
             .name("audit".into())
             .spawn(move || writer.run(receiver, &runtime, &flag))?;
-        Ok(Self { sender, broken, data_events: bounds.data_events })
+        Ok(Self { sender, broken, data_events: bounds.data_events, delivery })
     }
 
     /// Whether invocations are recorded.
@@ -130,6 +142,13 @@ impl Audit {
             let _ = closed.await;
         }
     }
+
+    /// Waits until what is to be delivered is, for at most `patience`.
+    pub async fn delivered(&self, patience: Duration) {
+        if let Some(delivery) = &self.delivery {
+            delivery.settle(patience).await;
+        }
+    }
 }
 
 /// What the thread has.
@@ -145,10 +164,16 @@ struct Writer {
     unwritten: Vec<u8>,
     /// Compressed files with their lengths, oldest first.
     files: VecDeque<(PathBuf, u64)>,
+    delivery: Option<Delivery>,
 }
 
 impl Writer {
-    fn open(dir: PathBuf, place: Place, bounds: Bounds) -> io::Result<Self> {
+    fn open(
+        dir: PathBuf,
+        place: Place,
+        bounds: Bounds,
+        delivery: Option<Delivery>,
+    ) -> io::Result<Self> {
         let mut files = Vec::new();
         find(&dir.join("AWSLogs"), &mut files)?;
         // Their names begin with their times.
@@ -163,7 +188,8 @@ impl Writer {
         let length = lines.seek(io::SeekFrom::End(0))?;
         let (since, unwritten) = (Instant::now(), Vec::new());
         let files = files.into();
-        let mut writer = Self { dir, place, bounds, lines, length, since, unwritten, files };
+        let mut writer =
+            Self { dir, place, bounds, lines, length, since, unwritten, files, delivery };
         writer.compress()?;
         Ok(writer)
     }
@@ -259,7 +285,7 @@ impl Writer {
         fs::create_dir_all(&dir)?;
         let unique = &uuid::Uuid::new_v4().simple().to_string()[..16];
         let name = format!("{account}_CloudTrail_{region}_{stamp}_{unique}.json.gz");
-        let (temporary, path) = (dir.join(format!(".{name}")), dir.join(name));
+        let (temporary, path) = (dir.join(format!(".{name}")), dir.join(&name));
         let file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         let mut gzip = GzEncoder::new(file, Compression::default());
         gzip.write_all(br#"{"Records":["#)?;
@@ -280,6 +306,9 @@ impl Writer {
         match any {
             true => {
                 file.sync_all()?;
+                if let Some(delivery) = &self.delivery {
+                    delivery.add(&temporary, &name)?;
+                }
                 fs::rename(&temporary, &path)?;
                 // The file and each directory that may be new.
                 let top = dir.ancestors().take_while(|dir| dir.starts_with(&self.dir));
@@ -291,6 +320,9 @@ impl Writer {
         self.lines.set_len(0)?;
         self.lines.sync_data()?;
         self.length = 0;
+        if let Some(delivery) = &self.delivery {
+            delivery.wake();
+        }
         self.make_room();
         Ok(())
     }
@@ -301,6 +333,10 @@ impl Writer {
             && let Some((path, length)) = self.files.pop_front()
         {
             sum -= length;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if self.delivery.as_ref().is_some_and(|delivery| delivery.forget(&name)) {
+                tracing::error!(file = %path.display(), "an audit file was not delivered in time");
+            }
             match fs::remove_file(&path) {
                 // Whoever delivers files may remove them.
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -345,7 +381,7 @@ pub mod tests {
 
     use super::*;
 
-    fn place() -> Place {
+    pub fn place() -> Place {
         Place { region: "us-east-1".into(), account: "000000000000".into() }
     }
 
@@ -364,7 +400,7 @@ pub mod tests {
         (all, files.into_iter().map(|(path, _)| path).collect())
     }
 
-    fn line(n: u64) -> Vec<u8> {
+    pub fn line(n: u64) -> Vec<u8> {
         json!({ "n": n }).to_string().into_bytes()
     }
 
@@ -375,7 +411,7 @@ pub mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn records_become_files_of_cloudtrails_layout() {
         let dir = tempfile::tempdir().unwrap();
-        let audit = Audit::open(dir.path().into(), place(), Bounds::default()).unwrap();
+        let audit = Audit::open(dir.path().into(), place(), Bounds::default(), None).unwrap();
         for n in 0..100 {
             audit.add(line(n), n % 2 == 0).await.unwrap();
         }
@@ -397,7 +433,7 @@ pub mod tests {
     async fn what_a_killed_daemon_leaves_is_compressed_by_the_next() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("current.jsonl"), "{\"n\":1}\n{\"n\":2}\n{\"n\":").unwrap();
-        let audit = Audit::open(dir.path().into(), place(), Bounds::default()).unwrap();
+        let audit = Audit::open(dir.path().into(), place(), Bounds::default(), None).unwrap();
         assert_eq!(numbers(dir.path()), [1, 2]);
         audit.add(line(3), true).await.unwrap();
         // On the disk before anybody is told.
@@ -409,7 +445,7 @@ pub mod tests {
     async fn files_end_by_length_and_by_age_and_leave_room() {
         let dir = tempfile::tempdir().unwrap();
         let bounds = Bounds { file: 64, age: Duration::from_millis(50), ..Bounds::default() };
-        let audit = Audit::open(dir.path().into(), place(), bounds).unwrap();
+        let audit = Audit::open(dir.path().into(), place(), bounds, None).unwrap();
         for n in 0..20 {
             audit.add(line(n), true).await.unwrap();
         }
@@ -424,7 +460,7 @@ pub mod tests {
         assert!(records(dir.path()).1.len() >= 2);
         drop(audit);
         let bounds = Bounds { space: 100, ..bounds };
-        let audit = Audit::open(dir.path().into(), place(), bounds).unwrap();
+        let audit = Audit::open(dir.path().into(), place(), bounds, None).unwrap();
         audit.add(line(21), true).await.unwrap();
         audit.close().await;
         let found = numbers(dir.path());
@@ -434,7 +470,7 @@ pub mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_disk_that_takes_nothing_is_said_and_tried_again() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = Writer::open(dir.path().into(), place(), Bounds::default()).unwrap();
+        let mut writer = Writer::open(dir.path().into(), place(), Bounds::default(), None).unwrap();
         // A file that can't be written, until it can.
         let good = std::mem::replace(
             &mut writer.lines,

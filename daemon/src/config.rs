@@ -20,9 +20,11 @@ use crate::{
         names::{Place, is_region},
         urls::Urls,
     },
-    audit,
+    audit::{self, delivery::Bucket},
+    aws::{AccessKey, Aws, Endpoint},
     events::Bounds,
     scheduler::{Isolation, Limits, Reserve},
+    traces::export::Collector,
 };
 
 /// Runs functions the way AWS Lambda does, each in its own microVM.
@@ -63,12 +65,25 @@ pub struct Options {
     /// Account that ARNs see, twelve digits.
     #[arg(long, default_value = "000000000000")]
     pub account: String,
+    /// Where S3, SQS and SNS are, for code that lies in buckets and for what becomes of asynchronous events, if
+    /// not at AWS; requests are signed with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. May
+    /// be given several times, with a service (s3=, sqs=, sns=) and for all others without.
+    #[arg(long, value_name = "[SERVICE=]URL")]
+    pub aws_endpoint: Vec<Endpoint>,
     /// Record invocations in the audit trail, too, not only what is done to functions.
     #[arg(long)]
     pub audit_data_events: bool,
+    /// Bucket that files of the audit trail are delivered to, as CloudTrail does. At AWS, or at --aws-endpoint.
+    #[arg(long, value_name = "BUCKET[/PREFIX]")]
+    pub audit_bucket: Option<Bucket>,
     /// Most MiB of compressed files of the audit trail; the oldest are removed.
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub audit_space: u32,
+    /// Send traces of sampled invocations to this collector, over OTLP/HTTP; the path is /v1/traces unless
+    /// there is one. Default: what the environment's OTEL_EXPORTER_OTLP_ENDPOINT says; without it nothing is
+    /// traced. OTEL_EXPORTER_OTLP_HEADERS is sent along.
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
     /// Invocations at once.
     #[arg(long, default_value_t = 1000, value_name = "COUNT")]
     pub concurrency: u32,
@@ -227,12 +242,18 @@ impl Options {
             "--patience {} must be between 1 and 1000",
             self.patience
         );
+        self.collector()?;
         Ok(())
     }
 
     /// What ARNs say.
     pub fn place(&self) -> Place {
         Place { region: self.region.clone(), account: self.account.clone() }
+    }
+
+    /// Who sends requests to AWS, or where they go instead.
+    pub fn aws(&self) -> Aws {
+        Aws::new(self.aws_endpoint.clone(), self.region.clone(), AccessKey::from_environment())
     }
 
     /// What bounds the scheduler.
@@ -273,6 +294,14 @@ impl Options {
     pub fn audit(&self) -> audit::Bounds {
         let (space, data_events) = (u64::from(self.audit_space) << 20, self.audit_data_events);
         audit::Bounds { space, data_events, ..audit::Bounds::default() }
+    }
+
+    /// Where traces go.
+    ///
+    /// # Errors
+    /// Names the flag or variable that is wrong.
+    pub fn collector(&self) -> anyhow::Result<Option<Collector>> {
+        Collector::find(self.otlp_endpoint.as_deref()).map_err(anyhow::Error::msg)
     }
 
     /// Where the master key lies.
@@ -373,6 +402,8 @@ mod tests {
         for (flag, value) in [
             ("--region", "mars"),
             ("--account", "12"),
+            ("--audit-bucket", "x/../y"),
+            ("--aws-endpoint", "sqs.example.com"),
             ("--concurrency", "0"),
             ("--event-concurrency", "0"),
             ("--event-queue", "3"),
@@ -385,6 +416,7 @@ mod tests {
             ("--patience", "0"),
             ("--listen", "nowhere"),
             ("--isolation", "none"),
+            ("--otlp-endpoint", "nowhere"),
         ] {
             let error = check(&[&format!("{flag}={value}")]).expect_err(value);
             assert!(error.contains(flag), "{flag}: {error}");

@@ -108,10 +108,12 @@ pub struct Config {
     pub memory_mb: u32,
     /// The owner's environment variables. Secrets may lie here: never logged.
     pub environment: BTreeMap<String, String>,
-    /// `TracingConfig.Mode`; nothing is traced so far.
+    /// `TracingConfig.Mode`: `Active` or `PassThrough`.
     pub tracing: String,
     /// What lies in `/opt`; later ones over earlier ones.
     pub layers: Vec<Layer>,
+    /// ARN of the queue or topic that gets asynchronous events that failed.
+    pub dead_letter: Option<String>,
 }
 
 impl fmt::Debug for Config {
@@ -226,7 +228,7 @@ impl Function {
     }
 
     /// Hash of everything that a running instance has taken in: instances and snapshots with
-    /// another fingerprint must not serve this function. Timeout, description, role and tags are
+    /// another fingerprint must not serve this function. Timeout, description, role, tags and targets are
     /// not part of it, for they take effect without a new instance. It is keyed: it names files, and
     /// must not tell whether a guess at the environment is right.
     pub fn fingerprint(&self, place: &Place) -> &str {
@@ -338,6 +340,7 @@ pub(crate) mod tests {
                 environment: BTreeMap::from([("STAGE".into(), "test".into())]),
                 tracing: "PassThrough".into(),
                 layers: Vec::new(),
+                dead_letter: None,
             },
             code: Code { sha256: "00".repeat(32), size: 300, blob: format!("blob-{name}") },
             tags: BTreeMap::new(),
@@ -391,6 +394,7 @@ pub(crate) mod tests {
         assert!(changed(|f| f.version = Version::Published(1)));
         assert!(!changed(|f| f.config.description = "else".into()));
         assert!(!changed(|f| f.config.timeout_s = 900));
+        assert!(!changed(|f| f.config.dead_letter = Some("arn".into())));
         assert!(!changed(|f| f.revision = "r2".into()));
         assert!(!changed(|f| f.code.blob = "another upload of the same".into()));
         assert!(changed(|f| f.envelope = Envelope::generate(&TestKeys(2)).unwrap()));

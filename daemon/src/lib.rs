@@ -7,7 +7,9 @@
 mod api;
 mod attachments;
 mod audit;
+mod aws;
 mod backend;
+mod client;
 mod code;
 mod config;
 mod envelope;
@@ -18,6 +20,7 @@ mod function;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod identity;
+mod kms;
 mod layers;
 mod logs;
 mod metrics;
@@ -27,6 +30,7 @@ mod report;
 mod scheduler;
 mod serve;
 mod store;
+mod traces;
 mod workshop;
 
 use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
@@ -46,8 +50,12 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{backend::Backend, config::Options, workshop::Workshop};
 
-/// Time that what became of the last deliveries of events gets to be written down.
+/// Time that what became of the last deliveries of events gets to be written down, and again that the last audit
+/// file gets to be delivered.
 const LAST_WRITES: Duration = Duration::from_secs(2);
+
+/// Time that the collector gets to take the last traces.
+const LAST_TRACES: Duration = Duration::from_secs(2);
 
 /// Runs the daemon as its command line says.
 pub fn main() -> ExitCode {
@@ -201,6 +209,10 @@ async fn daemon<B: Backend>(
         |disk| store.uses_disk(disk),
     )
     .context("can't use the directory of code")?;
+    let traces = match options.collector()? {
+        Some(collector) => traces::Traces::start(collector, options.place()),
+        None => traces::Traces::default(),
+    };
     let workshop = Workshop {
         backend,
         place: options.place(),
@@ -209,12 +221,20 @@ async fn daemon<B: Backend>(
         logs: logs::Logs::open(dir("logs")?, logs::Bounds::default())
             .context("can't use the directory of logs")?,
         metrics: metrics::Metrics::open(&state.join("metrics.sqlite"))?,
+        traces: traces.clone(),
         patience: options.patience,
     };
     let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
         .context("can't use the directory of snapshots")?;
     let scheduler = scheduler::Scheduler::start(workshop.clone(), preparer, options.limits());
-    let audit = audit::Audit::open(dir("audit")?, options.place(), options.audit())
+    let aws = Arc::new(options.aws());
+    let trail = dir("audit")?;
+    let delivery = options.audit_bucket.clone().map(|bucket| {
+        aws.ready(aws::Service::S3).map_err(io::Error::other)?;
+        audit::delivery::Delivery::start(trail.join("pending"), bucket, aws.clone())
+    });
+    let delivery = delivery.transpose().context("can't deliver the audit trail")?;
+    let audit = audit::Audit::open(trail, options.place(), options.audit(), delivery)
         .context("can't use the directory of the audit trail")?;
     let audit = Arc::new(audit);
     let bounds = options.events();
@@ -226,6 +246,7 @@ async fn daemon<B: Backend>(
         scheduler.clone(),
         options.place(),
         clock,
+        aws.clone(),
         bounds,
     )?;
     let address = listener.local_addr().context("the listener has no address")?;
@@ -234,8 +255,9 @@ async fn daemon<B: Backend>(
         stream_rate: options.stream_rate(),
         urls: options.urls(address.port()),
     };
-    let callers = api::gate::Callers { identity, audit: audit.clone() };
-    let app = api::App::new(workshop, scheduler.clone(), events.clone(), callers, settings);
+    let sessions = identity::sessions::Sessions::new(&store.own_key("sessions")?);
+    let callers = api::gate::Callers { identity, sessions, audit: audit.clone() };
+    let app = api::App::new(workshop, scheduler.clone(), events.clone(), aws, callers, settings);
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);
@@ -248,7 +270,9 @@ async fn daemon<B: Backend>(
     scheduler.close(patience).await;
     events.close(LAST_WRITES).await;
     scheduler.metrics().flush().await;
+    traces.close(LAST_TRACES).await;
     audit.close().await;
+    audit.delivered(LAST_WRITES).await;
     Ok(())
 }
 

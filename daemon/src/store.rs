@@ -7,9 +7,10 @@
 //! Each version of a function has a record, sealed with the function's key: the environment is encrypted,
 //! and bound to all other columns, so that none can be altered or moved to another function or version. A
 //! whole record of earlier can be put back; that takes write access to this directory. What is attached to
-//! a function as a whole is one more sealed document, bound to its name. [Layers](layers) have records of
-//! their own.
+//! a function as a whole is one more sealed document, bound to its name. [Layers](layers) and [KMS keys](kms)
+//! have records of their own.
 
+mod kms;
 mod layers;
 
 use std::{
@@ -28,6 +29,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+pub use self::kms::KmsKeys;
 use crate::{
     attachments::{Alias, Attachments},
     envelope::Envelope,
@@ -40,7 +42,7 @@ const OLDEST: usize = 2;
 
 /// The schema, one step a version from [`OLDEST`] on. Released steps never change; add new ones at the
 /// end.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     "CREATE TABLE functions (
         name             TEXT    NOT NULL PRIMARY KEY,
         runtime          TEXT    NOT NULL,
@@ -103,6 +105,15 @@ const MIGRATIONS: [&str; 4] = [
         name TEXT    NOT NULL PRIMARY KEY,
         last INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE kms_keys (
+        id          TEXT NOT NULL PRIMARY KEY,
+        wrapped_key BLOB NOT NULL,
+        document    BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE own_keys (
+        purpose     TEXT NOT NULL PRIMARY KEY,
+        wrapped_key BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The versions of one function.
@@ -151,6 +162,7 @@ pub struct Store {
     urls: RwLock<HashMap<String, (String, String)>>,
     /// Locked after `functions`, where both are.
     layers: RwLock<layers::Layers>,
+    kms: RwLock<KmsKeys>,
 }
 
 /// Why the store could not be opened or written.
@@ -226,6 +238,16 @@ pub enum StoreError {
         /// Why.
         source: KeyError,
     },
+    /// The record of a KMS key can't be decrypted, or was altered.
+    #[error("store {}: the record of KMS key {id:?} can't be used: {source}", path.display())]
+    KmsRecord {
+        /// The file.
+        path: PathBuf,
+        /// Which key.
+        id: String,
+        /// Why.
+        source: KeyError,
+    },
     /// There is no such version of a layer.
     #[error("there is no layer {name:?} with version {version}")]
     UnknownLayer {
@@ -234,8 +256,8 @@ pub enum StoreError {
         /// The version.
         version: u32,
     },
-    /// There is no key for a new function or layer.
-    #[error("no key for the function or layer: {0}")]
+    /// There is no key for what is new.
+    #[error("no key for what is to be kept: {0}")]
     Key(#[from] KeyError),
     /// A write failed (disk full, for one). Nothing has changed.
     #[error("the store could not be written: {0}")]
@@ -280,7 +302,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::File`], [`StoreError::Version`],
-    /// [`StoreError::Unencrypted`], [`StoreError::Record`] or [`StoreError::LayerRecord`].
+    /// [`StoreError::Unencrypted`], or a record that can't be used: [`StoreError::Record`],
+    /// [`StoreError::LayerRecord`], [`StoreError::KmsRecord`].
     pub fn open(path: &Path, keys: Arc<dyn KeyService>) -> Result<Self, StoreError> {
         // SQLite gives its other files the same mode.
         let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path);
@@ -335,9 +358,11 @@ impl Store {
         let urls = functions.iter().flat_map(|(name, entry)| called(name, &entry.attachments));
         let urls = RwLock::new(urls.collect());
         let layers = layers::read(&connection, &*keys, path)?;
+        let kms = kms::read(&connection, &*keys, path)?;
         let (connection, functions) = (Mutex::new(connection), RwLock::new(functions));
         let layers = RwLock::new(layers);
-        Ok(Self { connection, keys, functions, urls, layers })
+        let kms = RwLock::new(kms);
+        Ok(Self { connection, keys, functions, urls, layers, kms })
     }
 
     /// Keys for a new function or version of a layer.
@@ -713,9 +738,12 @@ fn insert(connection: &Connection, function: &Function) -> Result<(), StoreError
     let Function {
         name, version, config, code, tags, last_modified_ms, revision, envelope, ..
     } = function;
-    let Config { environment, layers, .. } = config;
-    let members =
-        Members { environment: Cow::Borrowed(environment), layers: Cow::Borrowed(layers) };
+    let Config { environment, layers, dead_letter, .. } = config;
+    let members = Members {
+        environment: Cow::Borrowed(environment),
+        layers: Cow::Borrowed(layers),
+        dead_letter: dead_letter.as_deref().map(Cow::Borrowed),
+    };
     let sealed = Sealed::Members([members]);
     let sealed = Zeroizing::new(serde_json::to_vec(&sealed)?);
     let environment = envelope.record.seal(&context(&bound(function)?), &sealed)?;
@@ -821,6 +849,7 @@ enum Sealed<'a> {
 struct Members<'a> {
     environment: Cow<'a, BTreeMap<String, String>>,
     layers: Cow<'a, [Layer]>,
+    dead_letter: Option<Cow<'a, str>>,
 }
 
 /// A record as it is stored.
@@ -863,6 +892,7 @@ impl Stored {
         };
         function.config.environment = members.environment.into_owned();
         function.config.layers = members.layers.into_owned();
+        function.config.dead_letter = members.dead_letter.map(Cow::into_owned);
         Ok(function)
     }
 }
@@ -892,6 +922,7 @@ fn rows(connection: &Connection) -> rusqlite::Result<Vec<Stored>> {
                 environment: BTreeMap::new(),
                 tracing: row.get(8)?,
                 layers: Vec::new(),
+                dead_letter: None,
             },
             environment: row.get(7)?,
             tags: json(row, 9)?,
@@ -931,6 +962,7 @@ mod tests {
         let (dir, store) = store();
         let mut function = example("a");
         function.tags.insert("k".into(), "v \"quoted\"".into());
+        function.config.dead_letter = Some("arn".into());
         store.create(function.clone(), false).unwrap();
         store.create(example("b"), false).unwrap();
         store.delete("b").unwrap();
@@ -1194,7 +1226,7 @@ mod tests {
         let old = store.lock();
         old.execute_batch(
             "DROP TABLE versions; DROP TABLE numbers; DROP TABLE attachments; DROP TABLE layers;
-             DROP TABLE layer_numbers;",
+             DROP TABLE layer_numbers; DROP TABLE kms_keys; DROP TABLE own_keys;",
         )
         .unwrap();
         old.execute_batch(MIGRATIONS[0]).unwrap();

@@ -15,6 +15,7 @@ use crate::{
     logs::Logs,
     metrics::Metrics,
     store::Store,
+    traces::Traces,
 };
 
 /// Lines of output that may wait between a guest and its log. With [`firn::guest::MAX_LOG`] this
@@ -42,6 +43,8 @@ pub struct Workshop<B> {
     pub logs: Logs,
     /// Counts what happens.
     pub metrics: Metrics,
+    /// Traces invocations.
+    pub traces: Traces,
     /// Multiplies the time for initialisation on slow machines.
     pub patience: u32,
 }

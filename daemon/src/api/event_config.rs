@@ -15,7 +15,7 @@ use super::{
     App, Parameters, Target, error::ApiError, functions, gate::Session, json, names::Reference,
     pages::Page,
 };
-use crate::{backend::Backend, events::settings::Settings, function::Function};
+use crate::{aws::Recipient, backend::Backend, events::settings::Settings, function::Function};
 
 /// Retries.
 const RETRIES: (i64, i64) = (0, 2);
@@ -206,9 +206,17 @@ fn check_destination<B: Backend>(
         return Err(ApiError::validation(&member, arn, constraint));
     }
     let refuse = |why: String| Err(ApiError::InvalidParameterValue(why));
+    if let Some(target) = Recipient::parse(arn) {
+        if target.is_fifo() {
+            return refuse(format!("The destination {arn} is FIFO, which is not supported."));
+        }
+        session.role_may(&function.config.role, target.action(), arn)?;
+        return app.aws.ready(target.service).or_else(|error| refuse(error.to_string()));
+    }
     if arn.split(':').nth(2) != Some("lambda") {
         return refuse(format!(
-            "Firn does not support this kind of destination yet: {arn}. Use the ARN of a function."
+            "Firn does not support this kind of destination yet: {arn}. Use the ARN of a function, of \
+             an SQS queue or of an SNS topic."
         ));
     }
     let found = Reference::parse(arn, None).and_then(|reference| app.find(&reference));

@@ -15,7 +15,7 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use firn::{
     Disk,
-    code::{CodeError, MAX_UNZIPPED, MAX_ZIPPED},
+    code::{CodeError, MAX_UNZIPPED},
 };
 use serde_json::{Value, json};
 
@@ -25,7 +25,7 @@ use super::{
     gate::Session,
     json, layers, names, no_content,
     pages::{self, Page},
-    read_body,
+    read_body, s3,
     shapes::{
         CodeUpload, CreateFunction, FunctionConfiguration, UpdateFunctionCode,
         UpdateFunctionConfiguration,
@@ -33,12 +33,16 @@ use super::{
     validate, versions,
 };
 use crate::{
+    aws::Recipient,
     backend::Backend,
     code::Pending,
     function::{Config, Function, Layer, Memo, Version, now_ms},
     store::{Published, StoreError, Updated, check_revision},
     workshop,
 };
+
+/// Largest archive in a request, in bytes.
+const MAX_ZIPPED: usize = 52_428_800;
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
@@ -90,11 +94,12 @@ pub async fn create<B: Backend>(
         let layers = input.settings.layers.clone().unwrap_or_default();
         let mut config = validate::create(input.settings, &work.backend.runtimes())?;
         config.layers = layers::resolve(&work, &session, &layers)?;
+        check_dead_letter(&work, &session, &config)?;
         if work.store.get(&name, Version::Latest).is_some() {
             return Err(StoreError::Exists(name).into());
         }
         let envelope = work.store.envelope()?;
-        let zip = uploaded(input.code.unwrap_or_default())?;
+        let zip = uploaded(&work, &session, input.code.unwrap_or_default())?;
         let disk = build_disk(&work, &zip, &config.layers)?;
         let mut pending = Pending::default();
         let code = work.code.put(&name, &envelope, &zip, &mut pending).map_err(not_stored)?;
@@ -209,6 +214,7 @@ pub async fn list<B: Backend>(
 pub async fn update_code<B: Backend>(
     State(app): State<Arc<App<B>>>,
     Target(reference): Target,
+    Extension(session): Extension<Session>,
     request: Request,
 ) -> Result<Response<Body>, ApiError> {
     let _turn = app.uploads.acquire().await;
@@ -228,7 +234,7 @@ pub async fn update_code<B: Backend>(
                 )));
             }
         }
-        let zip = uploaded(input.code)?;
+        let zip = uploaded(&work, &session, input.code)?;
         let disk = build_disk(&work, &zip, &current.config.layers)?;
         let Function { name, envelope, .. } = &*current;
         let mut pending = Pending::default();
@@ -293,7 +299,10 @@ pub async fn update_configuration<B: Backend>(
         check_revision(&current, revision)?;
         let runtimes = work.backend.runtimes();
         // Refused before a disk is built.
-        validate::update(&current.config, input.settings.clone(), &runtimes)?;
+        let config = validate::update(&current.config, input.settings.clone(), &runtimes)?;
+        if input.settings.dead_letter_config.is_some() || input.settings.role.is_some() {
+            check_dead_letter(&work, &session, &config)?;
+        }
         let mut pending = Pending::default();
         let layers = match &input.settings.layers {
             None => None,
@@ -388,6 +397,29 @@ fn remove_unused<B: Backend>(app: &App<B>, old: &Function) {
     }
 }
 
+/// Refuses a dead-letter target that the function's role may not send to, or nobody can.
+fn check_dead_letter<B: Backend>(
+    app: &App<B>,
+    session: &Session,
+    config: &Config,
+) -> Result<(), ApiError> {
+    let Some(target) = config.dead_letter.as_deref().and_then(Recipient::parse) else {
+        return Ok(());
+    };
+    let action = target.action();
+    session.role_may(&config.role, action, &target.arn).map_err(|error| match error {
+        ApiError::InvalidParameterValue(_) => ApiError::InvalidParameterValue(format!(
+            "The provided execution role does not have permissions to call {} on {}",
+            action.split_once(':').unwrap_or_default().1,
+            target.service
+        )),
+        other => other,
+    })?;
+    app.aws
+        .ready(target.service)
+        .map_err(|error| ApiError::InvalidParameterValue(error.to_string()))
+}
+
 fn changed_meanwhile<B: Backend>(app: &App<B>, function: &Function) -> ApiError {
     ApiError::ResourceConflict(format!(
         "The operation cannot be performed at this time. An update is in progress for resource: {}",
@@ -454,25 +486,50 @@ pub(super) fn refuse_qualifier(reference: &names::Reference) -> Result<(), ApiEr
     }
 }
 
-/// The archive that is uploaded.
-pub(super) fn uploaded(upload: CodeUpload<'_>) -> Result<Vec<u8>, ApiError> {
+/// The archive that is uploaded, or lies in a bucket. Blocks.
+pub(super) fn uploaded<B: Backend>(
+    app: &App<B>,
+    session: &Session,
+    upload: CodeUpload<'_>,
+) -> Result<Vec<u8>, ApiError> {
     let refuse = |message: &str| Err(ApiError::InvalidParameterValue(message.into()));
     if upload.image_uri.is_some() {
-        return refuse("Firn does not support ImageUri yet. Use ZipFile.");
+        return refuse("Firn does not support ImageUri yet. Use ZipFile, or S3Bucket and S3Key.");
     }
-    if upload.s3_bucket.is_some() || upload.s3_key.is_some() {
-        return refuse("Firn does not support S3Bucket and S3Key yet. Use ZipFile.");
+    if upload.source_kms_key_arn.is_some_and(|arn| !arn.is_empty()) {
+        return refuse("Firn does not support SourceKMSKeyArn yet. Leave it out or empty.");
     }
-    let Some(blob) = upload.zip_file else {
-        return refuse("Please provide a source for function code.");
+    let CodeUpload { zip_file, s3_bucket, s3_key, s3_object_version, .. } = upload;
+    let blob = match (zip_file, s3_bucket, s3_key) {
+        (Some(blob), None, None) => blob,
+        (Some(_), ..) => {
+            return refuse(
+                "Please do not provide other FunctionCode parameters when providing a ZipFile.",
+            );
+        }
+        (None, Some(bucket), Some(key)) => {
+            return s3::object(app, session, &bucket, &key, s3_object_version.as_deref());
+        }
+        (None, None, None) => return refuse("Please provide a source for function code."),
+        (None, ..) => return refuse("Please provide both S3Bucket and S3Key."),
     };
-    STANDARD
-        .decode(blob.0.as_bytes())
-        .map_err(|_| ApiError::Serialization("ZipFile is not valid base64".into()))
+    let zip = STANDARD.decode(blob.0.as_bytes());
+    let zip = zip.map_err(|_| ApiError::Serialization("ZipFile is not valid base64".into()))?;
+    match zip.len() > MAX_ZIPPED {
+        true => Err(ApiError::InvalidParameterValue(format!(
+            "Zipped size must be smaller than {MAX_ZIPPED} bytes"
+        ))),
+        false => Ok(zip),
+    }
 }
 
 /// Builds the disk of a function's archive and its layers.
 fn build_disk<B: Backend>(app: &App<B>, zip: &[u8], layers: &[Layer]) -> Result<Disk, ApiError> {
+    // Before they are all in memory: unpacked, they are not smaller.
+    let size = zip.len() as u64 + layers.iter().map(|layer| layer.size).sum::<u64>();
+    if size > MAX_UNZIPPED {
+        return Err(code_error(CodeError::CombinedTooLarge { size, limit: MAX_UNZIPPED }));
+    }
     let layers = workshop::layers(&app.store, &app.code, layers)
         .map_err(|error| ApiError::Service(error.to_string()))?;
     Ok(app.backend.build_disk(zip, &layers).map_err(code_error)?.disk)
@@ -484,9 +541,6 @@ pub(super) fn not_stored(error: io::Error) -> ApiError {
 
 pub(super) fn code_error(error: CodeError) -> ApiError {
     match error {
-        CodeError::ZippedTooLarge { limit, .. } => ApiError::InvalidParameterValue(format!(
-            "Zipped size must be smaller than {limit} bytes"
-        )),
         CodeError::UnzippedTooLarge { limit } => ApiError::InvalidParameterValue(format!(
             "Unzipped size must be smaller than {limit} bytes"
         )),
@@ -519,8 +573,6 @@ mod unit {
         assert_eq!(error.name(), "InvalidParameterValueException");
         assert!(error.to_string().starts_with("Could not unzip uploaded file."));
         assert!(error.to_string().contains("../x"));
-        let large = code_error(CodeError::ZippedTooLarge { size: 1, limit: MAX_ZIPPED });
-        assert_eq!(large.to_string(), "Zipped size must be smaller than 52428800 bytes");
         let large = code_error(CodeError::UnzippedTooLarge { limit: MAX_UNZIPPED });
         assert_eq!(large.to_string(), "Unzipped size must be smaller than 262144000 bytes");
         let ours = code_error(CodeError::Mkfs { reason: "missing".into() });

@@ -27,18 +27,22 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::{
     App, BROKEN,
     error::ApiError,
+    layers,
     names::Reference,
-    operations::{Kind, On, Operation},
+    operations::{INVOKE_URL, Kind, On, Operation},
     read_body,
     recorded::{Draft, MAX_BODY},
+    services,
 };
 use crate::{
     attachments::UrlAuth,
     audit::{Audit, Unwritten},
     backend::Backend,
     identity::{
-        Identity, Principal,
+        Credentials, Identity, Principal,
         policy::{self, Caller, Context, Decision, Policy},
+        role_id,
+        sessions::Sessions,
         sigv4::{AuthError, Claim},
     },
     serve::Peer,
@@ -52,15 +56,28 @@ const UNREAD: usize = 64 << 10;
 const LINK: Duration = Duration::from_secs(600);
 
 /// Services for which requests to `/` may be signed.
-const SERVICES: [&str; 5] = ["kms", "lambda", "logs", "monitoring", "xray"];
+const SERVICES: [&str; 6] = ["kms", "lambda", "logs", "monitoring", "sts", "xray"];
 
 /// Who may call, and what they have called.
 #[derive(Debug)]
 pub struct Callers {
     /// None: development mode, in which everybody may do everything.
     pub identity: Option<Arc<Identity>>,
+    /// Temporary credentials.
+    pub sessions: Sessions,
     /// The audit trail.
     pub audit: Arc<Audit>,
+}
+
+impl Callers {
+    fn find(
+        &self,
+        identity: &Identity,
+        claim: &Claim,
+        now: OffsetDateTime,
+    ) -> Result<Credentials, AuthError> {
+        identity.find(&self.sessions, &claim.key_id, claim.token.as_deref(), now)
+    }
 }
 
 /// What a gate needs to know.
@@ -99,7 +116,8 @@ struct Inner {
 }
 
 impl Session {
-    fn new<B: Backend>(app: &App<B>, parts: &Parts) -> Self {
+    /// Of a request of which nothing is known yet.
+    pub fn new<B: Backend>(app: &App<B>, parts: &Parts) -> Self {
         let unused = || (OnceLock::new(), OnceLock::new(), OnceLock::new());
         let (store, (claimed, principal, resource)) = (app.store.clone(), unused());
         let Some(identity) = app.callers.identity.clone() else {
@@ -145,6 +163,19 @@ impl Session {
     /// # Errors
     /// [`ApiError::AccessDenied`].
     pub fn may(&self, action: &str, resource: &str) -> Result<(), ApiError> {
+        self.may_with(action, resource, |_| ())
+    }
+
+    /// The same, where more is known of the request than its head says.
+    ///
+    /// # Errors
+    /// [`ApiError::AccessDenied`].
+    pub fn may_with(
+        &self,
+        action: &str,
+        resource: &str,
+        describe: impl FnOnce(&mut Context),
+    ) -> Result<(), ApiError> {
         if resource.starts_with("arn:") {
             let _ = self.0.resource.set(resource.to_owned());
         }
@@ -152,7 +183,36 @@ impl Session {
         if action.starts_with("lambda:") && resource.split(':').nth(5) != Some("layer") {
             context.set("lambda:FunctionArn", resource);
         }
+        describe(&mut context);
         self.may_in(action, resource, context)
+    }
+
+    /// Whether the caller may act in a role.
+    ///
+    /// # Errors
+    /// [`ApiError::AccessDenied`]
+    pub fn may_assume(
+        &self,
+        role: &str,
+        describe: impl FnOnce(&mut Context),
+    ) -> Result<(), ApiError> {
+        const ACTION: &str = "sts:AssumeRole";
+        let _ = self.0.resource.set(role.to_owned());
+        let Some(identity) = &self.0.identity else { return Ok(()) };
+        let principal = self.known(ACTION)?;
+        let mut context = self.0.context.clone();
+        describe(&mut context);
+        principal.describe(&mut context);
+        let caller = &principal.caller;
+        let request = policy::Request { caller, action: ACTION, resource: role, context: &context };
+        let own = policy::evaluate(&*principal.policies, &request);
+        match identity.may_assume(role, caller, &context, own) {
+            true => Ok(()),
+            false => Err(ApiError::AccessDenied(format!(
+                "User: {} is not authorized to perform: {ACTION} on resource: {role}",
+                principal.arn
+            ))),
+        }
     }
 
     /// Whether the caller may give a function this role, and the role may be a function's.
@@ -203,15 +263,11 @@ impl Session {
         if self.0.identity.is_none() {
             return Ok(());
         }
-        let Some(principal) = self.0.principal.get() else {
-            return Err(ApiError::Service(format!(
-                "{action} was asked for before it was known by whom"
-            )));
-        };
+        let principal = self.known(action)?;
         principal.describe(&mut context);
         let request =
             policy::Request { caller: &principal.caller, action, resource, context: &context };
-        let mut why = match policy::evaluate(&principal.policies, &request) {
+        let mut why = match policy::evaluate(&*principal.policies, &request) {
             Decision::Allowed => return Ok(()),
             Decision::Denied => "with an explicit deny in an identity-based policy".to_owned(),
             Decision::Unmentioned => {
@@ -234,19 +290,28 @@ impl Session {
         )))
     }
 
-    /// The policy of a function by the qualifier that its ARN ends with.
+    fn known(&self, action: &str) -> Result<&Principal, ApiError> {
+        self.principal().ok_or_else(|| {
+            ApiError::Service(format!("{action} was asked for before it was known by whom"))
+        })
+    }
+
+    /// The policy of a function by the qualifier that its ARN ends with, or of a layer version.
     fn resource_policy(&self, arn: &str) -> Result<Option<Policy>, ApiError> {
         if !arn.starts_with("arn:aws:lambda:") {
             return Ok(None);
         }
-        let Ok(reference) = Reference::parse(arn, None) else { return Ok(None) };
-        let attachments = self.0.store.attachments(&reference.name).unwrap_or_default();
-        let Some(policy) =
-            attachments.policies.get(reference.qualifier.as_deref().unwrap_or_default())
-        else {
-            return Ok(None);
+        let document = match layers::version_arn(arn) {
+            Some(version) => layers::policy::of(&self.0.store, arn, &version),
+            None => {
+                let Ok(reference) = Reference::parse(arn, None) else { return Ok(None) };
+                let attachments = self.0.store.attachments(&reference.name).unwrap_or_default();
+                let qualifier = reference.qualifier.unwrap_or_default();
+                attachments.policies.get(&qualifier).map(|policy| policy.document())
+            }
         };
-        let policy = Policy::parse(&policy.document(), policy::Kind::Resource);
+        let Some(document) = document else { return Ok(None) };
+        let policy = Policy::parse(&document, policy::Kind::Resource);
         policy.map(Some).map_err(|e| ApiError::Service(format!("the policy of {arn}: {e}")))
     }
 
@@ -268,14 +333,26 @@ impl Session {
     pub fn identity(&self) -> Value {
         match self.0.principal.get() {
             None => json!({ "type": "Unknown" }),
-            Some(principal) => json!({
-                "type": if principal.user.is_some() { "IAMUser" } else { "AssumedRole" },
-                "principalId": principal.id,
-                "arn": principal.arn,
-                "accountId": principal.caller.account,
-                "accessKeyId": self.0.claimed.get(),
-                "userName": principal.user,
-            }),
+            Some(principal) => {
+                let mut identity = json!({
+                    "type": if principal.user.is_some() { "IAMUser" } else { "AssumedRole" },
+                    "principalId": principal.id,
+                    "arn": principal.arn,
+                    "accountId": principal.caller.account,
+                    "accessKeyId": self.0.claimed.get(),
+                    "userName": principal.user,
+                });
+                if let Some(assumed) = &principal.session {
+                    let issuer = json!({
+                        "type": "Role",
+                        "principalId": role_id(&assumed.role),
+                        "arn": assumed.role,
+                        "accountId": principal.caller.account,
+                    });
+                    identity["sessionContext"] = json!({ "sessionIssuer": issuer });
+                }
+                identity
+            }
         }
     }
 
@@ -366,6 +443,7 @@ async fn answer<B: Backend>(
         Some(identity) => admit(app, identity, operation, &mut parts, body, session).await,
     };
     match admitted {
+        Err(refusal) if operation.on == On::Service => services::refuse(&parts, &refusal),
         Err(refusal) => refusal.into_response(),
         Ok(Admitted::Freely(body)) => next.run(Request::from_parts(parts, body)).await,
         Ok(Admitted::Signed(body)) => {
@@ -390,13 +468,14 @@ async fn answer<B: Backend>(
 /// [`ApiError::AccessDenied`], or what is wrong with the signature.
 pub fn pass_url<B: Backend>(
     app: &App<B>,
+    session: &Session,
     parts: &mut Parts,
     body: Body,
     auth: UrlAuth,
     function: String,
-) -> Result<(Body, Session), ApiError> {
-    const ACTION: &str = "lambda:InvokeFunctionUrl";
-    let session = Session::new(app, parts);
+) -> Result<Body, ApiError> {
+    const ACTION: &str = INVOKE_URL.action;
+    let _ = session.0.resource.set(function.clone());
     let mut context = session.0.context.clone();
     context.set("lambda:FunctionArn", &function);
     let kind = if auth == UrlAuth::None { "NONE" } else { "AWS_IAM" };
@@ -423,8 +502,9 @@ pub fn pass_url<B: Backend>(
         (UrlAuth::AwsIam, Some(identity)) => {
             let now = OffsetDateTime::now_utc();
             let claim = Claim::read(parts)?;
+            let _ = session.0.claimed.set(claim.key_id.clone());
             claim.check_scope(now, &app.place.region, &["lambda"])?;
-            let credentials = identity.find(&claim.key_id, claim.token.as_deref(), now)?;
+            let credentials = app.callers.find(identity, &claim, now)?;
             let session = session.clone();
             let settle = move |hash: [u8; 32]| {
                 claim.verify(&credentials.secret, &hash)?;
@@ -435,7 +515,7 @@ pub fn pass_url<B: Backend>(
             Body::new(Checked { body, hash: Sha256::new(), settle: Some(Box::new(settle)) })
         }
     };
-    Ok((body, session))
+    Ok(body)
 }
 
 /// A request that may go on.
@@ -463,7 +543,7 @@ async fn admit<B: Backend>(
     let _ = session.0.claimed.set(claim.key_id.clone());
     let services: &[&str] = if operation.action.is_empty() { &SERVICES } else { &["lambda"] };
     claim.check_scope(now, &app.place.region, services)?;
-    let credentials = identity.find(&claim.key_id, claim.token.as_deref(), now)?;
+    let credentials = app.callers.find(identity, &claim, now)?;
     let resource = operation.resource(parts, &app.place).await?;
     let session = session.clone();
     let settle = move |hash: [u8; 32]| {

@@ -21,6 +21,7 @@ use crate::{
     events::queue::QueueError,
     function::{Function, Version},
     scheduler::{self, Refusal, Room, Served, StartKind, Trace},
+    traces::{self, Trigger},
 };
 
 /// Longest client context in bytes, as it is sent.
@@ -33,7 +34,6 @@ const INVOCATION_TYPE: &str = "x-amz-invocation-type";
 const LOG_TYPE: &str = "x-amz-log-type";
 const CLIENT_CONTEXT: &str = "x-amz-client-context";
 const COGNITO_IDENTITY: &str = "x-firn-cognito-identity";
-const TRACE_ID: HeaderName = HeaderName::from_static("x-amzn-trace-id");
 const START: &str = "x-firn-start";
 
 impl From<QueueError> for ApiError {
@@ -84,7 +84,7 @@ pub async fn invoke<B: Backend>(
         _ => {}
     }
     let (version, tail) = (function.version, wishes.tail);
-    let request = call.request(function, reference.arn(&app.place), wishes)?;
+    let request = call.request(&app, function, reference.arn(&app.place), wishes)?;
     let trace_id = request.invocation.trace_id.clone();
     let served = app.scheduler.invoke(request).await?;
     Ok(respond(served, version, tail, &trace_id))
@@ -138,8 +138,9 @@ impl Call {
     /// # Errors
     /// [`ApiError::InvalidRequestContent`] for an event that is no JSON, [`ApiError::AccessDenied`] for a
     /// Cognito identity that is not the caller's to tell.
-    pub fn request(
+    pub fn request<B: Backend>(
         self,
+        app: &App<B>,
         function: Arc<Function>,
         function_arn: String,
         wishes: Wishes,
@@ -148,18 +149,20 @@ impl Call {
         if !wishes.cognito_identity.is_empty() {
             session.may("firn:AssertCognitoIdentity", &function_arn)?;
         }
-        let invocation = Invocation {
+        let mut invocation = Invocation {
             request_id: id,
             function_arn,
-            trace_id: trace_id(&headers),
+            trace_id: String::new(),
             client_context: wishes.client_context,
             cognito_identity: wishes.cognito_identity,
             timeout: function.timeout(),
             payload: checked_event(payload)?,
             response: None,
         };
+        let (received, other) = (trace.received(), Trigger::Other);
+        let traced = app.traces.open(&headers, received, other, &function, &mut invocation);
         let (force, room) = (wishes.force, Some(room));
-        Ok(scheduler::Request { function, invocation, force, trace, room })
+        Ok(scheduler::Request { function, invocation, force, trace, traced, room })
     }
 }
 
@@ -226,13 +229,13 @@ async fn accept<B: Backend>(
     payload: Bytes,
 ) -> Result<Response<Body>, ApiError> {
     let payload = checked_event(payload)?;
-    let trace_id = trace_id(headers);
+    let trace_id = app.traces.accept(headers, function);
     let trace = HeaderValue::try_from(&trace_id);
     app.events.accept(function, id, reference.arn(&app.place), trace_id, payload).await?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::ACCEPTED;
     if let Ok(trace) = trace {
-        response.headers_mut().insert(TRACE_ID, trace);
+        response.headers_mut().insert(traces::HEADER, trace);
     }
     Ok(response)
 }
@@ -252,7 +255,7 @@ fn respond(served: Served, version: Version, tail: bool, trace_id: &str) -> Resp
         (HeaderName::from_static("x-amz-executed-version"), Some(version.to_string())),
         (HeaderName::from_static("x-amz-log-result"), tail.then(|| STANDARD.encode(log))),
         (HeaderName::from_static("x-firn-phases"), serde_json::to_string(&trace).ok()),
-        (TRACE_ID, Some(trace_id.to_owned())),
+        (traces::HEADER, Some(trace_id.to_owned())),
     ];
     for (name, value) in made {
         if let Some(value) = value.and_then(|v| HeaderValue::try_from(v).ok()) {
@@ -340,18 +343,6 @@ fn cognito_identity(headers: &HeaderMap) -> Result<String, ApiError> {
     })
 }
 
-/// The caller's trace header, or a new one that is not sampled.
-pub fn trace_id(headers: &HeaderMap) -> String {
-    let own = headers.get(TRACE_ID).and_then(|value| value.to_str().ok());
-    if let Some(own) = own.filter(|own| !own.is_empty() && own.len() <= 1024) {
-        return own.to_owned();
-    }
-    let random = uuid::Uuid::new_v4().simple().to_string();
-    let parent = uuid::Uuid::new_v4().simple().to_string();
-    let seconds = crate::function::now_ms() / 1000;
-    format!("Root=1-{seconds:08x}-{};Parent={};Sampled=0", &random[..24], &parent[..16])
-}
-
 #[cfg(test)]
 mod unit {
     use super::*;
@@ -365,16 +356,6 @@ mod unit {
             let error = checked_event(Bytes::copy_from_slice(bad)).unwrap_err();
             assert_eq!(error.name(), "InvalidRequestContentException");
         }
-    }
-
-    #[test]
-    fn trace_ids_are_passed_on_or_made() {
-        let mut headers = HeaderMap::new();
-        let made = trace_id(&headers);
-        assert!(made.starts_with("Root=1-") && made.ends_with(";Sampled=0"), "{made}");
-        assert_eq!(made.split(['-', ';']).nth(2).unwrap().len(), 24);
-        headers.insert(TRACE_ID, HeaderValue::from_static("Root=1-2-3"));
-        assert_eq!(trace_id(&headers), "Root=1-2-3");
     }
 
     #[test]

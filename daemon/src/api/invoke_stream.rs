@@ -41,7 +41,7 @@ pub async fn invoke<B: Backend>(
         return Ok(no_content());
     }
     let (version, tail) = (function.version, wishes.tail);
-    let request = call.request(function, reference.arn(&app.place), wishes)?;
+    let request = call.request(&app, function, reference.arn(&app.place), wishes)?;
     let trace_id = request.invocation.trace_id.clone();
     let invoked = response_stream::invoke(&app.scheduler, request, app.settings.stream_rate).await;
     let mut framing = Events { tail };

@@ -21,6 +21,7 @@ mod permissions;
 mod recorded;
 mod response_stream;
 mod routes;
+mod s3;
 mod services;
 pub mod shapes;
 mod tags;
@@ -60,6 +61,7 @@ use self::{
 };
 use crate::{
     attachments::{self, Alias},
+    aws::Aws,
     backend::Backend,
     code::CodeStore,
     events::Events,
@@ -68,6 +70,7 @@ use crate::{
     metrics::Metrics,
     scheduler::Scheduler,
     store::Store,
+    traces::Traces,
 };
 
 /// Most bytes of a request that carries code.
@@ -122,10 +125,14 @@ pub struct App<B: Backend> {
     pub logs: Logs,
     /// What is counted.
     pub metrics: Metrics,
+    /// Traces invocations.
+    pub traces: Traces,
     /// Who runs them.
     pub scheduler: Arc<Scheduler<B>>,
     /// What is invoked asynchronously.
     pub events: Arc<Events<B>>,
+    /// Where their code may lie.
+    pub aws: Arc<Aws>,
     /// What runs them.
     pub backend: B,
     /// What ARNs say.
@@ -145,6 +152,7 @@ impl<B: Backend> App<B> {
         workshop: crate::workshop::Workshop<B>,
         scheduler: Arc<Scheduler<B>>,
         events: Arc<Events<B>>,
+        aws: Arc<Aws>,
         callers: Callers,
         settings: Settings,
     ) -> Arc<Self> {
@@ -153,8 +161,10 @@ impl<B: Backend> App<B> {
             code: workshop.code,
             logs: workshop.logs,
             metrics: workshop.metrics,
+            traces: workshop.traces,
             scheduler,
             events,
+            aws,
             backend: workshop.backend,
             place: workshop.place,
             callers,

@@ -55,6 +55,8 @@ pub enum On {
     Link,
     /// The same of a layer.
     LayerLink,
+    /// The function whose URL the request's host is.
+    Url,
     /// Whether the daemon is well, which everybody may ask.
     Health,
 }
@@ -91,6 +93,7 @@ operations! {
     // The same by an older way: who may not invoke may not do so by it either.
     INVOKE_ASYNC: Data on Function, "lambda:InvokeFunction", "InvokeAsync";
     INVOKE_STREAM: Data on Function, "lambda:InvokeFunction", "InvokeWithResponseStream";
+    INVOKE_URL: Data on Url, "lambda:InvokeFunctionUrl", "InvokeFunctionUrl";
     CREATE_URL: Write on Function, "lambda:CreateFunctionUrlConfig", "CreateFunctionUrlConfig";
     GET_URL: Read on Function, "lambda:GetFunctionUrlConfig", "GetFunctionUrlConfig";
     UPDATE_URL: Write on Function, "lambda:UpdateFunctionUrlConfig", "UpdateFunctionUrlConfig";
@@ -169,7 +172,7 @@ impl Operation {
                 let part = |name| path.get(name).map(String::as_str);
                 layers::arn(place, part("layer").unwrap_or_default(), part("version")).map(Some)
             }
-            On::Body | On::Service | On::Health => Ok(None),
+            On::Body | On::Service | On::Url | On::Health => Ok(None),
         }
     }
 }

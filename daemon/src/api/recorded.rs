@@ -14,7 +14,7 @@ use time::{OffsetDateTime, macros::format_description};
 
 use super::{
     RequestInfo,
-    error::ERROR_TYPE,
+    error::{ApiError, ERROR_TYPE},
     gate::{Session, source},
     names::Place,
     operations::{Kind, On, Operation},
@@ -129,6 +129,11 @@ pub struct Draft {
 impl Draft {
     /// What the head of a request says.
     pub async fn new(operation: &'static Operation, parts: &mut Parts, place: &Place) -> Self {
+        let parameters = match operation.on {
+            // Its path and query are the function's.
+            On::Url => Value::Null,
+            _ => parameters(parts).await,
+        };
         let format = format_description!("[year]-[month]-[day]T[hour]:[minute]:[second]Z");
         let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone());
         let agent = parts.headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
@@ -141,7 +146,7 @@ impl Draft {
             "awsRegion": place.region,
             "sourceIPAddress": source(parts).map(|address| address.to_string()),
             "userAgent": agent.map(cut),
-            "requestParameters": parameters(parts).await,
+            "requestParameters": parameters,
             "responseElements": null,
             "requestID": id,
             "eventID": uuid::Uuid::new_v4().to_string(),
@@ -154,6 +159,46 @@ impl Draft {
         Self { operation, record }
     }
 
+    /// Who it was, and on what.
+    fn attribute(&mut self, session: &Session) {
+        let record = &mut self.record;
+        record["userIdentity"] = session.identity();
+        if let Some(key_id) = session.claimed() {
+            record["additionalEventData"] = json!({ "claimedAccessKeyId": key_id });
+        }
+        if session.strange() {
+            record["requestParameters"] = Value::Null;
+        }
+        if let Some(arn) = session.resource() {
+            let account = record["recipientAccountId"].clone();
+            let mut parts = arn.split(':').skip(2);
+            let kind = match (parts.next(), parts.nth(2)) {
+                (Some("kms"), _) => "AWS::KMS::Key",
+                (Some("iam"), _) => "AWS::IAM::Role",
+                (_, Some("layer")) => "AWS::Lambda::LayerVersion",
+                _ => "AWS::Lambda::Function",
+            };
+            record["resources"] = json!([{"ARN": arn, "accountId": account, "type": kind}]);
+        }
+    }
+
+    /// What went wrong.
+    fn fail(&mut self, error: &str, message: Option<&str>) {
+        // As CloudTrail has it.
+        let denied = error == "AccessDeniedException";
+        self.record["errorCode"] = if denied { "AccessDenied" } else { error }.into();
+        self.record["errorMessage"] = message.map(cut).into();
+    }
+
+    /// The whole record of a request whose answer is the function's own, unless the daemon refused it.
+    pub fn refused_or_done(mut self, session: &Session, refused: Option<&ApiError>) -> Value {
+        self.attribute(session);
+        if let Some(error) = refused {
+            self.fail(error.name(), Some(&error.to_string()));
+        }
+        self.record
+    }
+
     /// The whole record, and whether something may have been changed, from what became of it; with the
     /// answer, which is as it was.
     pub async fn finish(
@@ -162,31 +207,33 @@ impl Draft {
         body: &[u8],
         response: Response<Body>,
     ) -> (Value, bool, Response<Body>) {
+        self.attribute(session);
         let record = &mut self.record;
-        record["userIdentity"] = session.identity();
-        if let Some(key_id) = session.claimed() {
-            record["additionalEventData"] = json!({ "claimedAccessKeyId": key_id });
-        }
-        if session.strange() {
-            record["requestParameters"] = Value::Null;
-        } else if let Some(parameters) = listed(body) {
+        if !session.strange()
+            && let Some(parameters) = listed(body)
+        {
             match record["requestParameters"].as_object_mut() {
                 Some(known) => known.extend(parameters),
                 None => record["requestParameters"] = parameters.into(),
             }
         }
-        if let Some(arn) = session.resource() {
-            let account = record["recipientAccountId"].clone();
-            let kind = match arn.split(':').nth(5) {
-                Some("layer") => "AWS::Lambda::LayerVersion",
-                _ => "AWS::Lambda::Function",
-            };
-            record["resources"] = json!([{"ARN": arn, "accountId": account, "type": kind}]);
-        }
         let mut changes = self.operation.kind == Kind::Write;
         if let Some(Called { service, operation }) = response.extensions().get() {
-            let reads = ["Describe", "Filter", "Get", "List", "Start", "Stop"];
-            changes = !reads.iter().any(|verb| operation.starts_with(verb));
+            // As CloudTrail has it: what gives something, and keeps nothing, reads.
+            const READS: [&str; 11] = [
+                "Assume",
+                "Decrypt",
+                "Describe",
+                "Encrypt",
+                "Filter",
+                "Generate",
+                "Get",
+                "List",
+                "ReEncrypt",
+                "Start",
+                "Stop",
+            ];
+            changes = !READS.iter().any(|verb| operation.starts_with(verb));
             record["eventSource"] = event_source(service).into();
             record["eventName"] = cut(operation).into();
             record["readOnly"] = (!changes).into();
@@ -206,11 +253,7 @@ impl Draft {
             Some(error) => {
                 let document: Value = serde_json::from_slice(&body).unwrap_or_default();
                 let message = document["Message"].as_str().or(document["message"].as_str());
-                // As CloudTrail has it.
-                let denied = error == "AccessDeniedException";
-                let code = if denied { "AccessDenied" } else { &error };
-                record["errorCode"] = code.into();
-                record["errorMessage"] = message.map(cut).into();
+                self.fail(&error, message);
             }
             None => record["responseElements"] = listed(&body).into(),
         }

@@ -68,9 +68,9 @@ impl<B: Backend> Routes<B> {
 }
 
 /// All routes.
-pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
+fn table<B: Backend>(app: &Arc<App<B>>) -> Vec<(&'static str, Vec<Route<B>>)> {
     let on = Routes(app.clone());
-    let routes: Vec<(&str, Vec<Route<B>>)> = vec![
+    vec![
         (
             "/2015-03-31/functions",
             vec![
@@ -240,9 +240,19 @@ pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
             "/service/{service}/operation/{operation}",
             vec![on.post(&op::SERVICE, services::serve::<B>)],
         ),
-    ];
+    ]
+}
+
+/// The paths of all routes.
+#[cfg(test)]
+pub fn paths<B: Backend>(app: &Arc<App<B>>) -> Vec<&'static str> {
+    table(app).into_iter().map(|(path, _)| path).collect()
+}
+
+/// What serves them.
+pub fn router<B: Backend>(app: Arc<App<B>>) -> Router {
     let mut router = Router::new();
-    for (path, handlers) in routes {
+    for (path, handlers) in table(&app) {
         let handlers =
             handlers.into_iter().fold(MethodRouter::new(), |all, Route(one)| all.merge(one));
         if path == "/" {

@@ -31,7 +31,7 @@ pub struct Settings {
     pub(crate) logging_config: Option<LoggingConfig>,
     pub(crate) tags: Option<BTreeMap<String, String>>,
     pub(crate) vpc_config: Option<Value>,
-    pub(crate) dead_letter_config: Option<Value>,
+    pub(crate) dead_letter_config: Option<DeadLetterConfig>,
     pub(crate) layers: Option<Vec<String>>,
     pub(crate) file_system_configs: Option<Value>,
     pub(crate) code_signing_config_arn: Option<Value>,
@@ -76,6 +76,13 @@ pub struct SnapStart {
 #[serde(rename_all = "PascalCase")]
 pub struct TracingConfig {
     pub(crate) mode: Option<String>,
+}
+
+/// `DeadLetterConfig`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct DeadLetterConfig {
+    pub(crate) target_arn: Option<String>,
 }
 
 /// `LoggingConfig`.
@@ -217,7 +224,10 @@ pub struct CodeUpload<'a> {
     pub(crate) zip_file: Option<Blob<'a>>,
     pub(crate) s3_bucket: Option<String>,
     pub(crate) s3_key: Option<String>,
+    pub(crate) s3_object_version: Option<String>,
     pub(crate) image_uri: Option<String>,
+    #[serde(rename = "SourceKMSKeyArn")]
+    pub(crate) source_kms_key_arn: Option<String>,
 }
 
 /// Base64 text. A type of its own because serde borrows a `Cow` only where it stands alone.
@@ -268,6 +278,8 @@ pub struct FunctionConfiguration<'a> {
     logging_config: Value,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     layers: Vec<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dead_letter_config: Option<Value>,
 }
 
 impl<'a> FunctionConfiguration<'a> {
@@ -313,6 +325,10 @@ impl<'a> FunctionConfiguration<'a> {
                     serde_json::json!({ "Arn": arn, "CodeSize": layer.size })
                 })
                 .collect(),
+            dead_letter_config: config
+                .dead_letter
+                .as_ref()
+                .map(|target| serde_json::json!({ "TargetArn": target })),
         }
     }
 

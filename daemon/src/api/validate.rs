@@ -10,9 +10,12 @@ use super::{
     error::{ApiError, violation},
     layers,
     names::{is_alias, is_region},
-    shapes::{AddPermission, CreateAlias, PublishVersion, RoutingConfig, Settings, UpdateAlias},
+    shapes::{
+        AddPermission, CreateAlias, DeadLetterConfig, PublishVersion, RoutingConfig, Settings,
+        UpdateAlias,
+    },
 };
-use crate::function::Config;
+use crate::{aws::Recipient, function::Config};
 
 /// Memory in MB.
 const MEMORY: (i64, i64) = (128, 10_240);
@@ -36,6 +39,9 @@ const PRINCIPAL: usize = 2048;
 /// What an alias's name must be.
 pub const ALIAS: &str = "Member must satisfy regular expression pattern: (?!^[0-9]+$)([a-zA-Z0-9-_]+), with at most 128 \
      characters";
+
+/// What a dead-letter target must be.
+const TARGET: &str = "(arn:(aws[a-zA-Z-]*)?:[a-z0-9-.]+:.*)|()";
 
 /// Names that only the service sets.
 const RESERVED: [&str; 21] = [
@@ -184,6 +190,7 @@ pub fn create(settings: Settings, runtimes: &[String]) -> Result<Config, ApiErro
         environment: BTreeMap::new(),
         tracing: "PassThrough".into(),
         layers: Vec::new(),
+        dead_letter: None,
     };
     apply(blank, settings, runtimes)
 }
@@ -377,6 +384,8 @@ fn members(settings: &Settings) -> Violations {
             layers::VERSION_ARN,
         );
     }
+    let target = settings.dead_letter_config.as_ref().and_then(|d| d.target_arn.as_deref());
+    found.pattern("deadLetterConfig.targetArn", target, is_target, TARGET);
     let tracing = settings.tracing_config.as_ref().and_then(|t| t.mode.as_deref());
     if let Some(mode) = tracing.filter(|mode| !matches!(*mode, "Active" | "PassThrough")) {
         let set = "Member must satisfy enum value set: [Active, PassThrough]";
@@ -423,9 +432,6 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
             "SnapStart on published versions (every function is started from a snapshot anyway)",
         );
     }
-    if settings.tracing_config.as_ref().is_some_and(|t| t.mode.as_deref() == Some("Active")) {
-        return refuse("TracingConfig Mode 'Active'");
-    }
     if let Some(logging) = &settings.logging_config {
         if logging.log_format.as_deref().is_some_and(|format| format != "Text") {
             return refuse("LoggingConfig LogFormat other than 'Text'");
@@ -436,7 +442,6 @@ fn unsupported(settings: &Settings) -> Result<(), ApiError> {
     }
     for (name, value) in [
         ("VpcConfig", &settings.vpc_config),
-        ("DeadLetterConfig", &settings.dead_letter_config),
         ("FileSystemConfigs", &settings.file_system_configs),
         ("CodeSigningConfigArn", &settings.code_signing_config_arn),
         ("ImageConfig", &settings.image_config),
@@ -469,13 +474,36 @@ fn apply(mut config: Config, settings: Settings, runtimes: &[String]) -> Result<
         environment(&variables)?;
         config.environment = variables;
     }
+    if let Some(DeadLetterConfig { target_arn }) = settings.dead_letter_config {
+        // One that is empty takes back what was set.
+        let target = target_arn.filter(|arn| !arn.is_empty());
+        target.as_deref().map_or(Ok(()), dead_letter)?;
+        config.dead_letter = target;
+    }
     config.handler = settings.handler.unwrap_or(config.handler);
     config.role = settings.role.unwrap_or(config.role);
     config.description = settings.description.unwrap_or(config.description);
+    let tracing = settings.tracing_config.and_then(|tracing| tracing.mode);
+    config.tracing = tracing.unwrap_or(config.tracing);
     // In range: `members` has seen them.
     config.timeout_s = settings.timeout.map_or(config.timeout_s, |t| t as u32);
     config.memory_mb = settings.memory_size.map_or(config.memory_mb, |m| m as u32);
     Ok(config)
+}
+
+/// What can take events that failed.
+fn dead_letter(arn: &str) -> Result<(), ApiError> {
+    let refuse = |why: String| Err(ApiError::InvalidParameterValue(why));
+    match Recipient::parse(arn) {
+        Some(target) if target.is_fifo() => {
+            refuse(format!("The DeadLetterConfig target {arn} is FIFO, which is not supported."))
+        }
+        Some(_) => Ok(()),
+        None => refuse(format!(
+            "The TargetArn {} is not that of an SQS queue or an SNS topic.",
+            arn.chars().take(256).collect::<String>()
+        )),
+    }
 }
 
 fn environment(variables: &BTreeMap<String, String>) -> Result<(), ApiError> {
@@ -544,6 +572,17 @@ fn is_arn(text: &str) -> bool {
         && (account.is_empty()
             || (account.len() == 12 && account.bytes().all(|b| b.is_ascii_digit())))
         && !resource.contains('\n')
+}
+
+fn is_target(text: &str) -> bool {
+    let parts: Vec<&str> = text.splitn(4, ':').collect();
+    let ["arn", partition, service, _] = parts[..] else { return text.is_empty() };
+    let fits = |text: &str, lower: fn(&u8) -> bool| text.bytes().all(|b| lower(&b) || b == b'-');
+    (partition.is_empty()
+        || partition.starts_with("aws") && fits(partition, u8::is_ascii_alphabetic))
+        && !service.is_empty()
+        && fits(service, |b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'.')
+        && !text.contains('\n')
 }
 
 fn is_handler(text: &str) -> bool {
@@ -628,6 +667,13 @@ mod tests {
             (json!({"Architectures": ["arm64"]}), "arm64"),
             (json!({"EphemeralStorage": {"Size": 1024}}), "1024"),
             (json!({"Layers": ["arn:x"]}), "at 'layers'"),
+            (json!({"DeadLetterConfig": {"TargetArn": "q"}}), "at 'deadLetterConfig.targetArn'"),
+            (json!({"DeadLetterConfig": {"TargetArn": "arn:aws:s3:::b"}}), "SQS queue or an SNS"),
+            (
+                json!({"DeadLetterConfig": {
+                    "TargetArn": "arn:aws:sqs:us-east-1:000000000000:q.fifo"}}),
+                "FIFO",
+            ),
             (json!({"VpcConfig": {"SubnetIds": ["s"], "SecurityGroupIds": []}}), "VpcConfig"),
             (
                 json!({"Environment": {"Variables": {"AWS_REGION": "x", "_HANDLER": "y"}}}),

@@ -11,11 +11,14 @@
 //! - Deliveries take at most half of the invocations that the daemon runs at once, and one function at
 //!   most half of these: neither synchronous callers nor other functions starve.
 //! - In memory are the events in delivery and a page of each lane's ids; never the queue.
-//! - What becomes of an event goes to its destination as another event, in the commit in which it leaves
-//!   the queue; after sixteen destinations that ends, for it is a loop.
+//! - What becomes of an event goes to a destination that is a function as another event, in the commit in
+//!   which it leaves the queue; after sixteen destinations that ends, for it is a loop.
+//! - What goes to queues and topics is [sent](outward) by lanes that take no invocation's place, and that end
+//!   when they have nothing left.
 //! - Events of a deleted function are dropped, also if another one takes its name.
 
 pub mod clock;
+mod outward;
 pub mod queue;
 mod record;
 mod sealed;
@@ -31,7 +34,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use firn::Invocation;
+use firn::{Invocation, keys::KeyError};
+use futures_util::FutureExt;
 use tokio::{
     sync::{Notify, Semaphore},
     task::AbortHandle,
@@ -39,20 +43,26 @@ use tokio::{
 
 use self::{
     clock::Clock,
+    outward::Message,
     queue::{Entry, Fate, Found, New, Queue, QueueError, Setting},
     record::{Condition, Ended},
     sealed::{Event, Head},
     settings::{Known, Settings},
 };
 use crate::{
-    api::names::{Place, Reference},
+    api::{
+        MAX_EVENT,
+        names::{Place, Reference},
+    },
     attachments::{self, Alias},
+    aws::{Aws, Recipient},
     backend::Backend,
     function::{Function, Version},
     metrics::{self, Metric},
     outcome::Answer,
     scheduler::{Refusal, Request, Scheduler, Served, Trace},
     store::Store,
+    traces::{Invoked, Traces},
 };
 
 /// Retries after an error of the function, unless they are set.
@@ -66,6 +76,9 @@ const HOPS: u32 = 16;
 
 /// First and longest pause of a lane whose events are refused.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+
+/// Messages to queues and topics that are on their way at once, and those of one function to one target.
+const SENDING: (usize, usize) = (32, 8);
 
 /// Ids in a page beyond those in delivery.
 const PAGE: usize = 64;
@@ -90,6 +103,7 @@ pub struct Events<B: Backend> {
     queue: Queue,
     store: Arc<Store>,
     scheduler: Arc<Scheduler<B>>,
+    traces: Traces,
     place: Place,
     known: RwLock<Known>,
     /// Held by who changes settings.
@@ -97,14 +111,20 @@ pub struct Events<B: Backend> {
     clock: Clock,
     bounds: Bounds,
     slots: Arc<Semaphore>,
+    aws: Arc<Aws>,
+    /// For messages to queues and topics.
+    sending: Arc<Semaphore>,
     lanes: Mutex<HashMap<String, (Arc<Lane>, AbortHandle)>>,
     stopping: AtomicBool,
 }
 
-/// Delivers the events of one function.
+/// Delivers the events of one function, or what it sends to one target.
 #[derive(Debug)]
 struct Lane {
-    function: String,
+    /// As [`New::function`] has it.
+    name: String,
+    /// Those that it shares with other lanes.
+    slots: Arc<Semaphore>,
     /// There is something new, or something has changed its time.
     wake: Notify,
     /// Deliveries at once.
@@ -158,6 +178,7 @@ impl<B: Backend> Events<B> {
         scheduler: Arc<Scheduler<B>>,
         place: Place,
         clock: Clock,
+        aws: Arc<Aws>,
         bounds: Bounds,
     ) -> Result<Arc<Self>, QueueError> {
         let mut known = BTreeMap::new();
@@ -172,6 +193,7 @@ impl<B: Backend> Events<B> {
         let events = Arc::new(Self {
             queue,
             store,
+            traces: scheduler.traces().clone(),
             scheduler,
             place,
             known: RwLock::new(known),
@@ -179,11 +201,13 @@ impl<B: Backend> Events<B> {
             clock,
             bounds,
             slots: Arc::new(Semaphore::new(bounds.slots)),
+            aws,
+            sending: Arc::new(Semaphore::new(SENDING.0)),
             lanes: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
-        for function in found.functions {
-            events.wake(&function);
+        for lane in found.lanes {
+            events.wake(&lane);
         }
         Ok(events)
     }
@@ -279,10 +303,13 @@ impl<B: Backend> Events<B> {
             let id = function.envelope.id();
             known.retain(|(name, _), (owner, _)| *name != function.name || *owner != id);
         }
-        let lane = self.lanes().remove(&function.name);
-        if let Some((_, task)) = lane {
-            task.abort();
-        }
+        self.lanes().retain(|lane, (_, task)| {
+            let its = outward::function(lane) == function.name;
+            if its {
+                task.abort();
+            }
+            !its
+        });
         if let Err(error) = self.queue.forget(&function.name, &function.envelope.id()).await {
             // The next start finds them without their function.
             tracing::warn!(function = function.name, %error, "events of a deleted function remain");
@@ -308,12 +335,23 @@ impl<B: Backend> Events<B> {
     /// Waits until what became of the deliveries that had begun is on the disk, for at most `patience`.
     pub async fn close(&self, patience: Duration) {
         self.stop();
-        let all = self.slots.acquire_many(self.bounds.slots as u32);
+        let all = async {
+            let _ = self.slots.acquire_many(self.bounds.slots as u32).await;
+            let _ = self.sending.acquire_many(SENDING.0 as u32).await;
+        };
         if tokio::time::timeout(patience, all).await.is_err() {
             tracing::warn!(
                 "deliveries of events are cut off; they are repeated after the next start"
             );
         }
+    }
+
+    /// What has a task, in order.
+    #[cfg(test)]
+    pub fn lane_names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.lanes().keys().cloned().collect();
+        names.sort();
+        names
     }
 
     fn stopping(&self) -> bool {
@@ -324,23 +362,44 @@ impl<B: Backend> Events<B> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// There may be something to deliver to that function.
-    fn wake(self: &Arc<Self>, function: &str) {
+    /// There may be something to deliver in that lane.
+    fn wake(self: &Arc<Self>, name: &str) {
         let mut lanes = self.lanes();
         if self.stopping() {
             return;
         }
-        if let Some((lane, _)) = lanes.get(function) {
+        if let Some((lane, _)) = lanes.get(name) {
             return lane.wake.notify_one();
         }
+        let (slots, share) = match outward::is_outward(name) {
+            true => (&self.sending, SENDING.1),
+            false => (&self.slots, (self.bounds.slots / 2).max(1)),
+        };
         let lane = Arc::new(Lane {
-            function: function.to_owned(),
+            name: name.to_owned(),
+            slots: slots.clone(),
             wake: Notify::new(),
-            share: Arc::new(Semaphore::new((self.bounds.slots / 2).max(1))),
+            share: Arc::new(Semaphore::new(share)),
             state: Mutex::default(),
         });
         let task = tokio::spawn(self.clone().run(lane.clone())).abort_handle();
-        lanes.insert(function.to_owned(), (lane, task));
+        lanes.insert(name.to_owned(), (lane, task));
+    }
+
+    /// Whether a lane that has found nothing to do is to end, and is forgotten then: a function may have had
+    /// any number of targets. Nobody can wake it meanwhile, for that takes the lock.
+    fn ends(&self, lane: &Lane) -> bool {
+        let mut lanes = self.lanes();
+        if !outward::is_outward(&lane.name) || !lane.state().leased.is_empty() {
+            return false;
+        }
+        if lane.wake.notified().now_or_never().is_some() {
+            // For the lane, which is about to wait for it.
+            lane.wake.notify_one();
+            return false;
+        }
+        lanes.remove(&lane.name);
+        true
     }
 
     /// A lane's task. It waits where it may be aborted: deliveries are tasks of their own.
@@ -349,7 +408,7 @@ impl<B: Backend> Events<B> {
             // Lanes queue for slots in turn, so each gets the next one but for those before it.
             let (Ok(share), Ok(slot)) = (
                 lane.share.clone().acquire_owned().await,
-                self.slots.clone().acquire_owned().await,
+                lane.slots.clone().acquire_owned().await,
             ) else {
                 return;
             };
@@ -363,6 +422,7 @@ impl<B: Backend> Events<B> {
                         drop((share, slot));
                     });
                 }
+                Ok(Step::Wait(None)) if self.ends(&lane) => return,
                 Ok(Step::Wait(until)) => {
                     drop((share, slot));
                     tokio::select! {
@@ -372,7 +432,7 @@ impl<B: Backend> Events<B> {
                 }
                 Err(error) => {
                     drop((share, slot));
-                    tracing::error!(function = lane.function, %error, "events can't be read");
+                    tracing::error!(function = lane.name, %error, "events can't be read");
                     tokio::time::sleep(WRITE_AGAIN).await;
                 }
             }
@@ -393,7 +453,7 @@ impl<B: Backend> Events<B> {
             // page with its old time, and must be taken for one in delivery.
             state.leased.clone()
         };
-        let mut page = self.queue.page(&lane.function, leased.len() + PAGE).await?;
+        let mut page = self.queue.page(&lane.name, leased.len() + PAGE).await?;
         page.retain(|(id, _)| !leased.contains(id));
         let mut state = lane.state();
         state.page = page.into();
@@ -409,24 +469,28 @@ impl<B: Backend> Events<B> {
             // Its function was deleted.
             Ok(None) => return,
             Err(error) => {
-                tracing::error!(function = lane.function, %error, "an event can't be read");
+                tracing::error!(function = lane.name, %error, "an event can't be read");
                 lane.pause(self.clock.now());
                 return;
             }
         };
-        let Some(fate) = self.attempt(lane, &entry).await else { return };
+        let fate = match outward::is_outward(&lane.name) {
+            true => self.send(lane, &entry).await,
+            false => self.attempt(lane, &entry).await,
+        };
+        let Some(fate) = fate else { return };
         while let Err(error) = self.queue.settle(id, fate.clone()).await {
             // It has run; to try again costs less than to run it again.
             let request_id = entry.event.request_id.as_str();
-            let function = lane.function.as_str();
+            let function = lane.name.as_str();
             tracing::error!(function, request_id, %error, "what became of an event can't be written");
             if self.stopping() {
                 return;
             }
             tokio::time::sleep(WRITE_AGAIN).await;
         }
-        if let Fate::Done(Some(next)) = &fate {
-            self.wake(&next.function);
+        if let Fate::Done(next) = &fate {
+            next.iter().for_each(|next| self.wake(&next.function));
         }
     }
 
@@ -434,13 +498,56 @@ impl<B: Backend> Events<B> {
         self.scheduler.metrics().observe(function, resource, metric, value);
     }
 
-    /// The event in which a destination hears of another one, if it has one.
-    fn follow(&self, settings: &Settings, head: &Head, ended: &Ended<'_>) -> Option<New> {
-        let destination = match ended.condition {
-            Condition::Success => settings.on_success.as_ref(),
-            _ => settings.on_failure.as_ref(),
+    /// What an event of `function` leads to that has left the queue: what its destination hears, and its
+    /// dead-letter target.
+    fn follow(
+        &self,
+        function: &Function,
+        settings: &Settings,
+        head: &Head,
+        ended: &Ended<'_>,
+    ) -> Vec<New> {
+        let (destination, dead_letter) = match ended.condition {
+            Condition::Success => (settings.on_success.as_deref(), None),
+            _ => (settings.on_failure.as_deref(), function.config.dead_letter.as_deref()),
         };
-        let destination = destination?;
+        let (now, resource) = (self.clock.now(), metrics::resource(&head.function_arn));
+        let mut next = Vec::new();
+        for (target, failure) in [
+            (dead_letter, Metric::DeadLetterErrors),
+            (destination, Metric::DestinationDeliveryFailures),
+        ] {
+            let Some(target) = target else { continue };
+            let sealed = match (failure, Recipient::parse(target)) {
+                (Metric::DeadLetterErrors, _) => {
+                    Some(Message::dead_letter(target, resource, ended).seal(function, now))
+                }
+                (_, Some(to)) => {
+                    Some(Message::record(&to, resource, ended, now).seal(function, now))
+                }
+                (_, None) => self.call(target, head, ended, now),
+            };
+            match sealed {
+                Some(Ok(new)) => next.push(new),
+                Some(Err(error)) => {
+                    let request_id = ended.request_id;
+                    tracing::error!(target, request_id, %error, "lost");
+                    self.count(&function.name, resource, failure, 1.0);
+                }
+                None => self.count(&function.name, resource, failure, 1.0),
+            }
+        }
+        next
+    }
+
+    /// The event in which the function `destination` hears of another one, if it can.
+    fn call(
+        &self,
+        destination: &str,
+        head: &Head,
+        ended: &Ended<'_>,
+        now: i64,
+    ) -> Option<Result<New, KeyError>> {
         let request_id = ended.request_id;
         if head.hops >= HOPS {
             tracing::warn!(destination, request_id, "destinations lead in a circle: stopped");
@@ -451,15 +558,56 @@ impl<B: Backend> Events<B> {
             tracing::error!(destination, request_id, "a destination does not exist");
             return None;
         };
-        let now = self.clock.now();
         let head = Head {
-            function_arn: destination.clone(),
-            trace_id: head.trace_id.clone(),
+            function_arn: destination.to_owned(),
+            trace_id: self.traces.follow(&head.trace_id, request_id),
             hops: head.hops + 1,
         };
-        let event = Event { head, payload: ended.record(now) };
-        let sealed = event.seal(&function, uuid::Uuid::new_v4().to_string(), now);
-        sealed.inspect_err(|error| tracing::error!(destination, request_id, %error, "lost")).ok()
+        let event = Event { head, payload: ended.record(now, MAX_EVENT) };
+        Some(event.seal(&function, uuid::Uuid::new_v4().to_string(), now))
+    }
+
+    /// Sends a message to a queue or topic, and says what becomes of it; `None`: it stays as it is, for the
+    /// next start.
+    async fn send(&self, lane: &Lane, entry: &Entry) -> Option<Fate> {
+        let Entry { event: row, attempts } = entry;
+        let name = outward::function(&lane.name);
+        let latest = self.store.get(name, Version::Latest);
+        let Some(function) = latest.filter(|f| f.envelope.id() == row.owner) else {
+            tracing::warn!(function = name, "dropped a message of a deleted function");
+            return Some(Fate::Done(Vec::new()));
+        };
+        let message = match Message::open(&function, row) {
+            Ok(message) => message,
+            Err(error) => {
+                tracing::error!(function = name, %error, "dropped a message");
+                return Some(Fate::Done(Vec::new()));
+            }
+        };
+        let outward::Head { target, resource, failure, .. } = &message.head;
+        let error = match Recipient::parse(target) {
+            None => format!("{target} is no queue or topic"),
+            Some(to) => match message.send(&self.aws, &to).await {
+                Ok(()) => {
+                    lane.state().pause = Duration::ZERO;
+                    return Some(Fate::Done(Vec::new()));
+                }
+                Err(_) if self.stopping() => return None,
+                Err(error) => {
+                    let now = self.clock.now();
+                    let deadline = row.accepted_ms.saturating_add(ms(MAX_AGE));
+                    if now < deadline && !outward::is_hopeless(&error) {
+                        tracing::warn!(function = name, target, %error, "a message has to wait");
+                        let due_ms = lane.pause(now).min(deadline);
+                        return Some(Fate::Again { due_ms, attempts: attempts.saturating_add(1) });
+                    }
+                    error.to_string()
+                }
+            },
+        };
+        tracing::error!(function = name, target, ?failure, error, "a message is given up");
+        self.count(name, resource, *failure, 1.0);
+        Some(Fate::Done(Vec::new()))
     }
 
     /// Has an event run, and says what becomes of it; `None`: it stays as it is, for the next start.
@@ -469,13 +617,13 @@ impl<B: Backend> Events<B> {
         let latest = self.store.get(name, Version::Latest);
         let Some(latest) = latest.filter(|f| f.envelope.id() == row.owner) else {
             tracing::warn!(function = name, request_id, "dropped an event of a deleted function");
-            return Some(Fate::Done(None));
+            return Some(Fate::Done(Vec::new()));
         };
         let event = match Event::open(&latest, row) {
             Ok(event) => event,
             Err(error) => {
                 tracing::error!(function = name, request_id, %error, "dropped an event");
-                return Some(Fate::Done(None));
+                return Some(Fate::Done(Vec::new()));
             }
         };
         let called = Reference::parse(&event.head.function_arn, None).ok();
@@ -483,7 +631,7 @@ impl<B: Backend> Events<B> {
         let choose = |alias: &Alias| alias.choose(attachments::draw());
         let Some(function) = self.store.resolve(name, &qualifier, choose) else {
             tracing::warn!(function = name, qualifier, request_id, "dropped an event: deleted");
-            return Some(Fate::Done(None));
+            return Some(Fate::Done(Vec::new()));
         };
         let settings = self.settings(&latest, &qualifier).unwrap_or_default();
         let resource = metrics::resource(&event.head.function_arn);
@@ -499,15 +647,15 @@ impl<B: Backend> Events<B> {
             if condition != Condition::Success {
                 self.count(name, resource, Metric::AsyncEventsDropped, 1.0);
             }
-            let follow = self.follow(&settings, &event.head, &ended);
-            let has_destination = match condition {
-                Condition::Success => settings.on_success.is_some(),
-                _ => settings.on_failure.is_some(),
+            let invoked = || Invoked {
+                function: function.clone(),
+                arn: event.head.function_arn.clone(),
+                request_id: request_id.to_owned(),
             };
-            if has_destination && follow.is_none() {
-                self.count(name, resource, Metric::DestinationDeliveryFailures, 1.0);
-            }
-            Some(Fate::Done(follow))
+            let error = (condition != Condition::Success).then(|| condition.word());
+            let times = (row.accepted_ms, self.clock.now());
+            self.traces.left_the_queue(&event.head.trace_id, invoked, times, attempts, error);
+            Some(Fate::Done(self.follow(&function, &settings, &event.head, &ended)))
         };
         let age = settings.max_age_s.map_or(MAX_AGE, |s| Duration::from_secs(s.into()));
         let deadline = row.accepted_ms.saturating_add(ms(age));
@@ -519,7 +667,7 @@ impl<B: Backend> Events<B> {
             tracing::warn!(function = name, request_id, "an event of a function that may not run");
             return ended(Condition::ZeroReservedConcurrency, *attempts, None);
         }
-        let invocation = Invocation {
+        let mut invocation = Invocation {
             request_id: request_id.to_owned(),
             function_arn: event.head.function_arn.clone(),
             trace_id: event.head.trace_id.clone(),
@@ -531,9 +679,11 @@ impl<B: Backend> Events<B> {
         };
         let waited = self.clock.now().saturating_sub(row.accepted_ms).max(0);
         self.count(name, resource, Metric::AsyncEventAge, waited as f64);
-        let trace = Trace::new(std::time::Instant::now());
-        let request =
-            Request { function: function.clone(), invocation, force: None, trace, room: None };
+        let trace = Trace::default();
+        let (number, accepted_ms) = (attempts + 1, row.accepted_ms);
+        let traced = self.traces.attempt(&function, &mut invocation, number, accepted_ms);
+        let (function, force, room) = (function.clone(), None, None);
+        let request = Request { function, invocation, force, trace, traced, room };
         let result = self.scheduler.invoke(request).await;
         let later = |due: i64| due.min(deadline);
         match result {

@@ -15,6 +15,8 @@ use firn::keys::KeyError;
 use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::{mpsc, oneshot};
 
+use super::outward;
+
 /// The schema, one step a version from 1 on. Released steps never change; add new ones at the end.
 const MIGRATIONS: [&str; 2] = [
     "CREATE TABLE events (
@@ -52,7 +54,7 @@ const ROW_BYTES: u64 = 512;
 /// An event to be queued.
 #[derive(Debug, Clone)]
 pub struct New {
-    /// Name of the function that it is for.
+    /// Name of the function that it is for, or [lane](outward::lane) of what is sent elsewhere.
     pub function: String,
     /// Tells that function from others of the same name: [`crate::envelope::Envelope::id`].
     pub owner: String,
@@ -80,8 +82,8 @@ pub struct Setting {
 /// What is there when the queue is opened.
 #[derive(Debug)]
 pub struct Found {
-    /// Functions that have events.
-    pub functions: Vec<String>,
+    /// Functions that have events, and lanes that have messages.
+    pub lanes: Vec<String>,
     /// All settings.
     pub settings: Vec<Setting>,
 }
@@ -99,7 +101,7 @@ pub struct Entry {
 #[derive(Debug, Clone)]
 pub enum Fate {
     /// It leaves the queue; what it leads to enters it in the same commit.
-    Done(Option<New>),
+    Done(Vec<New>),
     /// It waits.
     Again {
         /// Milliseconds since the epoch.
@@ -211,8 +213,7 @@ impl Queue {
             transaction.pragma_update(None, "user_version", version)?;
             transaction.commit()?;
         }
-        let room = Room::of(&connection, limit)?;
-        let functions = room.used.keys().cloned().collect();
+        let (room, lanes) = Room::of(&connection, limit)?;
         let settings = settings(&connection)?;
         let (commands, receiver) = mpsc::channel(WAITING);
         let owner = Owner { connection, room, batch };
@@ -220,7 +221,7 @@ impl Queue {
             .name("events".into())
             .spawn(move || owner.run(receiver))
             .map_err(io)?;
-        Ok((Self { commands }, Found { functions, settings }))
+        Ok((Self { commands }, Found { lanes, settings }))
     }
 
     /// Queues an event; when this returns, it is on the disk.
@@ -292,11 +293,14 @@ impl Queue {
 struct Room {
     limit: u64,
     usage: Usage,
+    /// By function: what it sends elsewhere is its own, too.
     used: HashMap<String, u64>,
 }
 
 impl Room {
-    fn of(connection: &Connection, limit: u64) -> rusqlite::Result<Self> {
+    /// Counts what is there, and says in which lanes it is.
+    fn of(connection: &Connection, limit: u64) -> rusqlite::Result<(Self, Vec<String>)> {
+        let mut lanes = Vec::new();
         let mut room = Self { limit, usage: Usage::default(), used: HashMap::new() };
         let mut statement = connection
             .prepare("SELECT function, count(*), sum(length(sealed)) FROM events GROUP BY 1")?;
@@ -306,15 +310,18 @@ impl Room {
             let bytes = bytes.unsigned_abs() + events.unsigned_abs() * ROW_BYTES;
             room.usage.events += events.unsigned_abs();
             room.usage.bytes += bytes;
-            room.used.insert(row.get(0)?, bytes);
+            let lane: String = row.get(0)?;
+            *room.used.entry(outward::function(&lane).to_owned()).or_default() += bytes;
+            lanes.push(lane);
         }
-        Ok(room)
+        Ok((room, lanes))
     }
 
     /// A function may have as much in the queue as it leaves free: alone half of it, and however many
     /// fill it, there is room left for one that has nothing in it.
     fn admits(&self, event: &New) -> Result<(), QueueError> {
-        let used = self.used.get(&event.function).copied().unwrap_or_default();
+        let used = self.used.get(outward::function(&event.function));
+        let used = used.copied().unwrap_or_default();
         let size = event.sealed.len() as u64 + ROW_BYTES;
         let free = self.limit.saturating_sub(self.usage.bytes);
         match used + size <= free.saturating_sub(size) {
@@ -327,10 +334,11 @@ impl Room {
         let size = event.sealed.len() as u64 + ROW_BYTES;
         self.usage.events += 1;
         self.usage.bytes += size;
-        *self.used.entry(event.function.clone()).or_default() += size;
+        *self.used.entry(outward::function(&event.function).to_owned()).or_default() += size;
     }
 
-    fn remove(&mut self, function: &str, sealed: i64) {
+    fn remove(&mut self, lane: &str, sealed: i64) {
+        let function = outward::function(lane);
         let size = sealed.unsigned_abs() + ROW_BYTES;
         self.usage.events = self.usage.events.saturating_sub(1);
         self.usage.bytes = self.usage.bytes.saturating_sub(size);
@@ -385,7 +393,7 @@ impl Owner {
         let committed = self.commit(writes, &mut replies, &mut refused);
         if committed.is_err() {
             match Room::of(&self.connection, self.room.limit) {
-                Ok(room) => self.room = room,
+                Ok((room, _)) => self.room = room,
                 Err(error) => tracing::error!(%error, "the queue of events can't be counted"),
             }
         }
@@ -471,7 +479,8 @@ impl Owner {
 impl Write {
     fn bytes(&self) -> usize {
         match self {
-            Self::Add(event) | Self::Settle(_, Fate::Done(Some(event))) => event.sealed.len(),
+            Self::Add(event) => event.sealed.len(),
+            Self::Settle(_, Fate::Done(next)) => next.iter().map(|event| event.sealed.len()).sum(),
             _ => 0,
         }
     }
@@ -489,7 +498,7 @@ impl Write {
                     return Ok(());
                 };
                 room.remove(&function, sealed);
-                next.as_ref().map_or(Ok(()), |next| insert(connection, room, next))
+                next.iter().try_for_each(|next| insert(connection, room, next))
             }
             Self::Settle(id, Fate::Again { due_ms, attempts }) => {
                 let sql = "UPDATE events SET due_ms = ?2, attempts = ?3 WHERE id = ?1";
@@ -512,13 +521,16 @@ impl Write {
             Self::Forget { function, owner } => {
                 let sql = "DELETE FROM settings WHERE function = ?1 AND owner = ?2";
                 connection.prepare_cached(sql)?.execute(params![function, owner])?;
-                let sql = "DELETE FROM events WHERE function = ?1 AND owner = ?2
-                           RETURNING length(sealed)";
+                // And what it has to send elsewhere: nobody could open it any more.
+                let sql = "DELETE FROM events
+                           WHERE (function = ?1 OR (function >= ?3 AND function < ?4)) AND owner = ?2
+                           RETURNING function, length(sealed)";
                 let mut statement = connection.prepare_cached(sql)?;
-                let mut rows = statement.query(params![function, owner])?;
+                let (first, end) = outward::lanes(function);
+                let mut rows = statement.query(params![function, owner, first, end])?;
                 let mut events = 0;
                 while let Some(row) = rows.next()? {
-                    room.remove(function, row.get(0)?);
+                    room.remove(&row.get::<_, String>(0)?, row.get(1)?);
                     events += 1;
                 }
                 if events > 0 {
@@ -574,7 +586,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir, limit: u64) -> (Queue, Vec<String>) {
         let (queue, found) = Queue::open(&dir.path().join("events.sqlite"), limit).unwrap();
-        (queue, found.functions)
+        (queue, found.lanes)
     }
 
     #[tokio::test]
@@ -585,7 +597,7 @@ mod tests {
             queue.add(event("f", 100)).await.unwrap();
         }
         queue.settle(1, Fate::Again { due_ms: 99, attempts: 2 }).await.unwrap();
-        queue.settle(2, Fate::Done(Some(event("g", 50)))).await.unwrap();
+        queue.settle(2, Fate::Done(vec![event("g", 50)])).await.unwrap();
         drop(queue);
         let (queue, mut functions) = open(&dir, 1 << 20);
         functions.sort();
@@ -602,7 +614,7 @@ mod tests {
         queue.forget("f", "o").await.unwrap();
         assert_eq!(queue.usage().await.unwrap().events, 1);
         // What was forgotten during its last attempt leads to nothing.
-        queue.settle(3, Fate::Done(Some(event("g", 50)))).await.unwrap();
+        queue.settle(3, Fate::Done(vec![event("g", 50)])).await.unwrap();
         assert_eq!(queue.usage().await.unwrap().events, 1);
     }
 
@@ -623,10 +635,36 @@ mod tests {
         for _ in 0..20 {
             queue.add(event("g", 1000)).await.unwrap();
         }
-        queue.settle(1, Fate::Done(None)).await.unwrap();
+        queue.settle(1, Fate::Done(Vec::new())).await.unwrap();
         drop(queue);
         let (queue, _) = open(&dir, 1 << 20);
         assert_eq!(queue.usage().await.unwrap().events, accepted + 20 - 1, "counted anew");
+    }
+
+    #[tokio::test]
+    async fn what_a_function_sends_is_counted_as_its_own_and_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut queue, _) = open(&dir, 1 << 20);
+        while queue.add(event("f", 1000)).await.is_ok() {}
+        let before = queue.usage().await.unwrap();
+        // Events of f become messages of f: there is no more room for it than before.
+        for id in 1..=100 {
+            queue.settle(id, Fate::Done(vec![event("f>q", 1000)])).await.unwrap();
+        }
+        for round in 0..2 {
+            assert!(matches!(queue.add(event("f", 1000)).await, Err(QueueError::Full { .. })));
+            assert_eq!(queue.usage().await.unwrap(), before, "round {round}");
+            if round == 0 {
+                drop(queue);
+                let (reopened, mut lanes) = open(&dir, 1 << 20);
+                lanes.sort();
+                assert_eq!(lanes, ["f", "f>q"]);
+                queue = reopened;
+            }
+        }
+        queue.add(event("f-2", 1000)).await.unwrap();
+        queue.forget("f", "o").await.unwrap();
+        assert_eq!(queue.usage().await.unwrap().events, 1);
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use time::{OffsetDateTime, macros::format_description};
 
-use crate::{api::MAX_EVENT, function::Version, outcome::Answer};
+use crate::{function::Version, outcome::Answer};
 
 /// Why an event has left the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -18,6 +18,18 @@ pub enum Condition {
     EventAgeExceeded,
     /// The function's reserved concurrency is 0: it is not to run.
     ZeroReservedConcurrency,
+}
+
+impl Condition {
+    /// One word, as in the record.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Success => "Success",
+            Self::RetriesExhausted => "RetriesExhausted",
+            Self::EventAgeExceeded => "EventAgeExceeded",
+            Self::ZeroReservedConcurrency => "ZeroReservedConcurrency",
+        }
+    }
 }
 
 /// An event and what became of it.
@@ -69,9 +81,9 @@ struct ResponseContext {
 }
 
 impl Ended<'_> {
-    /// The record, written at `now` milliseconds since the epoch. A function takes at most
-    /// [`MAX_EVENT`] bytes: of a longer record the response is left out, then the request.
-    pub fn record(&self, now: i64) -> Bytes {
+    /// The record, written at `now` milliseconds since the epoch. Where it is longer than `limit` bytes the
+    /// response is left out, then the request.
+    pub fn record(&self, now: i64, limit: usize) -> Bytes {
         let request = serde_json::from_slice::<&RawValue>(self.payload).ok();
         let answer = self.answer.map(|(answer, _)| &answer.payload);
         // What a function answers need not be JSON; a string can hold it all the same.
@@ -98,11 +110,11 @@ impl Ended<'_> {
         };
         let write = |record: &Record<'_>| serde_json::to_vec(record).unwrap_or_default();
         let mut bytes = write(&record);
-        if bytes.len() > MAX_EVENT {
+        if bytes.len() > limit {
             record.response_payload = None;
             bytes = write(&record);
         }
-        if bytes.len() > MAX_EVENT {
+        if bytes.len() > limit {
             record.request_payload = None;
             bytes = write(&record);
         }
@@ -123,6 +135,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::api::MAX_EVENT;
 
     fn record(payload: &[u8], answer: Option<Vec<u8>>) -> Value {
         let answer = answer.map(|payload| {
@@ -136,7 +149,7 @@ mod tests {
             payload: &Bytes::copy_from_slice(payload),
             answer: answer.as_ref().map(|answer| (answer, Version::Published(7))),
         };
-        let bytes = ended.record(1_767_225_600_123);
+        let bytes = ended.record(1_767_225_600_123, MAX_EVENT);
         assert!(bytes.len() <= MAX_EVENT);
         serde_json::from_slice(&bytes).unwrap()
     }

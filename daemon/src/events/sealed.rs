@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use firn::keys::KeyError;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::queue::New;
 use crate::function::Function;
@@ -37,20 +37,8 @@ impl Event {
         request_id: String,
         accepted_ms: i64,
     ) -> Result<New, KeyError> {
-        // JSON on one line, then the payload as it is.
-        let mut plain = serde_json::to_vec(&self.head).unwrap_or_default();
-        plain.push(b'\n');
-        plain.extend_from_slice(&self.payload);
-        let mut event = New {
-            function: function.name.clone(),
-            owner: function.envelope.id(),
-            request_id,
-            accepted_ms,
-            sealed: Vec::new(),
-        };
-        let time = accepted_ms.to_le_bytes();
-        event.sealed = function.envelope.events.seal(&context(&event, &time), &plain)?;
-        Ok(event)
+        let lane = function.name.clone();
+        seal(function, lane, request_id, accepted_ms, &self.head, &self.payload)
     }
 
     /// Opens what [`Event::seal`] made for the same function.
@@ -58,14 +46,46 @@ impl Event {
     /// # Errors
     /// [`KeyError::Altered`].
     pub fn open(function: &Function, event: &New) -> Result<Self, KeyError> {
-        let altered = || KeyError::Altered { what: "the event" };
-        let time = event.accepted_ms.to_le_bytes();
-        let plain = function.envelope.events.open(&context(event, &time), &event.sealed);
-        let plain = plain.map_err(|_| altered())?;
-        let end = plain.iter().position(|byte| *byte == b'\n').ok_or_else(altered)?;
-        let head = serde_json::from_slice(&plain[..end]).map_err(|_| altered())?;
-        Ok(Self { head, payload: Bytes::copy_from_slice(&plain[end + 1..]) })
+        let (head, payload) = open(function, event)?;
+        Ok(Self { head, payload })
     }
+}
+
+/// Seals a row of `lane` with the key of `function`.
+///
+/// # Errors
+/// [`KeyError::Random`] or [`KeyError::TooLong`].
+pub fn seal(
+    function: &Function,
+    lane: String,
+    request_id: String,
+    accepted_ms: i64,
+    head: &impl Serialize,
+    payload: &[u8],
+) -> Result<New, KeyError> {
+    // JSON on one line, then the payload as it is.
+    let mut plain = serde_json::to_vec(head).unwrap_or_default();
+    plain.push(b'\n');
+    plain.extend_from_slice(payload);
+    let owner = function.envelope.id();
+    let mut row = New { function: lane, owner, request_id, accepted_ms, sealed: Vec::new() };
+    let time = accepted_ms.to_le_bytes();
+    row.sealed = function.envelope.events.seal(&context(&row, &time), &plain)?;
+    Ok(row)
+}
+
+/// Opens what [`seal`] made with the key of the same function.
+///
+/// # Errors
+/// [`KeyError::Altered`].
+pub fn open<T: DeserializeOwned>(function: &Function, row: &New) -> Result<(T, Bytes), KeyError> {
+    let altered = || KeyError::Altered { what: "the event" };
+    let time = row.accepted_ms.to_le_bytes();
+    let plain = function.envelope.events.open(&context(row, &time), &row.sealed);
+    let plain = plain.map_err(|_| altered())?;
+    let end = plain.iter().position(|byte| *byte == b'\n').ok_or_else(altered)?;
+    let head = serde_json::from_slice(&plain[..end]).map_err(|_| altered())?;
+    Ok((head, Bytes::copy_from_slice(&plain[end + 1..])))
 }
 
 fn context<'a>(event: &'a New, time: &'a [u8; 8]) -> [&'a [u8]; 4] {

@@ -16,9 +16,9 @@ pub struct Settings {
     pub retries: Option<u32>,
     /// How long an event may wait, in seconds.
     pub max_age_s: Option<u32>,
-    /// ARN of the function that hears of each success.
+    /// ARN of the function, queue or topic that hears of each success.
     pub on_success: Option<String>,
-    /// ARN of the function that hears of each event that is given up.
+    /// The same for each event that is given up.
     pub on_failure: Option<String>,
     /// When they were set, in milliseconds since the epoch.
     pub modified_ms: i64,

@@ -6,10 +6,11 @@
 mod condition;
 mod pattern;
 pub mod policy;
+pub mod sessions;
 pub mod sigv4;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     io::{self, Read},
     os::unix::fs::MetadataExt,
@@ -20,11 +21,12 @@ use std::{
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use zeroize::Zeroizing;
 
 use self::{
     policy::{Caller, Context, Decision, Entries, Kind, Policy, PolicyError, Request},
+    sessions::{Assumed, Sessions},
     sigv4::{AuthError, hex},
 };
 use crate::api::names::Place;
@@ -54,10 +56,6 @@ struct Directory {
 pub struct Credentials {
     /// The secret access key.
     pub secret: Arc<Zeroizing<String>>,
-    /// Temporary credentials: the session token that must come with them.
-    pub token: Option<Arc<Zeroizing<String>>>,
-    /// Temporary credentials: their end.
-    pub expires: Option<OffsetDateTime>,
     /// Whose they are.
     pub principal: Arc<Principal>,
 }
@@ -83,14 +81,16 @@ pub struct Principal {
     /// How policies may name it.
     pub caller: Caller,
     /// What it may do.
-    pub policies: Vec<Policy>,
+    pub policies: Arc<[Policy]>,
+    /// Of a session: what its token says.
+    pub session: Option<Assumed>,
 }
 
 /// A role.
 #[derive(Debug)]
-pub struct Role {
+struct Role {
     trust: Policy,
-    policies: Vec<Policy>,
+    policies: Arc<[Policy]>,
 }
 
 /// Why an identity file can't be used.
@@ -159,30 +159,62 @@ impl Identity {
     }
 
     /// What belongs to an access key. A session token must come with temporary credentials, and with no
-    /// others.
+    /// others; these end with their time or their role.
     ///
     /// # Errors
     /// [`AuthError::Unrecognized`] or [`AuthError::Expired`].
     pub fn find(
         &self,
+        sessions: &Sessions,
         key_id: &str,
         token: Option<&str>,
         now: OffsetDateTime,
     ) -> Result<Credentials, AuthError> {
-        let directory = self.directory();
-        let found = directory.keys.get(key_id).ok_or(AuthError::Unrecognized)?;
-        let same = match (&found.token, token) {
-            (None, None) => true,
-            (Some(expected), Some(token)) => {
-                // Hashes of what is compared tell nothing by the time that comparing them takes.
-                Sha256::digest(expected.as_bytes()) == Sha256::digest(token.as_bytes())
-            }
-            _ => false,
+        let Some(token) = token else {
+            let found = self.directory().keys.get(key_id).cloned();
+            return found.ok_or(AuthError::Unrecognized);
         };
-        match found.expires {
-            _ if !same => Err(AuthError::Unrecognized),
-            Some(end) if end <= now => Err(AuthError::Expired),
-            _ => Ok(found.clone()),
+        let (assumed, secret) = sessions.open(key_id, token, now)?;
+        let principal = self.assumed(assumed).ok_or(AuthError::Unrecognized)?;
+        Ok(Credentials { secret: Arc::new(secret), principal: Arc::new(principal) })
+    }
+
+    /// Whoever acts in a role, if there is one.
+    fn assumed(&self, assumed: Assumed) -> Option<Principal> {
+        let account = &self.place.account;
+        let role = self.directory().roles.get(&assumed.role)?.clone();
+        let arn = session_arn(account, &assumed);
+        Some(Principal {
+            issuer: assumed.role.clone(),
+            user: None,
+            id: session_id(&assumed),
+            caller: Caller {
+                account: Some(account.clone()),
+                arns: vec![arn.clone(), assumed.role.clone()],
+                service: None,
+            },
+            policies: role.policies.clone(),
+            session: Some(assumed),
+            arn,
+        })
+    }
+
+    /// Whether the role's trust policy lets somebody assume it whose own policies say `own` of that.
+    pub fn may_assume(
+        &self,
+        role: &str,
+        caller: &Caller,
+        context: &Context,
+        own: Decision,
+    ) -> bool {
+        let directory = self.directory();
+        let Some(found) = directory.roles.get(role) else { return false };
+        let request = Request { caller, action: "sts:AssumeRole", resource: role, context };
+        match found.trust.decide(&request) {
+            Decision::Denied => false,
+            Decision::Allowed => own != Decision::Denied,
+            // A trust policy that names the account leaves it to the policies of its users.
+            Decision::Unmentioned => own == Decision::Allowed && found.trust.delegates(&request),
         }
     }
 
@@ -211,7 +243,7 @@ impl Identity {
         let mut context = Context::default();
         context.set("aws:PrincipalArn", role);
         let directory = self.directory();
-        let policies = directory.roles.get(role).map_or(&[][..], |role| &role.policies[..]);
+        let policies = directory.roles.get(role).map_or(&[][..], |role| &*role.policies);
         let request = Request { caller: &caller, action, resource, context: &context };
         let decision = policy::evaluate(policies, &request);
         (caller, decision)
@@ -246,7 +278,33 @@ impl Principal {
         if let Some(user) = &self.user {
             context.set("aws:username", user);
         }
+        if let Some(session) = &self.session {
+            let issued = OffsetDateTime::from_unix_timestamp(session.issued).ok();
+            let issued = issued.and_then(|issued| issued.format(&Rfc3339).ok());
+            context.set("aws:TokenIssueTime", issued.unwrap_or_default());
+            if let Some(function) = &session.function {
+                context.set("lambda:SourceFunctionArn", function);
+            }
+        }
     }
+}
+
+/// What a session is called.
+pub fn session_arn(account: &str, assumed: &Assumed) -> String {
+    let Assumed { role, name, .. } = assumed;
+    // Without the role's path.
+    let (_, role) = role.rsplit_once('/').unwrap_or_default();
+    format!("arn:aws:sts::{account}:assumed-role/{role}/{name}")
+}
+
+/// Its unique id.
+pub fn session_id(assumed: &Assumed) -> String {
+    format!("{}:{}", role_id(&assumed.role), assumed.name)
+}
+
+/// The unique id of a role.
+pub fn role_id(arn: &str) -> String {
+    unique("AROA", arn)
 }
 
 #[derive(Deserialize)]
@@ -310,7 +368,7 @@ fn read(path: &Path, place: &Place) -> Result<Directory, IdentityError> {
         let numbered = list.iter().enumerate();
         numbered
             .map(|(n, json)| policy(format!("{whose}, policy {}", n + 1), json, Kind::Identity))
-            .collect::<Result<Vec<_>, _>>()
+            .collect::<Result<Arc<[_]>, _>>()
     };
     let account = &place.account;
     let mut directory = Directory::default();
@@ -330,6 +388,7 @@ fn read(path: &Path, place: &Place) -> Result<Directory, IdentityError> {
                 service: None,
             },
             policies: policies(&whose, &user.policies)?,
+            session: None,
             arn,
         });
         for key in user.keys {
@@ -341,22 +400,23 @@ fn read(path: &Path, place: &Place) -> Result<Directory, IdentityError> {
             if !(16..=256).contains(&key.secret.len()) {
                 return Err(entry(&whose, "a key's secret has 16 to 256 characters"));
             }
-            let credentials = Credentials {
-                secret: Arc::new(key.secret),
-                token: None,
-                expires: None,
-                principal: principal.clone(),
-            };
+            let credentials =
+                Credentials { secret: Arc::new(key.secret), principal: principal.clone() };
             if directory.keys.insert(key.id, credentials).is_some() {
                 return Err(entry(&whose, "a key's id is there twice"));
             }
         }
     }
+    let mut names = BTreeSet::new();
     for (name, role) in raw.roles.0 {
         let whose = format!("role {name:?}");
         let (_, last) = name.rsplit_once('/').unwrap_or(("", &name));
         if !is_name(last) || !name.split('/').all(is_name) || name.len() > 512 {
             return Err(entry(&whose, "a name has 1 to 64 letters, digits and +=,.@_-"));
+        }
+        // ARNs of sessions don't have the path.
+        if !names.insert(last.to_owned()) {
+            return Err(entry(&whose, "its name is there twice, if on another path"));
         }
         let role = Role {
             trust: policy(format!("{whose}, trust"), &role.trust, Kind::Trust)?,
@@ -416,7 +476,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
-    use super::*;
+    use super::{sessions::tests::sessions, *};
 
     fn place() -> Place {
         Place { region: "us-east-1".into(), account: "111122223333".into() }
@@ -451,34 +511,86 @@ mod tests {
     fn keys_lead_to_users_and_secrets_do_not_print() {
         let identity = open(&example()).unwrap();
         let now = OffsetDateTime::now_utc();
-        let bob = identity.find("AKIDEXAMPLE000000000", None, now).unwrap();
+        let bob = identity.find(&sessions(), "AKIDEXAMPLE000000000", None, now).unwrap();
         assert_eq!(bob.principal.arn, "arn:aws:iam::111122223333:user/bob");
         assert_eq!(bob.secret.as_str(), "planted-secret-of-bob");
         assert!(bob.principal.id.starts_with("AIDA") && bob.principal.id.len() == 21);
         for (key, token) in [("AKIDEXAMPLE000000001", None), ("AKIDEXAMPLE000000000", Some("x"))] {
-            let error = identity.find(key, token, now).unwrap_err();
+            let error = identity.find(&sessions(), key, token, now).unwrap_err();
             assert_eq!(error, AuthError::Unrecognized);
         }
         assert!(!format!("{identity:?} {bob:?}").contains("planted"));
     }
 
     #[test]
-    fn temporary_credentials_need_their_token_and_end() {
-        let identity = open(&example()).unwrap();
+    fn sessions_act_in_their_role_while_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity.json");
+        write(&path, &example());
+        let identity = Identity::open(&path, place()).unwrap();
         let now = OffsetDateTime::now_utc();
-        let mut session = identity.find("AKIDEXAMPLE000000000", None, now).unwrap();
-        session.token = Some(Arc::new(Zeroizing::new("token".into())));
-        session.expires = Some(now + time::Duration::minutes(1));
-        let mut directory = Directory::default();
-        directory.keys.insert("ASIA".into(), session);
-        *identity.directory.write().unwrap() = Arc::new(directory);
-        assert!(identity.find("ASIA", Some("token"), now).is_ok());
-        for token in [None, Some("tokem")] {
-            let error = identity.find("ASIA", token, now).unwrap_err();
-            assert_eq!(error, AuthError::Unrecognized);
+        let role = "arn:aws:iam::111122223333:role/service/r";
+        let assumed = Assumed {
+            role: role.into(),
+            name: "f".into(),
+            issued: 0,
+            expires: now.unix_timestamp() + 60,
+            function: Some("arn:f".into()),
+        };
+        let key = sessions().issue(&assumed).unwrap();
+        let find = |token| identity.find(&sessions(), &key.key_id, token, now);
+        let found = find(Some(&*key.token)).unwrap();
+        let principal = &found.principal;
+        assert_eq!(principal.arn, "arn:aws:sts::111122223333:assumed-role/r/f");
+        assert_eq!(principal.caller.arns, [principal.arn.as_str(), role]);
+        assert_eq!(*found.secret, key.secret);
+        assert!(principal.id.starts_with("AROA") && principal.id.ends_with(":f"));
+        let mut context = Context::default();
+        principal.describe(&mut context);
+        assert_eq!(context.get("aws:tokenissuetime"), ["1970-01-01T00:00:00Z"]);
+        assert_eq!(context.get("lambda:sourcefunctionarn"), ["arn:f"]);
+        assert_eq!(context.get("aws:principalarn"), [role]);
+        assert_eq!(find(None).unwrap_err(), AuthError::Unrecognized);
+        fs::write(&path, "{}").unwrap();
+        identity.reload().unwrap();
+        assert_eq!(find(Some(&key.token)).unwrap_err(), AuthError::Unrecognized);
+    }
+
+    #[test]
+    fn a_role_is_assumed_by_whom_it_trusts() {
+        let allow = |principal: &str| {
+            json!({"Effect": "Allow", "Action": "sts:AssumeRole",
+            "Principal": {"AWS": principal}})
+        };
+        let bob = "arn:aws:iam::111122223333:user/bob";
+        let may = |statements: Value, own| {
+            let mut document = example();
+            document["roles"]["service/r"]["trust"]["Statement"] = statements;
+            let (identity, role) =
+                (open(&document).unwrap(), "arn:aws:iam::111122223333:role/service/r");
+            let account = Some("111122223333".to_owned());
+            let caller = Caller { account, arns: vec![bob.into()], service: None };
+            identity.may_assume(role, &caller, &Context::default(), own)
+        };
+        use Decision::{Allowed, Denied, Unmentioned};
+        for (statements, own, expected) in [
+            (json!([]), Allowed, false),
+            (allow(bob), Unmentioned, true),
+            (allow(bob), Denied, false),
+            (allow("111122223333"), Unmentioned, false),
+            (allow("111122223333"), Allowed, true),
+            (allow("arn:aws:iam::111122223333:root"), Allowed, true),
+            (allow("444455556666"), Allowed, false),
+            (allow("arn:aws:iam::111122223333:user/eve"), Allowed, false),
+            (
+                json!([allow("111122223333"), {"Effect": "Deny", "Action": "sts:AssumeRole",
+                "Principal": {"AWS": bob}}]),
+                Allowed,
+                false,
+            ),
+        ] {
+            assert_eq!(may(statements.clone(), own), expected, "{statements} {own:?}");
         }
-        let later = now + time::Duration::minutes(1);
-        assert_eq!(identity.find("ASIA", Some("token"), later).unwrap_err(), AuthError::Expired);
     }
 
     #[test]
@@ -525,6 +637,7 @@ mod tests {
                 "role \"service/r\", trust: a trust policy has no Resource",
             ),
             (change(|d| d["roles"]["a//b"] = d["roles"]["service/r"].clone()), "role \"a//b\""),
+            (change(|d| d["roles"]["x/r"] = d["roles"]["service/r"].clone()), "there twice, if"),
         ] {
             assert!(error.contains(words) && !error.contains("planted"), "{error}");
         }
@@ -554,9 +667,9 @@ mod tests {
         let now = OffsetDateTime::now_utc();
         fs::write(&path, "{").unwrap();
         assert!(identity.reload().is_err());
-        assert!(identity.find("AKIDEXAMPLE000000000", None, now).is_ok());
+        assert!(identity.find(&sessions(), "AKIDEXAMPLE000000000", None, now).is_ok());
         fs::write(&path, "{}").unwrap();
         identity.reload().unwrap();
-        assert!(identity.find("AKIDEXAMPLE000000000", None, now).is_err());
+        assert!(identity.find(&sessions(), "AKIDEXAMPLE000000000", None, now).is_err());
     }
 }

@@ -84,7 +84,12 @@ pub struct Context(BTreeMap<String, Vec<String>>);
 impl Context {
     /// Says something of the request. Keys are without regard to case.
     pub fn set(&mut self, key: &str, value: impl Into<String>) {
-        self.0.insert(key.to_ascii_lowercase(), vec![value.into()]);
+        self.set_all(key, vec![value.into()]);
+    }
+
+    /// The same of what may have several values.
+    pub fn set_all(&mut self, key: &str, values: Vec<String>) {
+        self.0.insert(key.to_ascii_lowercase(), values);
     }
 
     /// The values of a key that is in lower case; none: the request says nothing of it.
@@ -199,9 +204,14 @@ impl Policy {
         Ok(Self(statements.collect::<Result<_, _>>()?))
     }
 
+    /// Whether it leaves what is asked to the policies of the caller's account, by allowing the account.
+    pub fn delegates(&self, request: &Request<'_>) -> bool {
+        self.0.iter().any(|statement| statement.allow && statement.matches(request, true))
+    }
+
     /// What this policy alone says.
     pub fn decide(&self, request: &Request<'_>) -> Decision {
-        let matching = self.0.iter().filter(|statement| statement.matches(request));
+        let matching = self.0.iter().filter(|statement| statement.matches(request, false));
         matching.fold(Decision::Unmentioned, |decision, statement| {
             match (decision, statement.allow) {
                 (Decision::Denied, _) | (_, false) => Decision::Denied,
@@ -244,10 +254,11 @@ impl Statement {
         Ok(Self { allow, principal, action, resource, conditions })
     }
 
-    fn matches(&self, request: &Request<'_>) -> bool {
+    /// `whole`: one that allows an account means everybody in it.
+    fn matches(&self, request: &Request<'_>, whole: bool) -> bool {
         let Request { caller, action, resource, context } = request;
         let principal = |choice: &Choice<Principal>| {
-            choice.includes(|principal| principal.is(caller, self.allow))
+            choice.includes(|principal| principal.is(caller, whole || !self.allow))
         };
         self.principal.as_ref().is_none_or(principal)
             && self.action.includes(|pattern| pattern.matches_any_case(action, context))
@@ -260,10 +271,10 @@ impl Statement {
 }
 
 impl Principal {
-    fn is(&self, caller: &Caller, allow: bool) -> bool {
+    fn is(&self, caller: &Caller, whole: bool) -> bool {
         match self {
             Self::Everybody => true,
-            Self::Account(account) => !allow && caller.account.as_ref() == Some(account),
+            Self::Account(account) => whole && caller.account.as_ref() == Some(account),
             Self::Arn(arn) => caller.arns.contains(arn),
             Self::Service(service) => caller.service.as_ref() == Some(service),
         }

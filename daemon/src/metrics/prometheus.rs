@@ -10,7 +10,7 @@ use prometheus_client::{
 };
 
 use super::{FUNCTIONS, Took, Usage};
-use crate::scheduler::StartKind;
+use crate::{scheduler::StartKind, traces};
 
 /// Upper bounds of the buckets for times, in seconds; the last one has no bound.
 const BOUNDS: [f64; 20] = [
@@ -130,6 +130,8 @@ pub struct Now {
     pub instances: BTreeMap<&'static str, u64>,
     /// Events that wait, and their bytes.
     pub events: (u64, u64),
+    /// Traced invocations, if there is a collector.
+    pub traces: Option<traces::export::Counts>,
 }
 
 /// The text.
@@ -203,6 +205,21 @@ impl Collector for Scrape {
         ];
         for (name, help, value) in gauges {
             encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)?;
+        }
+        if let Some(counts) = now.traces {
+            let help = "Traced invocations by what has become of their spans";
+            let mut metric =
+                encoder.encode_descriptor("firn_traces", help, None, MetricType::Counter)?;
+            let outcomes = [
+                ("exported", counts.exported),
+                ("overflowed", counts.overflowed),
+                ("refused", counts.refused),
+            ];
+            for (outcome, count) in outcomes {
+                metric
+                    .encode_family(&[("outcome", outcome)])?
+                    .encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+            }
         }
         Ok(())
     }

@@ -45,6 +45,7 @@ use crate::{
     metrics::{Metrics, Target, Took},
     outcome::Answer,
     prepare::Preparer,
+    traces::{Traced, Traces},
     workshop::{Output, Workshop},
 };
 
@@ -120,6 +121,8 @@ pub struct Request {
     pub force: Option<StartKind>,
     /// When what happened.
     pub trace: Trace,
+    /// Who is told of it if it is traced.
+    pub traced: Option<Arc<Traced>>,
     /// What its event takes of the memory for events.
     pub room: Option<Room>,
 }
@@ -311,6 +314,11 @@ impl<B: Backend> Scheduler<B> {
         &self.workshop.metrics
     }
 
+    /// Who traces invocations.
+    pub fn traces(&self) -> &Traces {
+        &self.workshop.traces
+    }
+
     /// Where the snapshot of a function stands.
     pub fn snapshot(&self, function: &Function) -> crate::prepare::Status {
         self.preparer.status(&function.qualified_name(), function.fingerprint(&self.workshop.place))
@@ -343,7 +351,15 @@ impl<B: Backend> Scheduler<B> {
         let metrics = self.workshop.metrics.clone();
         let version = request.function.version;
         let entered = self.concurrency.enter(&request.function.name, version);
-        let permit = entered.inspect_err(|refusal| metrics.refused(&target, refusal))?;
+        let traced = request.traced.clone();
+        let permit = match entered {
+            Ok(permit) => permit,
+            Err(refusal) => {
+                metrics.refused(&target, &refusal);
+                traced.into_iter().for_each(|traced| traced.refused(&refusal));
+                return Err(refusal);
+            }
+        };
         metrics.began(&target, &permit.in_flight(version));
         let scheduler = self.clone();
         // A task of its own: it goes on when the caller hangs up.
@@ -351,6 +367,7 @@ impl<B: Backend> Scheduler<B> {
             let _permit = permit;
             let result = scheduler.serve(request).await;
             metrics.concluded(&target, &result);
+            traced.into_iter().for_each(|traced| traced.concluded(&result));
             result
         });
         task.await.unwrap_or_else(|error| Err(Refusal::Failed(format!("internal error: {error}"))))

@@ -221,6 +221,9 @@ impl<B: Backend> Scheduler<B> {
         let elapsed = begun.elapsed();
         let (tail, took) =
             write_end(output, &request, &answer, report.as_ref(), init_us, elapsed).await;
+        if let Some(traced) = &request.traced {
+            traced.served_by(worker.machine.id(), report.as_ref().map_or(0, |r| r.init_us));
+        }
         if report.is_some() {
             self.give_back(worker);
         } else {
@@ -239,6 +242,7 @@ impl Request {
             invocation: Invocation::default(),
             force: None,
             trace: Trace::default(),
+            traced: None,
             room: None,
         }
     }

@@ -54,6 +54,16 @@ impl Trace {
         Self { received, moments: Vec::with_capacity(24) }
     }
 
+    /// When the request was received.
+    pub fn received(&self) -> Instant {
+        self.received
+    }
+
+    /// All moments in order: the operation or moment, its phase, and the time in microseconds.
+    pub fn moments(&self) -> impl Iterator<Item = (&'static str, Option<&'static str>, u64)> {
+        self.moments.iter().map(|(name, at)| (name.first, name.phase, *at))
+    }
+
     /// Records that something happens now.
     pub fn mark(&mut self, name: &'static str) {
         let name = Name { first: name, phase: None };

@@ -10,7 +10,7 @@ use std::{
 
 use zip::{ZipArchive, result::ZipError};
 
-use super::{CodeError, MAX_ENTRIES, MAX_ZIPPED, io_at};
+use super::{CodeError, MAX_ENTRIES, MAX_UNZIPPED, io_at};
 
 /// Longest name of an entry in bytes.
 const MAX_NAME: usize = 1024;
@@ -59,9 +59,9 @@ pub(super) fn extract(zip: &[u8], tree: &Path, limit: u64) -> Result<Extracted, 
 }
 
 fn open(zip: &[u8], limit: u64) -> Result<(Archive<'_>, Summary), CodeError> {
-    let size = zip.len() as u64;
-    if size > MAX_ZIPPED {
-        return Err(CodeError::ZippedTooLarge { size, limit: MAX_ZIPPED });
+    // Packing makes nothing larger.
+    if zip.len() as u64 > MAX_UNZIPPED {
+        return Err(CodeError::UnzippedTooLarge { limit: MAX_UNZIPPED });
     }
     let mut archive = ZipArchive::new(Cursor::new(zip))
         .map_err(|e| CodeError::NotAZip { reason: e.to_string() })?;
@@ -226,10 +226,7 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-    use super::{
-        super::{MAX_UNZIPPED, build_disk},
-        *,
-    };
+    use super::{super::build_disk, *};
 
     pub(crate) fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
         let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
@@ -316,8 +313,8 @@ pub(super) mod tests {
 
     #[test]
     fn sizes_are_limited_whatever_the_headers_say() {
-        let large = vec![0; MAX_ZIPPED as usize + 1];
-        assert!(matches!(error(&large), CodeError::ZippedTooLarge { size: 52_428_801, .. }));
+        let large = vec![0; MAX_UNZIPPED as usize + 1];
+        assert!(matches!(error(&large), CodeError::UnzippedTooLarge { limit: 262_144_000 }));
         // A claim is enough to be refused.
         let mut claims = archive(&[("bomb", &[0; 1000])]);
         assert_eq!(replace(&mut claims, 1000, MAX_UNZIPPED as u32 + 1), 2);

@@ -31,10 +31,7 @@ use rustix::{
 use self::archive::{Extracted, Summary};
 use crate::{Disk, memfile, open::TEMPORARY};
 
-/// Largest archive in bytes.
-pub const MAX_ZIPPED: u64 = 52_428_800;
-
-/// Most bytes that the files of a function and its layers may have together.
+/// Most bytes that the files of a function and its layers may have together, and most of one archive.
 pub const MAX_UNZIPPED: u64 = 262_144_000;
 
 /// Most files and directories of a function and its layers: bounds inodes and time.
@@ -54,14 +51,6 @@ pub struct CodeDisk {
 /// Why an archive can't become a code disk.
 #[derive(Debug, thiserror::Error)]
 pub enum CodeError {
-    /// The archive is too large.
-    #[error("zipped size must be at most {limit} bytes; it is {size}")]
-    ZippedTooLarge {
-        /// Its length in bytes.
-        size: u64,
-        /// [`MAX_ZIPPED`].
-        limit: u64,
-    },
     /// The files are too large.
     #[error("unzipped size must be at most {limit} bytes")]
     UnzippedTooLarge {

@@ -203,6 +203,7 @@ pub async fn publish<B: Backend>(
     let _turn = app.uploads.acquire().await;
     let body = body(request, "PublishLayerVersion").await?;
     let work = app.clone();
+    let asking = session.clone();
     let layer = blocking(move || {
         let input: PublishLayerVersion = parse(&body)?;
         check(&input)?;
@@ -213,7 +214,7 @@ pub async fn publish<B: Backend>(
                 work.place.region, work.place.account
             )));
         };
-        let zip = uploaded(input.content.unwrap_or_default())?;
+        let zip = uploaded(&work, &asking, input.content.unwrap_or_default())?;
         // Built for nothing but to know that it can be.
         work.backend.build_disk(&zip, &[]).map_err(code_error)?;
         let envelope = work.store.envelope()?;

@@ -1,6 +1,6 @@
 //! AddLayerVersionPermission, RemoveLayerVersionPermission, GetLayerVersionPolicy.
 //!
-//! All layers are of this daemon's one account, so permissions are kept and shown, and decide nothing.
+//! All layers are of this daemon's one account, so of permissions only those for everybody let anybody in.
 
 use std::sync::Arc;
 
@@ -22,11 +22,12 @@ use super::{
         shapes::AddLayerVersionPermission,
         validate::{self, Violations},
     },
-    find,
+    VersionArn, find,
 };
 use crate::{
     backend::Backend,
     layers::{Permission, Record},
+    store::Store,
 };
 
 /// Longest policy in bytes.
@@ -107,6 +108,13 @@ pub async fn get<B: Backend>(
     let arn = format!("{}:{}", app.place.layer_arn(&layer.name), layer.version);
     let policy = document(&arn, &layer.record);
     json(StatusCode::OK, &json!({"Policy": policy, "RevisionId": layer.record.revision}))
+}
+
+/// The policy of the layer version with this ARN, if it is there and has one.
+pub fn of(store: &Store, arn: &str, version: &VersionArn<'_>) -> Option<String> {
+    let layer = store.layer(version.name, version.version?)?;
+    let record = &layer.record;
+    (!record.deleted && !record.permissions.is_empty()).then(|| document(arn, record))
 }
 
 fn check_revision(record: &Record, query: &Parameters) -> Result<(), ApiError> {

@@ -4,8 +4,10 @@
 //! table: to add a service, give it a module with a function like `call`, one arm a operation, and an
 //! arm here. Whatever is not in the table answers UnknownOperationException.
 
+mod kms;
 mod logs;
 mod monitoring;
+mod sts;
 mod wire;
 
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{Response, StatusCode},
+    http::{Response, StatusCode, request::Parts},
 };
 use serde_json::Value;
 
@@ -56,47 +58,55 @@ impl ServiceError {
     }
 }
 
+/// A refusal in the words of a service.
+impl From<ApiError> for ServiceError {
+    fn from(error: ApiError) -> Self {
+        Self { name: error.name(), status: error.status(), message: error.to_string() }
+    }
+}
+
 /// Does what a request asks for: the table of services. A service is known by the prefix of its
 /// `X-Amz-Target`, or by the `Version` of its query protocol.
 async fn call<B: Backend>(
     app: &Arc<App<B>>,
+    session: &Session,
     service: &str,
     operation: &str,
     input: Value,
 ) -> Result<Value, ServiceError> {
     match service {
-        "Logs_20140328" => logs::call(app, operation, input).await,
+        // These know what each operation is on.
+        "TrentService" => kms::call(app, session, operation, input).await,
+        "2011-06-15" => sts::call(app, session, operation, &input),
+        // On all that the service has: neither has anything finer here.
+        "Logs_20140328" => {
+            session.may(&format!("logs:{operation}"), "*")?;
+            logs::call(app, operation, input).await
+        }
         "GraniteServiceVersion20100801" | "2010-08-01" => {
+            session.may(&format!("cloudwatch:{operation}"), "*")?;
             monitoring::call(app, service, operation, input).await
         }
         _ => Err(ServiceError::unknown(service, operation)),
     }
 }
 
-/// What policies call a service.
+/// What policies and the audit trail call a service.
 fn prefix(service: &str) -> Option<&'static str> {
     match service {
         "Logs_20140328" => Some("logs"),
         "GraniteServiceVersion20100801" | "2010-08-01" => Some("cloudwatch"),
         "TrentService" => Some("kms"),
-        "AWSXRay" => Some("xray"),
+        "2011-06-15" => Some("sts"),
         _ => None,
     }
 }
 
-/// Whether the caller may do that, on all that the service has: none of them has anything finer here.
-fn allowed(
-    session: Result<Session, ApiError>,
-    service: &str,
-    operation: &str,
-) -> Result<(), ServiceError> {
-    let prefix = prefix(service).ok_or_else(|| ServiceError::unknown(service, operation))?;
-    let allowed = session.and_then(|session| session.may(&format!("{prefix}:{operation}"), "*"));
-    allowed.map_err(|refusal| ServiceError {
-        name: refusal.name(),
-        status: refusal.status(),
-        message: refusal.to_string(),
-    })
+/// What the gate has against a request, as the service would say it.
+pub fn refuse(parts: &Parts, refusal: &ApiError) -> Response<Body> {
+    let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone()).unwrap_or_default();
+    let protocol = wire::Protocol::of(&parts.headers, parts.uri.path());
+    protocol.write("", "", &id, Err(refusal.clone().into()))
 }
 
 /// Any request of another service.
@@ -111,18 +121,15 @@ pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request)
     });
     let mut called = None;
     let (service, operation, result) = match body.await {
-        Err(error) => {
-            let (name, status, message) = (error.name(), error.status(), error.to_string());
-            (String::new(), String::new(), Err(ServiceError { name, status, message }))
-        }
+        Err(error) => (String::new(), String::new(), Err(error.into())),
         Ok(body) => match protocol.read(&parts.headers, parts.uri.path(), &body) {
             Err(error) => (String::new(), String::new(), Err(error)),
             Ok(Call { service, operation, input }) => {
                 called = prefix(&service)
                     .map(|service| Called { service, operation: operation.clone() });
-                let result = match allowed(session, &service, &operation) {
-                    Ok(()) => call(&app, &service, &operation, input).await,
-                    Err(refusal) => Err(refusal),
+                let result = match session {
+                    Ok(session) => call(&app, &session, &service, &operation, input).await,
+                    Err(refusal) => Err(refusal.into()),
                 };
                 (service, operation, result)
             }

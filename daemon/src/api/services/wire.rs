@@ -151,13 +151,13 @@ impl Protocol {
         }
         if let Some(error) = error {
             headers.insert(ERROR_TYPE, HeaderValue::from_static(error.name));
-            let kind = if status.is_server_error() { "Receiver" } else { "Sender" };
-            let query = format!("{};{kind}", query_code(error.name));
-            headers.extend(
-                HeaderValue::try_from(query)
-                    .ok()
-                    .map(|v| (header::HeaderName::from_static("x-amzn-query-error"), v)),
-            );
+            // CloudWatch had the query protocol once; clients know its errors by their codes there.
+            if service == "GraniteServiceVersion20100801" {
+                let kind = if status.is_server_error() { "Receiver" } else { "Sender" };
+                let query = HeaderValue::try_from(format!("{};{kind}", query_code(error.name)));
+                let name = header::HeaderName::from_static("x-amzn-query-error");
+                headers.extend(query.ok().map(|query| (name, query)));
+            }
             if status.is_server_error() {
                 response.extensions_mut().insert(Fault(error.message));
             }
@@ -173,6 +173,13 @@ fn query_code(name: &str) -> &str {
         "InvalidParameterCombinationException" => "InvalidParameterCombination",
         "MissingRequiredParameterException" => "MissingParameter",
         "UnknownOperationException" => "InvalidAction",
+        "AccessDeniedException" => "AccessDenied",
+        "ValidationException" => "ValidationError",
+        "MissingAuthenticationTokenException" => "MissingAuthenticationToken",
+        "IncompleteSignatureException" => "IncompleteSignature",
+        "InvalidSignatureException" => "SignatureDoesNotMatch",
+        "UnrecognizedClientException" => "InvalidClientTokenId",
+        "ExpiredTokenException" => "ExpiredToken",
         other => other,
     }
 }
@@ -412,7 +419,11 @@ mod tests {
     async fn times_and_errors_are_spelled_as_each_protocol_does() {
         let result = json!({"Timestamps": [1_767_225_600], "Label": "<&>"});
         let text = async |protocol: Protocol, result| {
-            let response = protocol.write("2010-08-01", "Op", "id", result);
+            let service = match protocol {
+                Protocol::Query => "2010-08-01",
+                _ => "GraniteServiceVersion20100801",
+            };
+            let response = protocol.write(service, "Op", "id", result);
             let head = response.headers().clone();
             (head, response.into_body().collect().await.unwrap().to_bytes())
         };

@@ -90,7 +90,6 @@ async fn bad_input_is_refused_and_leaves_nothing() {
         (json!({"Code": {}}), invalid, "Please provide a source for function code."),
         (json!({"Code": {"ZipFile": "%"}}), "SerializationException", "base64"),
         (json!({"Code": {"ZipFile": "aGVsbG8="}}), invalid, "Could not unzip uploaded file"),
-        (json!({"Code": {"S3Bucket": "b", "S3Key": "k"}}), invalid, "S3Bucket"),
         (json!({"Code": {"ImageUri": "i"}, "PackageType": "Image"}), invalid, "Image"),
     ] {
         let body = d.create("bad", changes.clone()).await.expect(400, exception);

@@ -31,7 +31,7 @@ pub(super) fn ledger(dir: &Path) -> Vec<Ran> {
 }
 
 /// Waits until so many have run; no more may have.
-async fn ran(dir: &Path, count: usize) -> Vec<Ran> {
+pub(super) async fn ran(dir: &Path, count: usize) -> Vec<Ran> {
     for _ in 0..12_000 {
         let ran = ledger(dir);
         assert!(ran.len() <= count, "{} have run, not {count}", ran.len());
@@ -44,11 +44,11 @@ async fn ran(dir: &Path, count: usize) -> Vec<Ran> {
 }
 
 impl Daemon {
-    async fn queued(&self) -> u64 {
+    pub(super) async fn queued(&self) -> u64 {
         self.get("/firn/v1/events").await.json()["Events"].as_u64().unwrap()
     }
 
-    async fn queue_is(&self, events: u64) {
+    pub(super) async fn queue_is(&self, events: u64) {
         for _ in 0..12_000 {
             if self.queued().await == events {
                 return;
@@ -58,7 +58,7 @@ impl Daemon {
         panic!("{} events are queued, not {events}", self.queued().await);
     }
 
-    async fn submit(&self, name: &str, event: &Value) -> String {
+    pub(super) async fn submit(&self, name: &str, event: &Value) -> String {
         let accepted = self.invoke(name, &[EVENT], event).await;
         assert_eq!((accepted.status, &accepted.body[..]), (202, &b""[..]));
         accepted.header("x-amzn-requestid").unwrap().to_owned()
@@ -66,7 +66,7 @@ impl Daemon {
 }
 
 /// Time in which what should not happen would.
-async fn a_while() {
+pub(super) async fn a_while() {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
@@ -347,7 +347,8 @@ async fn settings_are_put_updated_listed_and_deleted() {
         (json!({"MaximumEventAgeInSeconds": 59}), "ValidationException", "equal to 60"),
         (json!({"MaximumRetryAttempts": "x"}), "SerializationException", "wrong type"),
         (destination("x"), "ValidationException", "onFailure"),
-        (destination("arn:aws:sqs:us-east-1:000000000000:q"), invalid, "does not support"),
+        (destination("arn:aws:s3:::bucket"), invalid, "does not support"),
+        (destination("arn:aws:sqs:us-east-1:000000000000:q.fifo"), invalid, "is FIFO"),
         (destination(&arn("f")), invalid, "itself"),
         (destination(&arn("h")), invalid, "no such function"),
         (destination(&arn("g").replace("us-east", "eu-west")), invalid, "no such function"),

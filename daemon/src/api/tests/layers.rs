@@ -1,8 +1,13 @@
 //! Layers: published, listed, permitted, deleted, and what functions have of them.
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
-use super::{Answer, Daemon, FUNCTIONS, daemon, limits, start, zip};
+use super::{
+    Answer, Daemon, FUNCTIONS, daemon,
+    identity::{ADMIN, BOB, function, guarded},
+    limits, start, zip,
+};
 
 const LAYERS: &str = "/2018-10-31/layers";
 const INVALID: &str = "InvalidParameterValueException";
@@ -81,6 +86,49 @@ async fn a_layer_lives_through_all_operations() {
         let body = d.get(&path).await.expect(status, exception);
         assert!(status != 404 || body.contains("does not exist."), "{path}: {body}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_have_a_layer_is_what_policies_say() {
+    let (_dir, d) = guarded().await;
+    let send = async |who, method, path: String, body: Value| {
+        d.signed(who, method, &path, body.to_string().as_bytes()).await
+    };
+    let layer = json!({"Content": {"ZipFile": zip("l")}});
+    let versions = format!("{LAYERS}/l/versions");
+    let refused = send(BOB, "POST", versions.clone(), layer.clone()).await;
+    refused.expect(403, "AccessDeniedException");
+    assert_eq!(send(ADMIN, "POST", versions.clone(), layer).await.status, 201);
+    assert_eq!(d.signed(ADMIN, "POST", FUNCTIONS, &function("bob-1", "r")).await.status, 201);
+
+    let configuration = format!("{FUNCTIONS}/bob-1/configuration");
+    let use_it = || send(BOB, "PUT", configuration.clone(), json!({"Layers": [arn("l", 1)]}));
+    let one = format!("{versions}/1");
+    let get_it = || d.signed(BOB, "GET", &one, b"");
+    let allow = async |id: &str, principal: &str, more: Value| {
+        let mut body = json!({"StatementId": id, "Action": "lambda:GetLayerVersion",
+            "Principal": principal});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = send(ADMIN, "POST", format!("{versions}/1/policy"), body).await;
+        assert_eq!(answer.status, 201);
+    };
+    // Neither an account as such nor an organisation lets a user in.
+    allow("account", "000000000000", json!({})).await;
+    allow("organisation", "*", json!({"OrganizationId": "o-abcdefghij"})).await;
+    for refused in [use_it().await, get_it().await] {
+        let why = refused.expect(403, "AccessDeniedException");
+        assert!(why.contains("lambda:GetLayerVersion on resource"), "{why}");
+    }
+    allow("all", "*", json!({})).await;
+    let location = get_it().await.json()["Content"]["Location"].as_str().unwrap().to_owned();
+    let path = location.split_once("/firn/").unwrap().1;
+    assert_eq!(d.get(&format!("/firn/{path}")).await.body, STANDARD.decode(zip("l")).unwrap());
+    let path = path.split('&').next().unwrap();
+    d.get(&format!("/firn/{path}")).await.expect(403, "MissingAuthenticationTokenException");
+    assert_eq!(use_it().await.status, 200);
+    let gone = d.signed(ADMIN, "DELETE", &format!("{versions}/1/policy/all"), b"").await;
+    assert_eq!(gone.status, 204);
+    get_it().await.expect(403, "AccessDeniedException");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,7 +19,7 @@ impl Daemon {
     }
 
     /// All values of a metric within this hour and the last.
-    async fn metric(&self, name: &str, statistic: &str, dimensions: Value) -> f64 {
+    pub(super) async fn metric(&self, name: &str, statistic: &str, dimensions: Value) -> f64 {
         let input = statistics(name, statistic, dimensions);
         let output = self.monitoring("GetMetricStatistics", input).await;
         let points = output["Datapoints"].as_array().unwrap();

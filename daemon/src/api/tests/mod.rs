@@ -8,14 +8,19 @@ mod events;
 mod identity;
 mod invocations;
 mod isolation;
+mod kms;
 mod layers;
 mod load;
 mod logs;
 mod metrics;
+mod outward;
 mod permissions;
+mod s3;
 mod services;
 mod streaming;
+mod sts;
 mod tags;
+mod traces;
 mod urls;
 mod versions;
 
@@ -32,20 +37,22 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{App, Settings, gate::Callers, router};
+use super::{App, Settings, gate::Callers, router, routes};
 use crate::{
     api::{names::Place, urls::Urls},
     audit::{self, Audit},
+    aws,
     code::CodeStore,
     envelope::tests::TestKeys,
     events::{self as queueing, Events, clock::Clock, queue::Queue},
     fake::{Counters, Fake},
-    identity::Identity,
+    identity::{Identity, sessions::Sessions},
     logs::{Bounds, Logs},
     prepare::Preparer,
     scheduler::{Isolation, Limits, Reserve, Scheduler},
     serve,
     store::Store,
+    traces::{Traces, export::Collector},
     workshop::Workshop,
 };
 
@@ -55,6 +62,7 @@ const FUNCTIONS: &str = "/2015-03-31/functions";
 struct Daemon {
     address: SocketAddr,
     fake: Arc<Counters>,
+    aws: aws::fake::Fake,
     app: Arc<App<Fake>>,
     scheduler: Arc<Scheduler<Fake>>,
     events: Arc<Events<Fake>>,
@@ -128,9 +136,16 @@ async fn start_within(
     *fake.0.ledger.lock().unwrap() = Some(ledger.unwrap());
     let store = Arc::new(Store::open(&dir.join("store.sqlite"), Arc::new(TestKeys(1))).unwrap());
     let functions = store.all();
+    // With such a file it says where traces go.
+    let collector = std::fs::read_to_string(dir.join("collector")).ok();
+    let place = Place { region: "us-east-1".into(), account: "000000000000".into() };
+    let traces = match Collector::find(collector.as_deref()).unwrap() {
+        Some(collector) => Traces::start(collector, place.clone()),
+        None => Traces::default(),
+    };
     let workshop = Workshop {
         backend: fake.clone(),
-        place: Place { region: "us-east-1".into(), account: "000000000000".into() },
+        place,
         store: store.clone(),
         code: CodeStore::open(
             dir.join("code"),
@@ -140,6 +155,7 @@ async fn start_within(
         .unwrap(),
         logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
         metrics: crate::metrics::Metrics::open(&dir.join("metrics.sqlite")).unwrap(),
+        traces,
         patience: 1,
     };
     let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
@@ -151,6 +167,8 @@ async fn start_within(
         bytes: 64 << 20,
         retry: Duration::from_secs(60),
     };
+    let services = aws::fake::Fake::start().await;
+    let aws = Arc::new(services.aws());
     let queue = Queue::open(&dir.join("events.sqlite"), event_bounds.bytes).unwrap();
     let events = Events::start(
         queue,
@@ -158,12 +176,16 @@ async fn start_within(
         scheduler.clone(),
         workshop.place.clone(),
         clock.clone(),
+        aws.clone(),
         event_bounds,
     )
     .unwrap();
     let audit = dir.join("audit");
     std::fs::create_dir_all(&audit).unwrap();
-    let audit = Audit::open(audit, workshop.place.clone(), audit::Bounds::default()).unwrap();
+    // With such a file invocations are recorded.
+    let data_events = dir.join("data-events").exists();
+    let bounds_of_audit = audit::Bounds { data_events, ..audit::Bounds::default() };
+    let audit = Audit::open(audit, workshop.place.clone(), bounds_of_audit, None).unwrap();
     let audit = Arc::new(audit);
     // With such a file requests must be signed.
     let identity = dir.join("identity.json");
@@ -173,14 +195,16 @@ async fn start_within(
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let urls = Urls::new("us-east-1", "localhost", address.port());
-    let callers = Callers { identity, audit };
+    let sessions = Sessions::new(&store.own_key("sessions").unwrap());
+    let callers = Callers { identity, sessions, audit };
     let settings = Settings { concurrency, stream_rate: None, urls };
-    let app = App::new(workshop, scheduler.clone(), events.clone(), callers, settings);
+    let app = App::new(workshop, scheduler.clone(), events.clone(), aws, callers, settings);
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
     let routes = router(app.clone());
     tokio::spawn(serve::serve(listener, routes, until, Duration::from_secs(5), bounds));
-    Daemon { address, fake: fake.0, app, scheduler, events, clock, stop: Some(stop) }
+    let (fake, aws) = (fake.0, services);
+    Daemon { address, fake, aws, app, scheduler, events, clock, stop: Some(stop) }
 }
 
 impl Daemon {

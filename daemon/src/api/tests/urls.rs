@@ -226,6 +226,54 @@ async fn in_development_mode_any_signature_will_do_but_not_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn calls_are_recorded_where_invocations_are() {
+    let (dir, mut d) = guarded().await;
+    d.stop.take().unwrap().send(()).unwrap();
+    std::fs::write(dir.path().join("data-events"), "").unwrap();
+    let d = start(dir.path(), limits(), 0).await;
+    let function = super::identity::function("bob-f", "r");
+    assert_eq!(d.signed(ADMIN, "POST", FUNCTIONS, &function).await.status, 201);
+    let url = URL.replace("/f/", "/bob-f/");
+    let iam = json!({"AuthType": "AWS_IAM"}).to_string().into_bytes();
+    let host = host(&d.signed(ADMIN, "POST", &url, &iam).await.json());
+    let path = "/planted?Marker=planted";
+    let mut ids = Vec::new();
+    for (who, status) in
+        [(Some(ADMIN), 200), (Some(BOB), 403), (Some((BOB.0, "wrong")), 403), (None, 403)]
+    {
+        let headers = who.map(|who| sign("POST", path, &[("host", &host)], b"\"planted\"", who));
+        let headers = headers.unwrap_or_default();
+        let headers = headers.iter().map(|(n, v)| (n.as_str(), v.as_str()));
+        let headers: Vec<_> = headers.filter(|(name, _)| *name != "host").collect();
+        let answer = d.request(&host, "POST", path, &headers, b"\"planted\"").await;
+        assert_eq!(answer.status, status, "{who:?}");
+        ids.push(answer.header("x-amzn-requestid").unwrap().to_owned());
+    }
+    // Who asks a host that is nobody's invokes nothing.
+    d.request(&host.replacen(|_| true, "x", 1), "POST", path, &[], b"").await;
+    d.app.callers.audit.close().await;
+    let (records, _) = crate::audit::tests::records(&dir.path().join("audit"));
+    assert!(!json!(records).to_string().contains("planted"), "{records:?}");
+    let calls: Vec<_> =
+        records.into_iter().filter(|r| r["eventName"] == "InvokeFunctionUrl").collect();
+    let said = |name: &str| -> Vec<Value> { calls.iter().map(|r| r[name].clone()).collect() };
+    assert_eq!(said("requestID"), ids);
+    for call in &calls {
+        assert_eq!(
+            (&call["eventCategory"], &call["managementEvent"]),
+            (&json!("Data"), &json!(false))
+        );
+        assert_eq!(call["resources"][0]["ARN"], super::events::arn("bob-f"));
+    }
+    assert_eq!(said("errorCode")[..2], [Value::Null, json!("AccessDenied")]);
+    assert_eq!(said("errorCode")[2], "InvalidSignatureException");
+    assert_eq!(calls[0]["userIdentity"]["arn"], "arn:aws:iam::000000000000:user/admin");
+    assert_eq!(calls[1]["userIdentity"]["arn"], "arn:aws:iam::000000000000:user/bob");
+    assert_eq!(calls[2]["userIdentity"], json!({"type": "Unknown"}));
+    assert_eq!(calls[2]["additionalEventData"]["claimedAccessKeyId"], BOB.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn with_identities_policies_say_who_may_call() {
     let (_dir, d) = guarded().await;
     let function = super::identity::function("bob-f", "r");

@@ -21,15 +21,20 @@ use bytes::Bytes;
 use firn::Invocation;
 
 use super::{
-    App, MAX_EVENT, announced,
+    App, MAX_EVENT, RequestInfo, announced,
     error::{ApiError, ERROR_TYPE},
-    gate, invoke, read_body,
+    gate::{self, Session},
+    operations::INVOKE_URL,
+    read_body,
+    recorded::Draft,
     response_stream::{self, Framing, Invoked, ROOM_KIB},
 };
 use crate::{
     attachments::{self, InvokeMode, Url},
+    audit::Unwritten,
     backend::Backend,
     scheduler::{self, Refusal, Served, Trace},
+    traces::Trigger,
 };
 
 /// Header fields that concern one connection only (RFC 9110 §7.6.1): neither functions nor their callers see
@@ -98,7 +103,18 @@ pub async fn by_host<B: Backend>(
     };
     let received = Instant::now();
     let request_id = uuid::Uuid::new_v4().to_string();
-    let mut response = serve(&app, &id, &request_id, received, request).await;
+    let call = {
+        let (app, id, request_id) = (app.clone(), id.clone(), request_id.clone());
+        async move { serve(&app, &id, &request_id, received, request).await }
+    };
+    let mut response = match app.callers.audit.data_events() {
+        // A task of its own, which no client ends by hanging up: what is begun ends, and is recorded.
+        true => match tokio::spawn(call).await {
+            Ok(response) => response,
+            Err(error) => ApiError::Service(error.to_string()).into_response(),
+        },
+        false => call.await,
+    };
     if let Ok(value) = HeaderValue::try_from(&request_id) {
         response.headers_mut().insert("x-amzn-requestid", value);
     }
@@ -127,7 +143,7 @@ async fn serve<B: Backend>(
         return answer;
     }
     let call = Call { id, request_id, received, name, qualifier, url: &url };
-    let answer = match call.invoke(app, &mut parts, body).await {
+    let answer = match call.recorded(app, &mut parts, body).await {
         Err(ApiError::AccessDenied(_)) => forbidden(),
         answer => answer.unwrap_or_else(IntoResponse::into_response),
     };
@@ -148,9 +164,37 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// Invokes the function, and leaves a record of that if invocations are recorded.
+    async fn recorded<B: Backend>(
+        &self,
+        app: &Arc<App<B>>,
+        parts: &mut Parts,
+        body: Body,
+    ) -> Result<Response<Body>, ApiError> {
+        let session = Session::new(app, parts);
+        let audit = &app.callers.audit;
+        if !audit.data_events() {
+            return self.invoke(app, &session, parts, body).await;
+        }
+        if audit.broken() {
+            return Err(ApiError::Service(Unwritten.to_string()));
+        }
+        let (id, received) = (self.request_id.to_owned(), self.received);
+        parts.extensions.insert(RequestInfo { id, received });
+        let draft = Draft::new(&INVOKE_URL, parts, &app.place).await;
+        let answer = self.invoke(app, &session, parts, body).await;
+        let record = draft.refused_or_done(&session, answer.as_ref().err());
+        match audit.add(record.to_string().into_bytes(), false).await {
+            Ok(()) => answer,
+            // It is done; that it could not be recorded must not look like success.
+            Err(unwritten) => Err(ApiError::Service(unwritten.to_string())),
+        }
+    }
+
     async fn invoke<B: Backend>(
         &self,
         app: &Arc<App<B>>,
+        session: &Session,
         parts: &mut Parts,
         body: Body,
     ) -> Result<Response<Body>, ApiError> {
@@ -160,7 +204,7 @@ impl Call<'_> {
         let mut trace = Trace::new(*received);
         let arn = app.place.arn(name);
         let arn = if qualifier == "$LATEST" { arn } else { format!("{arn}:{qualifier}") };
-        let (body, session) = gate::pass_url(app, parts, body, url.auth, arn.clone())?;
+        let body = gate::pass_url(app, session, parts, body, url.auth, arn.clone())?;
         // The body and the event that is made of it, which is a third larger at most.
         let size = announced(&parts.headers).unwrap_or(MAX_EVENT).min(MAX_EVENT);
         let kib = size * 2 / 1024 + 1 + ROOM_KIB;
@@ -168,12 +212,23 @@ impl Call<'_> {
         let room = Arc::new(room.map_err(|error| ApiError::Service(error.to_string()))?);
         let body = read_body(&parts.headers, body, MAX_EVENT, too_large).await?;
         trace.mark("body");
-        let trace_id = invoke::trace_id(&parts.headers);
+        let function = app
+            .store
+            .resolve(name, qualifier, |alias| alias.choose(attachments::draw()))
+            .ok_or_else(|| ApiError::AccessDenied("Forbidden".into()))?;
+        let mut invocation = Invocation {
+            request_id: (*request_id).to_owned(),
+            function_arn: arn,
+            timeout: function.timeout(),
+            ..Invocation::default()
+        };
+        let (headers, http) = (&parts.headers, Trigger::Http);
+        let traced = app.traces.open(headers, *received, http, &function, &mut invocation);
         let event = event::Event {
             url_id: id,
             domain: &format!("{id}{}", app.settings.urls.suffix),
             request_id,
-            trace_id: &trace_id,
+            trace_id: &invocation.trace_id,
             caller: session.principal(),
             parts,
             body: &body,
@@ -182,20 +237,9 @@ impl Call<'_> {
         if payload.len() > MAX_EVENT {
             return Err(too_large(None));
         }
-        let function = app
-            .store
-            .resolve(name, qualifier, |alias| alias.choose(attachments::draw()))
-            .ok_or_else(|| ApiError::AccessDenied("Forbidden".into()))?;
-        let invocation = Invocation {
-            request_id: (*request_id).to_owned(),
-            function_arn: arn,
-            trace_id,
-            timeout: function.timeout(),
-            payload,
-            ..Invocation::default()
-        };
-        let room = Some(room);
-        let request = scheduler::Request { function, invocation, force: None, trace, room };
+        invocation.payload = payload;
+        let (force, room) = (None, Some(room));
+        let request = scheduler::Request { function, invocation, force, trace, traced, room };
         match url.mode {
             InvokeMode::Buffered => {
                 let served = app.scheduler.invoke(request).await?;
