@@ -35,11 +35,11 @@ pub struct Options {
     #[arg(long, value_name = "PROGRAM")]
     pub firecracker: Option<PathBuf>,
 
-    /// Measure the installation's firnd too, over HTTP: scenario paused
+    /// Measure the installation's firnd too, over HTTP, without identities and with signed requests: scenario paused
     #[arg(long)]
     pub firnd: bool,
 
-    /// Measure only these (`firn`, `firnd`, `firecracker`); all unless given
+    /// Measure only these (`firn`, `firnd`, `firnd-signed`, `firecracker`); all unless given
     #[arg(long, value_delimiter = ',')]
     pub subject: Vec<String>,
 
@@ -256,16 +256,19 @@ async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
         settings.echo_init.clone_from(&options.echo_init);
         subjects.push(Box::new(Firn::open(settings).await?));
     }
-    if options.firnd && wanted(firnd::NAME) {
-        subjects.push(Box::new(
-            Firnd::open(firnd::Settings {
-                artifacts: place.artifacts.clone(),
-                state: place.state.clone(),
-                runtime: place.runtime.clone(),
-                patience: place.patience,
-            })
-            .await?,
-        ));
+    for (name, signed) in [(firnd::NAME, false), (firnd::SIGNED, true)] {
+        if options.firnd && wanted(name) {
+            subjects.push(Box::new(
+                Firnd::open(firnd::Settings {
+                    artifacts: place.artifacts.clone(),
+                    state: place.state.clone(),
+                    runtime: place.runtime.clone(),
+                    patience: place.patience,
+                    signed,
+                })
+                .await?,
+            ));
+        }
     }
     if let Some(binary) = options.firecracker.as_deref().filter(|_| wanted(firecracker::NAME)) {
         let absolute = |path: &Path| std::path::absolute(path).map_err(io_with(path));
@@ -281,8 +284,8 @@ async fn subjects(options: &Options) -> Result<Vec<Box<dyn Subject>>> {
     if subjects.is_empty() {
         let names = options.subject.join(", ");
         return Err(Error::Usage(format!(
-            "--subject {names}: there is firn, firnd with --firnd, and firecracker with \
-             --firecracker"
+            "--subject {names}: there is firn, firnd and firnd-signed with --firnd, and \
+             firecracker with --firecracker"
         )));
     }
     Ok(subjects)

@@ -3,9 +3,26 @@
 //! Only [`Scenario::Paused`] compares: `firnd` itself decides how an instance starts, pauses each one that
 //! has answered, and keeps it.
 
-use std::{cell::RefCell, net::SocketAddr, path::PathBuf, process::Stdio, rc::Rc, time::Duration};
+use std::{
+    cell::RefCell,
+    fs,
+    io::Write,
+    iter,
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::Stdio,
+    rc::Rc,
+    time::{Duration, SystemTime},
+};
 
 use async_trait::async_trait;
+use aws_credential_types::Credentials;
+use aws_sigv4::{
+    http_request::{SignableBody, SignableRequest, SigningSettings, sign},
+    sign::v4::SigningParams,
+};
+use aws_smithy_runtime_api::client::identity::Identity;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use firn::ShellClass;
 use serde_json::{Value, json};
@@ -28,6 +45,12 @@ use crate::{
 /// Name in records.
 pub const NAME: &str = "firnd";
 
+/// The same of one with `--identity`, whose every request is signed.
+pub const SIGNED: &str = "firnd-signed";
+
+/// The one user's access key there: for a daemon on loopback that lives as long as the run.
+const KEY: (&str, &str) = ("AKIDBENCH00000000000", "a-secret-of-the-bench");
+
 /// Longest answer in bytes, and longest head of one.
 const MOST: usize = 1 << 20;
 
@@ -42,6 +65,14 @@ pub struct Settings {
     pub runtime: String,
     /// Multiplies all time limits.
     pub patience: u32,
+    /// Whether it has `--identity`.
+    pub signed: bool,
+}
+
+impl Settings {
+    fn name(&self) -> &'static str {
+        if self.signed { SIGNED } else { NAME }
+    }
 }
 
 /// A daemon of its own.
@@ -61,7 +92,11 @@ impl Firnd {
         let program = settings.artifacts.join("bin/firnd");
         let mut command = Command::new(&program);
         command.arg("--artifacts").arg(&settings.artifacts);
-        command.arg("--state").arg(settings.state.join(NAME));
+        let state = settings.state.join(settings.name());
+        if settings.signed {
+            command.arg("--identity").arg(identity_file(&state)?);
+        }
+        command.arg("--state").arg(&state);
         command.args(["--listen", "127.0.0.1:0", "--no-cpu-limits", "--log", "error"]);
         command.args(["--patience", &settings.patience.to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
@@ -73,7 +108,7 @@ impl Firnd {
         }
         let address = ready.trim().rsplit_once("http://").and_then(|(_, at)| at.parse().ok());
         let address = address.ok_or_else(|| trouble("start", &ready))?;
-        let connection = Rc::new(Mutex::new(Connection::open(address).await?));
+        let connection = Rc::new(Mutex::new(Connection::open(address, settings.signed).await?));
         Ok(Self { settings, daemon: RefCell::new(Some(daemon)), connection })
     }
 }
@@ -81,7 +116,7 @@ impl Firnd {
 #[async_trait(?Send)]
 impl Subject for Firnd {
     fn name(&self) -> &'static str {
-        NAME
+        self.settings.name()
     }
 
     fn describe(&self) -> Result<Value> {
@@ -185,8 +220,10 @@ impl Running for FirndInstance {
     async fn invoke(&mut self, event: &[u8]) -> Result<Trip> {
         let path = format!("/2015-03-31/functions/{}/invocations", self.name);
         let connection = &mut *self.connection.lock().await;
+        // A client's own work is no part of what it waits for.
+        let request = connection.request("POST", &path, event)?;
         let start_ns = now_ns();
-        let answer = connection.call("POST", &path, event).await?;
+        let answer = connection.send(&request).await?;
         let mut trip = Trip { start_ns, end_ns: answer.end_ns, ..Trip::default() };
         let phases: Value = serde_json::from_str(&answer.phases).unwrap_or_default();
         let at = |name: &str| phases[name].as_f64();
@@ -240,15 +277,18 @@ impl Running for FirndInstance {
 #[derive(Debug)]
 struct Connection {
     address: SocketAddr,
+    /// What requests are signed with.
+    key: Option<Identity>,
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Connection {
-    async fn open(address: SocketAddr) -> Result<Self> {
+    async fn open(address: SocketAddr, signed: bool) -> Result<Self> {
         let stream = TcpStream::connect(address).await.map_err(io_at("connect to firnd"))?;
         stream.set_nodelay(true).map_err(io_at("connect to firnd"))?;
-        Ok(Self { address, stream, buffer: Vec::new() })
+        let key = signed.then(|| Credentials::new(KEY.0, KEY.1, None, None, NAME).into());
+        Ok(Self { address, key, stream, buffer: Vec::new() })
     }
 
     async fn json(&mut self, path: &str) -> Result<Value> {
@@ -258,14 +298,42 @@ impl Connection {
 
     /// A successful answer.
     async fn call(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
-        let mut request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n",
-            self.address,
-            body.len()
-        )
-        .into_bytes();
-        request.extend_from_slice(body);
-        self.stream.write_all(&request).await.map_err(io_at("write to firnd"))?;
+        let request = self.request(method, path, body)?;
+        self.send(&request).await
+    }
+
+    /// A whole request, signed where that is wanted.
+    fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>> {
+        let (address, length) = (self.address, body.len());
+        let mut request =
+            format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: {length}\r\n");
+        if let Some(identity) = &self.key {
+            let url = format!("http://{address}{path}");
+            let wrong =
+                |error: &dyn std::error::Error| trouble("be signed for", &error.to_string());
+            let parameters = SigningParams::builder()
+                .identity(identity)
+                .region("us-east-1")
+                .name("lambda")
+                .time(SystemTime::now())
+                .settings(SigningSettings::default())
+                .build()
+                .map_err(|error| wrong(&error))?
+                .into();
+            let body = SignableBody::Bytes(body);
+            let signable = SignableRequest::new(method, &url, iter::empty(), body);
+            let signable = signable.map_err(|error| wrong(&error))?;
+            let signed = sign(signable, &parameters).map_err(|error| wrong(&error))?;
+            for (name, value) in signed.output().headers() {
+                request += &format!("{name}: {value}\r\n");
+            }
+        }
+        Ok([request.as_bytes(), b"\r\n", body].concat())
+    }
+
+    /// What answers it, if that is a success.
+    async fn send(&mut self, request: &[u8]) -> Result<Answer> {
+        self.stream.write_all(request).await.map_err(io_at("write to firnd"))?;
         self.buffer.clear();
         loop {
             if let Some(answer) = Answer::parse(&self.buffer)? {
@@ -282,6 +350,30 @@ impl Connection {
             }
         }
     }
+}
+
+/// Makes the file with the one user, who may do everything.
+fn identity_file(state: &Path) -> Result<PathBuf> {
+    let statement = json!({ "Effect": "Allow", "Action": "*", "Resource": "*" });
+    let trust = json!({
+        "Effect": "Allow",
+        "Principal": { "Service": "lambda.amazonaws.com" },
+        "Action": "sts:AssumeRole",
+    });
+    let policy = |statement| json!({ "Version": "2012-10-17", "Statement": statement });
+    let identity = json!({
+        "users": { "bench": {
+            "keys": [{ "id": KEY.0, "secret": KEY.1 }],
+            "policies": [policy(statement)],
+        } },
+        "roles": { "bench": { "trust": policy(trust) } },
+    });
+    let path = state.with_extension("json");
+    let mut file = fs::OpenOptions::new();
+    let file = file.write(true).create(true).truncate(true).mode(0o600).open(&path);
+    let mut file = file.map_err(io_with(&path))?;
+    file.write_all(identity.to_string().as_bytes()).map_err(io_with(&path))?;
+    Ok(path)
 }
 
 struct Answer {
