@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use firn::{InstanceError, Invocation, InvokeReport, ShellClass, StartError, guest};
+use firn::{Disk, InstanceError, Invocation, InvokeReport, ShellClass, StartError, guest};
 
 use super::{Isolation, Refusal, Request, Scheduler, Served, StartKind, Trace, Worker};
 use crate::{
@@ -69,7 +69,7 @@ impl<B: Backend> Scheduler<B> {
                 )));
             }
         }
-        self.serve_booted(class, request, fingerprint).await
+        self.serve_booted(request).await
     }
 
     async fn serve_waiting(
@@ -147,15 +147,12 @@ impl<B: Backend> Scheduler<B> {
         }
     }
 
-    async fn serve_booted(
-        self: &Arc<Self>,
-        class: ShellClass,
-        mut request: Request,
-        fingerprint: String,
-    ) -> Result<Served, Refusal> {
+    async fn serve_booted(self: &Arc<Self>, mut request: Request) -> Result<Served, Refusal> {
         let failed = |error: &dyn Display| Refusal::Failed(error.to_string());
+        let code = self.code(&mut request).await?;
         let function = request.function.clone();
-        let code = self.workshop.disk(&function).await.map_err(Refusal::Failed)?;
+        let class = ShellClass::for_memory(function.config.memory_mb);
+        let fingerprint = function.fingerprint(&self.workshop.place).to_owned();
         let begun = Instant::now();
         let boot = self.workshop.backend.boot(&function.config.runtime, class).await;
         let machine = boot.map_err(|e| failed(&e))?;
@@ -184,6 +181,25 @@ impl<B: Backend> Scheduler<B> {
             request.trace.add("invoke", begun, &report.phases);
         }
         self.conclude(worker, request, StartKind::Boot, result, init_us, begun).await
+    }
+
+    /// The code of the request's function. Where an update has taken it away since the request came, the
+    /// function is what it is now: while it changes, either may serve.
+    async fn code(&self, request: &mut Request) -> Result<Disk, Refusal> {
+        let place = &self.workshop.place;
+        loop {
+            let function = &request.function;
+            let failure = match self.workshop.disk(function).await {
+                Ok(code) => return Ok(code),
+                Err(failure) => failure,
+            };
+            match self.workshop.store.get(&function.name, function.version) {
+                Some(now) if now.fingerprint(place) != function.fingerprint(place) => {
+                    request.function = now;
+                }
+                _ => return Err(Refusal::Failed(failure)),
+            }
+        }
     }
 
     /// Turns what an instance said into what the caller gets, and sends the instance back.

@@ -14,6 +14,10 @@ use tokio::{
 };
 
 use super::{FUNCTIONS, daemon, join_all, limits, zip};
+use crate::{
+    function::Version,
+    scheduler::{self, StartKind, Trace},
+};
 
 const STREAMED: &str = "2021-11-15/functions/f/response-streaming-invocations";
 
@@ -176,4 +180,32 @@ async fn an_event_takes_its_room_until_its_function_is_done() {
         tokio::time::sleep(Duration::from_millis(600)).await;
         assert_eq!(d.app.room.available_permits(), all, "{operation}");
     }
+}
+
+/// What the tests above find once in a while: a request that has its function, and an update that takes the
+/// function's code away before an instance has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_an_update_overtakes_is_served_by_what_is_new() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    let overtaken = d.app.store.get("f", Version::Latest).unwrap();
+    let code = json!({"ZipFile": zip("new")});
+    assert_eq!(d.send("PUT", &format!("{FUNCTIONS}/f/code"), &code).await.status, 200);
+    let request = || scheduler::Request {
+        function: overtaken.clone(),
+        invocation: firn::Invocation { payload: "1".into(), ..firn::Invocation::default() },
+        force: None,
+        trace: Trace::new(std::time::Instant::now()),
+        traced: None,
+        room: None,
+    };
+    let served = d.scheduler.invoke(request()).await.unwrap();
+    assert_eq!((served.kind, &served.answer.payload[..]), (StartKind::Boot, &b"1"[..]));
+    // It is an instance of what is new, and stays.
+    let answer = d.invoke("f", &[("x-firn-start", "warm")], &json!(1)).await;
+    assert_eq!(answer.status, 200, "{}", answer.json());
+    // Of a function that is gone there is nothing new.
+    assert_eq!(d.call("DELETE", &format!("{FUNCTIONS}/f"), &[], b"").await.status, 204);
+    assert!(d.scheduler.invoke(request()).await.is_err());
 }
