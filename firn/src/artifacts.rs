@@ -37,6 +37,7 @@ pub(crate) struct Artifacts {
     pub(crate) vmm: OwnedFd,
     /// `vmlinux` in sealed memory.
     pub(crate) kernel: OwnedFd,
+    /// Of what boots: the kernel, and the initramfs with `firn-init`.
     pub(crate) kernel_hash: blake3::Hash,
     pub(crate) initramfs: OwnedFd,
     /// Backing of every `/tmp`, in sealed memory.
@@ -75,20 +76,24 @@ impl Artifacts {
         let vmm = seal("firn-vmm", &mut vmm)?;
         let init_path = dir.join("bin/firn-init");
         let mut content = Vec::new();
+        let mut initramfs_hash = blake3::Hasher::new();
         let initramfs = init
             .read_to_end(&mut content)
             .and_then(|_| initramfs::build(&content))
             .and_then(|archive| {
+                initramfs_hash.update(&archive);
                 memfile::sealed_huge("firn-initramfs", &mut &archive[..], archive.len() as u64)
             })
             .map_err(artifact("firn-init", init_path))?;
-        // The hash is of what boots, whatever becomes of the file.
+        // Hashes are of what boots, whatever becomes of the files.
         let (kernel, kernel_hash) = kernel
             .metadata()
             .and_then(|m| memfile::sealed_huge("firn-kernel", &mut kernel, m.len()))
             .map(File::from)
             .and_then(|sealed| hash_file(&sealed).map(|hash| (OwnedFd::from(sealed), hash)))
             .map_err(artifact("kernel", dir.join("kernel/vmlinux")))?;
+        let both = [*kernel_hash.as_bytes(), *initramfs_hash.finalize().as_bytes()].concat();
+        let kernel_hash = blake3::hash(&both);
         let seal_tmp = || {
             let length = tmp.metadata()?.len();
             let copy = memfile::create("firn-tmp")?;

@@ -130,12 +130,12 @@ pub enum SnapshotError {
         /// What is wrong.
         reason: String,
     },
-    /// Made with another kernel than this host's.
-    #[error("the snapshot was made with kernel {expected}; this host has {found}")]
+    /// Made with another kernel, or another `firn-init`, than this host's.
+    #[error("the snapshot was made with kernel and init {expected}; this host has {found}")]
     Kernel {
         /// Hash in the snapshot.
         expected: String,
-        /// Hash of the host's kernel.
+        /// Hash of the host's.
         found: String,
     },
     /// Made with another image than this host's.

@@ -278,6 +278,8 @@ pub async fn other_surroundings_are_named() {
     };
     let error = with("kernel/vmlinux", b"stand-in kernel 2").await;
     assert!(matches!(error, SnapshotError::Kernel { .. }), "{error}");
+    let error = with("bin/firn-init", b"stand-in init 2").await;
+    assert!(matches!(error, SnapshotError::Kernel { .. }), "{error}");
     let error = with("images/test/rootfs.erofs", &[2; 4096]).await;
     assert!(matches!(error, SnapshotError::Image { .. }), "{error}");
     let error = with("images/tmp.ext4", &[2; 4096]).await;
