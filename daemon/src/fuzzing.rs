@@ -1,5 +1,7 @@
-//! Doors for the fuzzer (`fuzz/`) to parsers of what callers send. They exist only with the feature
+//! Doors for the fuzzer (`fuzz/`) to parsers of what callers and functions send. They exist only with the feature
 //! `fuzzing`, which nothing else may turn on.
+
+use bytes::Bytes;
 
 use crate::{
     api::{
@@ -11,6 +13,7 @@ use crate::{
         policy::{Caller, Context, Decision, Kind, Policy, Request},
         sigv4::Claim,
     },
+    traces::segments,
 };
 
 /// Parses how a caller names a function, with the `Qualifier` parameter. What it gives is a name that the
@@ -70,4 +73,10 @@ pub fn signature(authorization: Option<&str>, target: &str, date: &str) {
     if let Ok(claim) = Claim::read(&request.into_parts().0) {
         assert!(claim.verify("a key that signed nothing", &[0; 32]).is_err());
     }
+}
+
+/// Reads what a function sends to an X-Ray daemon. Its spans are those of its own trace, below its invocation,
+/// within its time, and bounded in all that they hold.
+pub fn segments(document: &[u8]) {
+    segments::check(&[Bytes::copy_from_slice(document)], (1 << 60, 1 << 61));
 }

@@ -28,6 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use firn::{Invocation, ShellClass};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
@@ -142,6 +143,8 @@ pub struct Served {
     pub took: Took,
     /// When what happened.
     pub trace: Trace,
+    /// X-Ray segment documents that the function sent, in the order in which they came.
+    pub segments: Vec<Bytes>,
 }
 
 impl fmt::Debug for Served {

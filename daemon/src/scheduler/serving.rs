@@ -246,7 +246,8 @@ impl<B: Backend> Scheduler<B> {
             tracing::warn!(function = worker.function, "an instance ended under an invocation");
             self.retire(worker);
         }
-        Ok(Served { kind, answer, tail, took, trace: request.trace })
+        let segments = Vec::new();
+        Ok(Served { kind, answer, tail, took, trace: request.trace, segments })
     }
 }
 
@@ -284,7 +285,7 @@ async fn ended(
 ) -> Served {
     let (tail, took) = write_end(&mut output, request, &answer, None, 0, begun.elapsed()).await;
     let trace = std::mem::take(&mut request.trace);
-    Served { kind: StartKind::Thaw, answer, tail, took, trace }
+    Served { kind: StartKind::Thaw, answer, tail, took, trace, segments: Vec::new() }
 }
 
 /// Hands the log with the end of an invocation to its writer, so that whoever has the answer finds it there, and

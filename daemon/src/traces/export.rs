@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    Record,
+    RECORD_KIB, Record,
     spans::{self, text},
 };
 use crate::{
@@ -40,11 +40,11 @@ use crate::{
 /// KiB that may wait for the collector, those on their way included.
 const QUEUE_KIB: usize = 16 * 1024;
 
-/// KiB that one record counts: an invocation's phases and its spans.
-const RECORD_KIB: u32 = 4;
-
 /// Records in one request.
 const BATCH: usize = 128;
+
+/// KiB of records in one request, unless one alone has more: collectors take no endless ones.
+const BATCH_KIB: usize = BATCH * RECORD_KIB as usize;
 
 /// Time that a record waits for others.
 const LINGER: Duration = Duration::from_secs(1);
@@ -199,7 +199,7 @@ impl Exporter {
 
     /// Takes a record, or counts it as dropped. Does not wait.
     pub(super) fn take(&self, record: Record) {
-        let room = self.room.clone().try_acquire_many_owned(RECORD_KIB);
+        let room = self.room.clone().try_acquire_many_owned(record.kib());
         let queued = room.is_ok_and(|room| self.orders.send(Order::Record(record, room)).is_ok());
         if !queued {
             self.counters.overflowed.fetch_add(1, Ordering::Relaxed);
@@ -276,9 +276,9 @@ impl Sender {
                     break;
                 }
             }
-            if !records.is_empty() {
-                self.export(&records).await;
-                records.clear();
+            while !records.is_empty() {
+                let batch: Vec<_> = records.drain(..fitting(&records)).collect();
+                self.export(&batch).await;
             }
             // Whoever waits for it has nothing more to hear.
             flushed.map(|done| done.send(()));
@@ -351,6 +351,16 @@ impl Sender {
     }
 }
 
+/// How many of the records go into one request.
+fn fitting(records: &[(Record, OwnedSemaphorePermit)]) -> usize {
+    let mut kib = 0;
+    let fits = |(_, room): &&(Record, OwnedSemaphorePermit)| {
+        kib += room.num_permits();
+        kib <= BATCH_KIB
+    };
+    records.iter().take_while(fits).count().max(1)
+}
+
 /// What an answer means (OTLP/HTTP Response).
 fn judge(response: &Response<Bytes>) -> Attempt {
     let status = response.status();
@@ -384,7 +394,10 @@ fn judge(response: &Response<Bytes>) -> Attempt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::traces::{Invoked, context::TraceId};
+    use crate::{
+        function::Function,
+        traces::{Invoked, context::TraceId},
+    };
 
     fn find(
         endpoint: Option<&str>,
@@ -432,6 +445,30 @@ mod tests {
         }
     }
 
+    fn event(function: &Arc<Function>) -> Record {
+        let request_id = uuid::Uuid::new_v4().to_string();
+        let invoked = Invoked { function: function.clone(), arn: String::new(), request_id };
+        let (trace, parent) = (TraceId([1; 16]), None);
+        let (accepted_ms, ended_ms, attempts, error) = (1, 2, 1, None);
+        Record::Event { invoked, trace, parent, accepted_ms, ended_ms, attempts, error }
+    }
+
+    #[test]
+    fn requests_are_bounded_unless_one_record_has_more() {
+        let function = Arc::new(crate::function::tests::example("f"));
+        let room = Arc::new(Semaphore::new(QUEUE_KIB));
+        let record = |kib| (event(&function), room.clone().try_acquire_many_owned(kib).unwrap());
+        for (kib, fit) in [
+            (vec![RECORD_KIB; BATCH], BATCH),
+            (vec![256, 256, 4], 2),
+            (vec![300, 300, 4], 1),
+            (vec![600, 4], 1),
+        ] {
+            let records: Vec<_> = kib.into_iter().map(record).collect();
+            assert_eq!(fitting(&records), fit);
+        }
+    }
+
     #[tokio::test]
     async fn a_collector_that_hangs_takes_no_memory_and_no_time() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -442,19 +479,7 @@ mod tests {
         let began = Instant::now();
         let fit = QUEUE_KIB as u64 / u64::from(RECORD_KIB);
         for _ in 0..fit + 100 {
-            let request_id = uuid::Uuid::new_v4().to_string();
-            let invoked = Invoked { function: function.clone(), arn: String::new(), request_id };
-            let (trace, parent) = (TraceId([1; 16]), None);
-            let (accepted_ms, ended_ms, attempts, error) = (1, 2, 1, None);
-            exporter.take(Record::Event {
-                invoked,
-                trace,
-                parent,
-                accepted_ms,
-                ended_ms,
-                attempts,
-                error,
-            });
+            exporter.take(event(&function));
         }
         assert!(began.elapsed() < Duration::from_secs(2));
         assert_eq!(exporter.counts(), Counts { overflowed: 100, ..Counts::default() });

@@ -6,17 +6,20 @@
 //! ├─ Overhead                                     until there is an instance, or room for one
 //! ├─ Init | Thaw                                  where it had to be started
 //! └─ Invocation                                   in the function: its parent for what it calls
+//!    └─ NAME (a segment)                        what the function's X-Ray SDK sends
 //! ```
 //!
 //! Rules that hold here:
 //! - Without a collector nothing happens: headers pass as they came.
 //! - A traced invocation costs its caller one hand-over. Spans are made by the exporter, from what the daemon
-//!   measures anyway, and the wall clock is not read for them before.
+//!   measures anyway and what the function has sent, and the wall clock is not read for them before.
 //! - What waits for the collector is bounded. What does not fit is dropped and counted.
 
 mod context;
+mod document;
 pub mod export;
 mod sampler;
+pub mod segments;
 mod spans;
 
 use std::{
@@ -25,6 +28,7 @@ use std::{
 };
 
 use axum::http::{HeaderMap, HeaderValue};
+use bytes::Bytes;
 use firn::Invocation;
 
 pub use self::context::HEADER;
@@ -119,7 +123,14 @@ struct Server {
 /// How an invocation has ended.
 #[derive(Debug)]
 enum End {
-    Served { kind: StartKind, error: Option<&'static str>, duration_us: u64, trace: Trace },
+    Served {
+        kind: StartKind,
+        error: Option<&'static str>,
+        duration_us: u64,
+        trace: Trace,
+        /// X-Ray segment documents that the function sent.
+        documents: Vec<Bytes>,
+    },
     Refused(Fault),
 }
 
@@ -131,6 +142,9 @@ struct Fault {
     status: u16,
     text: String,
 }
+
+/// KiB that one record counts: an invocation's phases and its spans.
+const RECORD_KIB: u32 = 4;
 
 /// What spans are made of.
 #[derive(Debug)]
@@ -150,6 +164,18 @@ enum Record {
         attempts: u32,
         error: Option<&'static str>,
     },
+}
+
+impl Record {
+    /// What it counts while it waits.
+    fn kib(&self) -> u32 {
+        let documents = match self {
+            Self::Invocation { end: End::Served { documents, .. }, .. } => documents.as_slice(),
+            Self::Invocation { end: End::Refused(_), .. } | Self::Event { .. } => &[],
+        };
+        let bytes: usize = documents.iter().map(Bytes::len).sum();
+        RECORD_KIB + u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX - RECORD_KIB)
+    }
 }
 
 impl Traces {
@@ -305,7 +331,7 @@ impl Traced {
     /// It is over.
     pub fn concluded(self: Arc<Self>, result: &Result<Served, Refusal>) {
         self.end(match result {
-            Ok(Served { kind, answer, took, trace, .. }) => End::Served {
+            Ok(Served { kind, answer, took, trace, segments, .. }) => End::Served {
                 kind: *kind,
                 error: answer.function_error.map(|unhandled| match answer.status {
                     Status::Fine => unhandled,
@@ -314,6 +340,7 @@ impl Traced {
                 }),
                 duration_us: took.duration_us,
                 trace: trace.clone(),
+                documents: segments.clone(),
             },
             Err(refusal) => End::Refused(refusal.into()),
         });

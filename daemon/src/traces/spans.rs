@@ -17,14 +17,15 @@ use opentelemetry_proto::tonic::{
 use super::{
     Attempt, End, Invoked, Record, Traced, Trigger,
     context::{SpanId, TraceId},
+    segments,
 };
 use crate::{
     api::names::Place,
     scheduler::{StartKind, Trace},
 };
 
-/// From and to.
-type Times = (u64, u64);
+/// From and to. Of spans: in nanoseconds since the epoch.
+pub(super) type Times = (u64, u64);
 
 /// Spans of a record.
 pub(super) fn of(record: &Record, place: &Place) -> Vec<Span> {
@@ -68,8 +69,10 @@ fn of_invocation(traced: &Traced, at: Instant, end: &End, place: &Place) -> Vec<
     };
     let server = traced.served.get();
     whole.attributes.extend(server.map(|server| text("faas.instance", &server.instance)));
-    let (kind, error, duration_us, moments) = match end {
-        End::Served { kind, error, duration_us, trace } => (*kind, *error, *duration_us, trace),
+    let (kind, error, duration_us, moments, documents) = match end {
+        End::Served { kind, error, duration_us, trace, documents } => {
+            (*kind, *error, *duration_us, trace, documents)
+        }
         End::Refused(fault) => {
             whole.attributes.push(number("http.response.status_code", fault.status.into()));
             fail(&mut whole, Some(fault.name));
@@ -105,7 +108,11 @@ fn of_invocation(traced: &Traced, at: Instant, end: &End, place: &Place) -> Vec<
     run.attributes
         .push(boolean("faas.coldstart", matches!(kind, StartKind::Boot | StartKind::Thaw)));
     fail(&mut run, error);
+    let within = (run.start_time_unix_nano, run.end_time_unix_nano);
     spans.push(run);
+    let told = segments::spans(documents, *trace, traced.invocation, within);
+    // The function can tell the service's span from its request's id.
+    spans.extend(told.into_iter().filter(|span| span.span_id != service.0));
     spans
 }
 
@@ -181,7 +188,13 @@ fn ns_of_ms(ms: i64) -> u64 {
     u64::try_from(ms).unwrap_or(0).saturating_mul(1_000_000)
 }
 
-fn span(trace: TraceId, id: SpanId, parent: Option<SpanId>, name: &str, (from, to): Times) -> Span {
+pub(super) fn span(
+    trace: TraceId,
+    id: SpanId,
+    parent: Option<SpanId>,
+    name: &str,
+    (from, to): Times,
+) -> Span {
     Span {
         trace_id: trace.0.to_vec(),
         span_id: id.0.to_vec(),
@@ -232,15 +245,15 @@ pub fn text(key: &str, value: &str) -> KeyValue {
     attribute(key, Value::StringValue(value.to_owned()))
 }
 
-fn number(key: &str, value: u64) -> KeyValue {
+pub(super) fn number(key: &str, value: u64) -> KeyValue {
     attribute(key, Value::IntValue(value.try_into().unwrap_or(i64::MAX)))
 }
 
-fn boolean(key: &str, value: bool) -> KeyValue {
+pub(super) fn boolean(key: &str, value: bool) -> KeyValue {
     attribute(key, Value::BoolValue(value))
 }
 
-fn attribute(key: &str, value: Value) -> KeyValue {
+pub(super) fn attribute(key: &str, value: Value) -> KeyValue {
     KeyValue {
         key: key.to_owned(),
         value: Some(AnyValue { value: Some(value) }),
@@ -250,9 +263,14 @@ fn attribute(key: &str, value: Value) -> KeyValue {
 
 #[cfg(test)]
 mod tests {
-    use firn::Phases;
+    use std::sync::Arc;
+
+    use axum::http::{HeaderMap, HeaderValue};
+    use bytes::Bytes;
+    use firn::{Invocation, Phases};
 
     use super::*;
+    use crate::traces::{HEADER, Traces, export::Collector};
 
     fn moments(operations: &[(&'static str, &[(&'static str, u64)])]) -> Trace {
         let received = Instant::now() - Duration::from_micros(100);
@@ -301,6 +319,49 @@ mod tests {
         assert_eq!(
             (parts.invocation, parts.restart),
             ((600_000, 1_000_000), Some((500_000, 600_000)))
+        );
+    }
+
+    #[tokio::test]
+    async fn what_a_function_sends_is_below_its_invocation_and_counts() {
+        let root = "1-58406520-a006649127e371903a2de979";
+        let place = Place { region: "us-east-1".into(), account: "0".into() };
+        let nobody = Collector::find(Some("http://127.0.0.1:1")).unwrap().unwrap();
+        let traces = Traces::start(nobody, place.clone());
+        let header = HeaderValue::try_from(format!("Root={root};Sampled=1")).unwrap();
+        let function = Arc::new(crate::function::tests::example("f"));
+        let request_id = uuid::Uuid::new_v4().to_string();
+        let mut invocation = Invocation { request_id, ..Invocation::default() };
+        let headers = HeaderMap::from_iter([(HEADER, header)]);
+        let received = Instant::now();
+        let traced = traces.open(&headers, received, Trigger::Other, &function, &mut invocation);
+        let traced = traced.unwrap();
+        // The service's id is no secret, for it is made of the request's.
+        let ids = [SpanId([1; 8]), SpanId::of_request(&invocation.request_id), traced.invocation];
+        let document = |id: SpanId| {
+            let segment = serde_json::json!({
+                "id": id.to_string(), "name": "own", "trace_id": root, "start_time": 0, "end_time": 9e9,
+                "metadata": { "default": "x".repeat(1000) },
+            });
+            Bytes::from(format!("{{\"format\": \"json\", \"version\": 1}}\n{segment}"))
+        };
+        let end = End::Served {
+            kind: StartKind::Warm,
+            error: None,
+            duration_us: 5,
+            trace: Trace::new(received),
+            documents: ids.map(document).to_vec(),
+        };
+        let record = Record::Invocation { traced: traced.clone(), at: Instant::now(), end };
+        assert_eq!(record.kib(), 4 + 4);
+        let spans = of(&record, &place);
+        let names: Vec<_> = spans.iter().map(|span| span.name.as_str()).collect();
+        assert_eq!(names, ["f", "Overhead", "Invocation", "own"]);
+        let [.., run, own] = &spans[..] else { panic!() };
+        assert_eq!((&own.parent_span_id, &own.trace_id), (&run.span_id, &run.trace_id));
+        assert_eq!(
+            (own.start_time_unix_nano, own.end_time_unix_nano),
+            (run.start_time_unix_nano, run.end_time_unix_nano)
         );
     }
 }
