@@ -101,6 +101,7 @@ pub fn load(function: &Function, for_snapshot: bool, init_timeout: Duration) -> 
         init_timeout_ms: init_timeout.as_millis() as u64,
         snapshot: for_snapshot,
         code: true,
+        endpoints: Vec::new(),
     })
 }
 

@@ -7,7 +7,7 @@ use std::{fmt::Debug, future::Future, path::Path};
 
 use firn::{
     Disk, FunctionSpec, Host, Instance, InstanceError, Invocation, InvokeReport, LoadReport,
-    LogSink, Phases, ResidentSnapshot, ShellClass, Snapshot, SnapshotError, SnapshotMeta,
+    Outlets, Phases, ResidentSnapshot, ShellClass, Snapshot, SnapshotError, SnapshotMeta,
     StartError,
     code::{CodeDisk, CodeError},
 };
@@ -34,7 +34,7 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         &self,
         snapshot: &Self::Resident,
         first: Option<&Invocation>,
-        log: Option<LogSink>,
+        outlets: Outlets,
     ) -> impl Future<Output = Result<(Self::Machine, Option<InvokeReport>), StartError>> + Send;
     /// Verifies the snapshot in `dir`, which must have been made with `key` in its
     /// [`SnapshotMeta`], and brings it into memory.
@@ -112,9 +112,9 @@ impl Backend for Host {
         &self,
         snapshot: &ResidentSnapshot,
         first: Option<&Invocation>,
-        log: Option<LogSink>,
+        outlets: Outlets,
     ) -> Result<(Instance, Option<InvokeReport>), StartError> {
-        Host::thaw(self, snapshot, first, log).await
+        Host::thaw(self, snapshot, first, outlets).await
     }
 
     async fn make_resident(

@@ -1,7 +1,7 @@
 //! A backend without microVMs, for this crate's tests: functions are commands in their events.
 //!
 //! The event `{"do": "sleep", "ms": 50}` sleeps; `exit`, `raise`, `say`, `large`, `die`, `flood`, `timeout` do as
-//! they say; `stream` streams its `chunks`, `ms` after one another, and `then` does one of the others; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
+//! they say; `ask` asks the services (`what`: `credentials`, or a request); `trace` sends its `documents`; `stream` streams its `chunks`, `ms` after one another, and `then` does one of the others; `stumble` exits the first time; `remember` answers with what the last `remember` brought; anything else is echoed.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use std::{
 };
 
 use firn::{
-    Disk, FunctionSpec, InstanceError, Invocation, InvokeReport, LoadReport, LogLine, LogSink,
+    Disk, FunctionSpec, InstanceError, Invocation, InvokeReport, LoadReport, LogLine, Outlets,
     Phases, ResponsePart, ShellClass, SnapshotError, SnapshotMeta, StartError, VmmExit,
     code::{CodeDisk, CodeError},
-    guest::{self, FunctionError, Outcome},
+    guest::{self, Ask, FunctionError, HttpRequest, Outcome},
 };
 
 use crate::backend::{Backend, Machine};
@@ -56,7 +56,7 @@ pub struct FakeMachine {
     id: String,
     counters: Arc<Counters>,
     alive: bool,
-    log: Option<LogSink>,
+    outlets: Outlets,
     phases: Phases,
     memory: serde_json::Value,
     fresh: bool,
@@ -75,7 +75,7 @@ impl Fake {
             id: uuid::Uuid::new_v4().to_string(),
             counters: self.0.clone(),
             alive: true,
-            log: None,
+            outlets: Outlets::default(),
             phases: Phases(vec![("ready", Duration::from_micros(10))]),
             memory: serde_json::Value::Null,
             fresh: false,
@@ -112,11 +112,11 @@ impl Backend for Fake {
         &self,
         _snapshot: &String,
         first: Option<&Invocation>,
-        log: Option<LogSink>,
+        outlets: Outlets,
     ) -> Result<(FakeMachine, Option<InvokeReport>), StartError> {
         self.0.thaws.fetch_add(1, Ordering::SeqCst);
         let mut machine = self.spawn()?;
-        machine.log = log;
+        machine.outlets = outlets;
         let Some(first) = first else { return Ok((machine, None)) };
         match machine.invoke(first).await {
             Ok(mut report) => {
@@ -167,8 +167,25 @@ impl Backend for Fake {
 }
 
 impl FakeMachine {
+    /// What the services answer to `credentials`, or to the request that the event describes.
+    async fn ask(&self, event: &serde_json::Value) -> serde_json::Value {
+        let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let ask = match event["what"].as_str() {
+            Some("credentials") => Ask::Credentials,
+            _ => Ask::Request(HttpRequest {
+                method: text("method"),
+                target: text("target"),
+                fields: serde_json::from_value(event["fields"].clone()).unwrap(),
+                body: text("payload").into_bytes(),
+            }),
+        };
+        let reply = self.outlets.services.as_ref().unwrap().call(ask).await;
+        let body = String::from_utf8(reply.body).unwrap();
+        serde_json::json!({ "status": reply.status, "fields": reply.fields, "body": body })
+    }
+
     async fn print(&self, line: &str) {
-        if let Some(log) = &self.log {
+        if let Some(log) = &self.outlets.log {
             let stream = guest::Stream::Stdout;
             let _ = log.send(LogLine { stream, line: line.into(), partial: false }).await;
         }
@@ -201,7 +218,7 @@ impl Machine for FakeMachine {
         spec: &FunctionSpec,
         _for_snapshot: bool,
     ) -> Result<LoadReport, InstanceError> {
-        self.log = Some(spec.log.clone());
+        self.outlets = spec.outlets.clone();
         let delay = {
             self.counters.environments.lock().unwrap().push(spec.environment.clone());
             *self.counters.slow_load.lock().unwrap()
@@ -255,6 +272,7 @@ impl Machine for FakeMachine {
             payload,
             content_type: "application/json".into(),
         };
+        let mut segments = Vec::new();
         let action = if streams { &event["then"] } else { &event["do"] };
         let outcome = match action.as_str().unwrap_or_default() {
             "" if streams && invocation.response.is_some() => Outcome::Streamed,
@@ -276,6 +294,13 @@ impl Machine for FakeMachine {
                 error_type: String::new(),
                 payload: br#"{"errorMessage":"oops","errorType":"ValueError"}"#.to_vec(),
             }),
+            "ask" => respond(self.ask(&event).await.to_string().into()),
+            "trace" => {
+                let documents = event["documents"].as_array().into_iter().flatten();
+                let documents = documents.filter_map(|document| document.as_str());
+                segments = documents.map(|text| text.to_owned().into_bytes().into()).collect();
+                respond(serde_json::json!(invocation.trace_id).to_string().into())
+            }
             "say" => respond(event["what"].to_string().into()),
             "large" => Outcome::Error(FunctionError::ResponseTooLarge { size: 7_000_000 }),
             "timeout" => {
@@ -304,6 +329,7 @@ impl Machine for FakeMachine {
             max_memory_bytes: 30 << 20,
             tsc: (0, 0),
             renewed,
+            segments,
             phases: Phases(vec![
                 ("renewed", Duration::from_micros(700)),
                 ("done", Duration::from_micros(900)),

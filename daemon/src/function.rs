@@ -257,8 +257,8 @@ impl Function {
         hasher.finalize().to_hex()[..32].to_owned()
     }
 
-    /// The runtime's environment but for what the guest alone knows. There are no credentials in
-    /// it: execution roles have no effect yet.
+    /// The runtime's environment but for what the guest alone knows, such as where the role's credentials
+    /// are to be had.
     pub fn environment(
         &self,
         place: &Place,

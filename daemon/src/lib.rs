@@ -1,8 +1,9 @@
 //! `firnd`: an HTTP API compatible with AWS Lambda's on top of the [`firn`] library.
 //!
 //! Thin by intent: HTTP in ([`api`]), [`firn`] out ([`scheduler`], [`prepare`]), state in a store
-//! ([`store`], [`code`], [`logs`]). It never reads guest memory and parses nothing that comes from
-//! a guest beyond `firn-proto`'s messages.
+//! ([`store`], [`code`], [`logs`]). It never reads guest memory. What comes from a guest it parses as
+//! `firn-proto`'s messages, and of what these carry only trace segments ([`traces`]) and requests to its own API
+//! ([`inside`]), as it does everybody's.
 
 mod api;
 mod attachments;
@@ -20,6 +21,7 @@ mod function;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod identity;
+mod inside;
 mod kms;
 mod layers;
 mod logs;
@@ -48,7 +50,12 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{backend::Backend, config::Options, workshop::Workshop};
+use crate::{
+    backend::Backend,
+    config::Options,
+    inside::{Gateway, Inside},
+    workshop::Workshop,
+};
 
 /// Time that what became of the last deliveries of events gets to be written down, and again that the last audit
 /// file gets to be delivered.
@@ -222,6 +229,7 @@ async fn daemon<B: Backend>(
             .context("can't use the directory of logs")?,
         metrics: metrics::Metrics::open(&state.join("metrics.sqlite"))?,
         traces: traces.clone(),
+        inside: Inside::default(),
         patience: options.patience,
     };
     let preparer = prepare::Preparer::open(workshop.clone(), dir("snapshots")?, &functions)
@@ -256,8 +264,13 @@ async fn daemon<B: Backend>(
         urls: options.urls(address.port()),
     };
     let sessions = identity::sessions::Sessions::new(&store.own_key("sessions")?);
-    let callers = api::gate::Callers { identity, sessions, audit: audit.clone() };
+    let callers = api::gate::Callers { identity, sessions: sessions.clone(), audit: audit.clone() };
+    let guarded = callers.identity.is_some();
+    let inside = workshop.inside.clone();
     let app = api::App::new(workshop, scheduler.clone(), events.clone(), aws, callers, settings);
+    let routes = api::router(app);
+    let gateway = Gateway::new(routes.clone(), store, sessions, options.place(), guarded);
+    inside.open(&gateway);
     // Whoever started the daemon may not be listening; that is no reason to stop.
     let _ = writeln!(io::stdout(), "firnd: ready on http://{address}");
     let patience = Duration::from_secs_f64(options.stop_timeout);
@@ -265,7 +278,7 @@ async fn daemon<B: Backend>(
         stop.await;
         events.stop();
     };
-    serve::serve(listener, api::router(app), stop, patience, serve::Bounds::default()).await;
+    serve::serve(listener, routes, stop, patience, serve::Bounds::default()).await;
     tracing::info!("stopping");
     scheduler.close(patience).await;
     events.close(LAST_WRITES).await;

@@ -265,10 +265,10 @@ impl<B: Backend> Preparer<B> {
                 }
             }
         }
-        let (mut output, sink) = self.workshop.output(function);
-        let thaw = backend.thaw(&base, None, Some(sink.clone()));
+        let (mut output, outlets) = self.workshop.output(function);
+        let thaw = backend.thaw(&base, None, outlets.clone());
         let (mut machine, _) = output.during(thaw).await?;
-        let spec = self.workshop.spec(function, code.clone(), "snap-start", &output, sink);
+        let spec = self.workshop.spec(function, code.clone(), "snap-start", &output, outlets);
         let loaded = output.during(machine.load(&spec, true)).await;
         output.stream.flush().await;
         let failure = match loaded {

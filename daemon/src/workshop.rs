@@ -3,7 +3,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use firn::{Disk, FunctionSpec, LogLine, LogSink};
+use firn::{Disk, FunctionSpec, LogLine, Outlets};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     backend::Backend,
     code::{CodeStore, LoadError},
     function::{Function, Layer},
+    inside::Inside,
     logs,
     logs::Logs,
     metrics::Metrics,
@@ -45,6 +46,8 @@ pub struct Workshop<B> {
     pub metrics: Metrics,
     /// Traces invocations.
     pub traces: Traces,
+    /// What functions ask of the daemon.
+    pub inside: Inside,
     /// Multiplies the time for initialisation on slow machines.
     pub patience: u32,
 }
@@ -91,10 +94,12 @@ impl Output {
 }
 
 impl<B: Backend> Workshop<B> {
-    /// A log for a new instance of `function`.
-    pub fn output(&self, function: &Function) -> (Output, LogSink) {
+    /// A log for a new instance of `function`, and where what comes out of that goes.
+    pub fn output(&self, function: &Function) -> (Output, Outlets) {
         let (sink, lines) = mpsc::channel(LINES);
-        (Output { stream: self.logs.stream(&function.name, function.version), lines }, sink)
+        let output = Output { stream: self.logs.stream(&function.name, function.version), lines };
+        let services = Some(self.inside.services(function));
+        (output, Outlets { log: Some(sink), services })
     }
 
     /// The function's code and layers as a disk.
@@ -120,14 +125,15 @@ impl<B: Backend> Workshop<B> {
         code: Disk,
         initialization: &str,
         output: &Output,
-        log: LogSink,
+        outlets: Outlets,
     ) -> FunctionSpec {
         FunctionSpec {
             environment: function.environment(&self.place, initialization, output.stream.name()),
             memory_mb: function.config.memory_mb,
             init_timeout: INIT_TIMEOUT * self.patience,
             code: Some(code),
-            log,
+            endpoints: Inside::endpoints(),
+            outlets,
         }
     }
 }

@@ -15,7 +15,7 @@ use firn_proto::{
 use tokio::time::Instant;
 
 use crate::{
-    Disk, Image, LogSink, Phases, ResidentSnapshot, ResponseSink,
+    Disk, Image, Outlets, Phases, ResidentSnapshot, ResponseSink,
     channel::name as message_name,
     host::Inner,
     phases::Stopwatch,
@@ -46,8 +46,11 @@ pub struct FunctionSpec {
     pub init_timeout: Duration,
     /// The function's code; `None`: the image itself is the function.
     pub code: Option<Disk>,
-    /// Where its output goes.
-    pub log: LogSink,
+    /// Variables that are to hold the URL of the services, unless the environment has them. None: the
+    /// function has no services, and no credentials.
+    pub endpoints: Vec<String>,
+    /// Where its output goes, and what it asks of services.
+    pub outlets: Outlets,
 }
 
 impl fmt::Debug for FunctionSpec {
@@ -124,6 +127,9 @@ pub struct InvokeReport {
     pub tsc: (u64, u64),
     /// For the first invocation after a thaw or reset: what the guest said about its renewal.
     pub renewed: Option<guest::Renewed>,
+    /// Documents that the function has sent to its X-Ray daemon, as they came: at most
+    /// [`guest::MAX_SEGMENTS`] bytes. Only those of invocations whose trace header says `Sampled=1`.
+    pub segments: Vec<Bytes>,
     /// After a thaw: `shell`, `sent`, `received`, `mapped`, `devices set`, `vcpu set`, `entered`,
     /// `first byte`, `renewed`, `done`; otherwise `sent`, `first byte`, `done`.
     pub phases: Phases,
@@ -369,13 +375,6 @@ impl Instance {
         self.vm.process.is_alive()
     }
 
-    /// From now on output goes to `sink`.
-    pub fn set_log(&mut self, sink: LogSink) {
-        if let Some(stream) = &mut self.vm.stream {
-            stream.set_log(Some(sink));
-        }
-    }
-
     /// Attaches the code and starts the runtime.
     ///
     /// # Errors
@@ -389,7 +388,7 @@ impl Instance {
         let trouble = InstanceError::from_trouble("load");
         let mut watch = Stopwatch::start();
         self.loaded = true;
-        self.set_log(spec.log.clone());
+        self.vm.stream().map_err(&trouble)?.set_outlets(spec.outlets.clone());
         if let Some(code) = &spec.code {
             let attach = ToVmm::Attach { slot: CODE_SLOT, source: DiskSource::ReadOnly };
             self.vm.order(&attach, &[code.file().as_fd()]).await.map_err(&trouble)?;
@@ -403,6 +402,7 @@ impl Instance {
             init_timeout_ms: spec.init_timeout.as_millis() as u64,
             snapshot: for_snapshot,
             code: spec.code.is_some(),
+            endpoints: spec.endpoints.clone(),
         });
         self.queue(&load, "load")?;
         watch.mark("sent");
@@ -448,7 +448,7 @@ impl Instance {
             watch.at("first byte", ns);
         }
         watch.mark("done");
-        Ok(report(done, None, watch.finish()))
+        Ok(report(&mut self.vm, done, None, watch.finish()))
     }
 
     /// Stops the vCPUs until the next event.
@@ -589,9 +589,15 @@ pub(crate) async fn await_done(vm: &mut Vm, invocation: &Invocation) -> Result<D
     }
 }
 
-pub(crate) fn report(done: Done, renewed: Option<guest::Renewed>, phases: Phases) -> InvokeReport {
+pub(crate) fn report(
+    vm: &mut Vm,
+    done: Done,
+    renewed: Option<guest::Renewed>,
+    phases: Phases,
+) -> InvokeReport {
     let Done { outcome, duration_us, init_us, max_memory_bytes, tsc, .. } = done;
-    InvokeReport { outcome, duration_us, init_us, max_memory_bytes, tsc, renewed, phases }
+    let segments = vm.stream.as_mut().map(Stream::take_segments).unwrap_or_default();
+    InvokeReport { outcome, duration_us, init_us, max_memory_bytes, tsc, renewed, segments, phases }
 }
 
 #[cfg(test)]
@@ -617,7 +623,8 @@ mod tests {
             memory_mb: 128,
             init_timeout: Duration::from_secs(1),
             code: None,
-            log: tokio::sync::mpsc::channel(1).0,
+            endpoints: Vec::new(),
+            outlets: Outlets::default(),
         };
         let text = format!("{spec:?} {spec:#?}");
         assert!(!text.contains("planted"), "{text}");

@@ -33,9 +33,9 @@ pub mod initramfs;
 mod instance;
 pub mod keys;
 mod launch;
-mod log;
 mod memfile;
 mod open;
+mod outlets;
 mod phases;
 mod process;
 mod reset;
@@ -56,8 +56,8 @@ pub use image::{Image, ImageError};
 pub use instance::{
     FunctionSpec, Instance, InstanceError, Invocation, InvokeReport, LoadReport, VmmExit,
 };
-pub use log::{LogLine, LogSink};
 pub use open::OpenError;
+pub use outlets::{LogLine, LogSink, Outlets, Services};
 pub use phases::Phases;
 pub use reset::ResetReport;
 pub use response::{ResponsePart, ResponseSink};

@@ -146,7 +146,7 @@ impl Instance {
             Err(error) => return Err(trouble(self.vm.trouble(error).await)),
         };
         watch.stamps(&report.stamps);
-        stream.set_log(self.vm.stream.take().and_then(Stream::into_log));
+        stream.set_outlets(self.vm.stream.take().map(Stream::into_outlets).unwrap_or_default());
         self.vm.stream = Some(stream);
         self.fresh = true;
         watch.mark("done");
@@ -185,7 +185,7 @@ impl Instance {
         let done = instance::await_done(&mut self.vm, invocation).await.map_err(&trouble)?;
         watch.mark("done");
         self.set_renewed(renewed.clone());
-        Ok(instance::report(done, Some(renewed), watch.finish()))
+        Ok(instance::report(&mut self.vm, done, Some(renewed), watch.finish()))
     }
 }
 

@@ -22,7 +22,7 @@ use firn_proto::{
 };
 
 use crate::{
-    Host, Image, Instance, Invocation, InvokeReport, LogSink, ResidentSnapshot, ShellClass,
+    Host, Image, Instance, Invocation, InvokeReport, Outlets, ResidentSnapshot, ShellClass,
     ShellError, SnapshotError, VmmExit,
     channel::name as message_name,
     host::Inner,
@@ -192,8 +192,8 @@ impl Host {
     }
 
     /// Thaws a snapshot into a shell and renews its identity. With `first`, the event rides along
-    /// and its result is returned too. Output of restore hooks and of the first event goes to
-    /// `log`, as later output does.
+    /// and its result is returned too. What comes out of restore hooks and the first event goes to
+    /// `outlets`, as what comes later does.
     ///
     /// # Errors
     /// Any [`StartError`]. A function that fails is no error: see [`InvokeReport::outcome`] and
@@ -202,7 +202,7 @@ impl Host {
         &self,
         snapshot: &ResidentSnapshot,
         first: Option<&Invocation>,
-        log: Option<LogSink>,
+        outlets: Outlets,
     ) -> Result<(Instance, Option<InvokeReport>), StartError> {
         let inner = self.inner();
         let mut watch = Stopwatch::start();
@@ -211,7 +211,7 @@ impl Host {
         let mut vm = shell.vm;
         let (stream, theirs) = Stream::pair().map_err(io_at("make the invoke connection"))?;
         let stream = vm.stream.insert(stream);
-        stream.set_log(log);
+        stream.set_outlets(outlets);
 
         let invoke = first.map(instance::invoke_message).transpose();
         let invoke = invoke.map_err(StartError::Request)?;
@@ -279,18 +279,21 @@ impl Host {
             {
                 group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
             }
-            let mut done = std::pin::pin!(instance::await_done(&mut vm, first));
-            let done = match tokio::time::timeout(REFILL, done.as_mut()).await {
-                Ok(done) => done,
-                // It works for longer: others may need a shell meanwhile.
-                Err(_) => {
-                    drop(refill);
-                    done.await
+            let done = {
+                let mut done = std::pin::pin!(instance::await_done(&mut vm, first));
+                match tokio::time::timeout(REFILL, done.as_mut()).await {
+                    Ok(done) => done,
+                    // It works for longer: others may need a shell meanwhile.
+                    Err(_) => {
+                        drop(refill);
+                        done.await
+                    }
                 }
             };
             let done = done.map_err(awaiting("Done"))?;
             watch.mark("done");
-            report = Some(instance::report(done, Some(renewed.clone()), watch.phases()));
+            let (renewed, phases) = (Some(renewed.clone()), watch.phases());
+            report = Some(instance::report(&mut vm, done, renewed, phases));
         }
         let origin = Origin::Thawed { snapshot: snapshot.clone() };
         let mut instance = Instance::new(inner.clone(), vm, id, origin, watch.finish());

@@ -2,9 +2,11 @@
 //!
 //! The guest is hostile: a frame's length is checked before its bytes are waited for, the buffer
 //! grows with the bytes that arrive and not with what a length claims, and output is passed on
-//! with backpressure.
+//! with backpressure. What the function asks of services is bounded in number and size, and none of it
+//! outlives the order that it was asked within.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -12,15 +14,21 @@ use std::{
     },
 };
 
-use bytes::{Buf, BytesMut};
-use firn_proto::guest::{self, FromGuest, ToGuest};
+use bytes::{Buf, Bytes, BytesMut};
+use firn_proto::guest::{self, Answer, Ask, Call, FromGuest, HttpReply, ToGuest};
 use rustix::net::SendFlags;
-use tokio::net::UnixStream;
+use tokio::{
+    net::UnixStream,
+    task::{self, JoinSet},
+};
 
-use crate::{LogLine, LogSink, phases};
+use crate::{LogLine, Outlets, phases};
 
 /// Bytes that one read may take.
 const READ: usize = 256 * 1024;
+
+/// Most segments of one invocation: short ones must not cost more than long ones.
+const SEGMENTS: usize = 1024;
 
 /// What went wrong on the connection.
 #[derive(Debug)]
@@ -38,7 +46,13 @@ pub(crate) struct Stream {
     unsent: BytesMut,
     /// A piece of output that waits for room in the log.
     line: Option<LogLine>,
-    log: Option<LogSink>,
+    outlets: Outlets,
+    /// What is being found out for the function.
+    calls: JoinSet<HttpReply>,
+    /// The ids of these calls, and whose work they are.
+    open: BTreeMap<u64, task::Id>,
+    /// Segments of the invocation, and their bytes.
+    segments: (Vec<Bytes>, usize),
     first_byte_ns: Option<u64>,
 }
 
@@ -63,19 +77,27 @@ impl Stream {
             received: BytesMut::new(),
             unsent: BytesMut::new(),
             line: None,
-            log: None,
+            outlets: Outlets::default(),
+            calls: JoinSet::new(),
+            open: BTreeMap::new(),
+            segments: (Vec::new(), 0),
             first_byte_ns: None,
         };
         Ok((stream, theirs.into()))
     }
 
-    pub(crate) fn set_log(&mut self, log: Option<LogSink>) {
-        self.log = log;
+    pub(crate) fn set_outlets(&mut self, outlets: Outlets) {
+        self.outlets = outlets;
     }
 
     /// Ends this end; its output would have gone there.
-    pub(crate) fn into_log(self) -> Option<LogSink> {
-        self.log
+    pub(crate) fn into_outlets(self) -> Outlets {
+        self.outlets
+    }
+
+    /// The segments that have come since the last time.
+    pub(crate) fn take_segments(&mut self) -> Vec<Bytes> {
+        std::mem::take(&mut self.segments).0
     }
 
     /// Queues a message, and sends at once as much as the socket takes. The rest goes out while
@@ -117,8 +139,8 @@ impl Stream {
         self.received.is_empty() && self.unsent.is_empty() && self.line.is_none()
     }
 
-    /// The next message that is not output; output goes to the log on the way. `None`: the
-    /// connection is closed. Cancel-safe.
+    /// The next message that is neither output nor a call; output goes to the log on the way, and calls are
+    /// answered. `None`: the connection is closed. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Option<FromGuest>, StreamError> {
         loop {
             self.pass_line_on().await;
@@ -134,7 +156,19 @@ impl Stream {
                     }
                     self.line = Some(LogLine { stream, line, partial });
                 }
-                Some(message) => return Ok(Some(message)),
+                Some(FromGuest::Call(call)) => self.begin_call(call)?,
+                Some(FromGuest::Abandon) => self.abandon_calls()?,
+                Some(FromGuest::Segment(segment)) => self.keep(segment)?,
+                Some(message) => {
+                    let goes_on = matches!(message, FromGuest::Begin(_) | FromGuest::Chunk(_));
+                    if !goes_on && !self.open.is_empty() {
+                        let open = self.open.len();
+                        let message =
+                            format!("an order is done while {open} of its calls are open");
+                        return Err(StreamError::Protocol(message));
+                    }
+                    return Ok(Some(message));
+                }
                 None => {
                     if !self.progress().await? {
                         return Ok(None);
@@ -148,7 +182,7 @@ impl Stream {
         if self.line.is_none() {
             return;
         }
-        if let Some(log) = &self.log
+        if let Some(log) = &self.outlets.log
             && let Ok(room) = log.reserve().await
             && let Some(line) = self.line.take()
         {
@@ -158,10 +192,84 @@ impl Stream {
         self.line = None;
     }
 
-    /// Reads or writes something; false at the end of the connection.
+    fn begin_call(&mut self, Call { id, ask }: Call) -> Result<(), StreamError> {
+        let (head, body) = match &ask {
+            Ask::Request(request) => (request.head_bytes(), request.body.len()),
+            _ => (0, 0),
+        };
+        let within = |what: &str, size: usize, limit: usize| match size > limit {
+            true => {
+                Err(StreamError::Protocol(format!("{what} of {size} exceeds the limit of {limit}")))
+            }
+            false => Ok(()),
+        };
+        within("a number of calls", self.open.len() + 1, guest::MAX_CALLS)?;
+        within("a call's head", head, guest::MAX_CALL_HEAD)?;
+        within("a call's body", body, guest::MAX_CALL)?;
+        if self.open.contains_key(&id) {
+            return Err(StreamError::Protocol(format!("call {id} is open already")));
+        }
+        match &self.outlets.services {
+            Some(services) => {
+                self.open.insert(id, self.calls.spawn(services.call(ask)).id());
+                Ok(())
+            }
+            None => self.queue(&ToGuest::Answer(Answer { id, reply: None })),
+        }
+    }
+
+    /// Ends what is being found out: the guest waits for it no longer, but for word that it ended.
+    fn abandon_calls(&mut self) -> Result<(), StreamError> {
+        self.calls = JoinSet::new();
+        for id in std::mem::take(&mut self.open).into_keys() {
+            self.queue(&ToGuest::Answer(Answer { id, reply: None }))?;
+        }
+        Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        ended: Result<(task::Id, HttpReply), task::JoinError>,
+    ) -> Result<(), StreamError> {
+        // One that panicked has been reported by its thread.
+        let (task, reply) = match ended {
+            Ok((task, reply)) => (task, Some(reply)),
+            Err(error) => (error.id(), None),
+        };
+        let Some((&id, _)) = self.open.iter().find(|(_, found)| **found == task) else {
+            return Ok(());
+        };
+        self.open.remove(&id);
+        let reply = reply.filter(|reply| {
+            reply.head_bytes() <= guest::MAX_CALL_HEAD && reply.body.len() <= guest::MAX_CALL
+        });
+        self.queue(&ToGuest::Answer(Answer { id, reply }))
+    }
+
+    /// Keeps a segment; what is over the limit of an invocation is dropped.
+    fn keep(&mut self, segment: guest::Segment) -> Result<(), StreamError> {
+        let size = segment.document.len();
+        if size > guest::MAX_SEGMENT {
+            let limit = guest::MAX_SEGMENT;
+            let message = format!("segment of {size} bytes exceeds the limit of {limit}");
+            return Err(StreamError::Protocol(message));
+        }
+        let (segments, bytes) = &mut self.segments;
+        if *bytes + size <= guest::MAX_SEGMENTS && segments.len() < SEGMENTS {
+            *bytes += size;
+            segments.push(segment.document.into());
+        }
+        Ok(())
+    }
+
+    /// Reads or writes something, or answers a call; false at the end of the connection.
     async fn progress(&mut self) -> Result<bool, StreamError> {
         let result = tokio::select! {
             biased;
+            Some(ended) = self.calls.join_next_with_id() => {
+                self.answer(ended)?;
+                return Ok(true);
+            }
             ready = self.socket.readable() => match ready {
                 Ok(()) => {
                     self.received.reserve(READ.min(8192.max(self.received.len())));
@@ -211,12 +319,17 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::{
+        io::{Read, Write},
+        pin::Pin,
+        sync::Arc,
+    };
 
-    use firn_proto::guest::{Done, Log, Outcome};
+    use firn_proto::guest::{Done, HttpRequest, Log, Outcome};
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::Services;
 
     fn frame(message: &FromGuest) -> Vec<u8> {
         guest::encode(message).unwrap()
@@ -243,7 +356,7 @@ mod tests {
         let (mut stream, theirs) = Stream::pair().unwrap();
         let mut guest = StdStream::from(theirs);
         let (sink, mut lines) = mpsc::channel(1);
-        stream.set_log(Some(sink));
+        stream.set_outlets(Outlets { log: Some(sink), services: None });
         for text in ["a", "b", "c"] {
             guest.write_all(&frame(&log(text))).unwrap();
         }
@@ -295,6 +408,134 @@ mod tests {
         assert_eq!(answer, done(vec![b'y'; guest::MAX_PAYLOAD]));
         assert_eq!(stream.next().await.unwrap(), None, "the rest goes out until the end");
         assert!(guest.join().unwrap());
+    }
+
+    /// Repeats what it is asked, in its own time; `wait` is for ever, and `panic` one.
+    #[derive(Debug)]
+    struct Echo;
+
+    impl Services for Echo {
+        fn call(&self, ask: Ask) -> Pin<Box<dyn Future<Output = HttpReply> + Send>> {
+            Box::pin(async move {
+                let Ask::Request(request) = ask else { panic!("credentials") };
+                match &request.body[..] {
+                    b"wait" => std::future::pending().await,
+                    b"panic" => panic!("as asked"),
+                    b"long" => HttpReply {
+                        status: 200,
+                        fields: Vec::new(),
+                        body: vec![0; guest::MAX_CALL + 1],
+                    },
+                    _ => HttpReply { status: 200, fields: request.fields, body: request.body },
+                }
+            })
+        }
+    }
+
+    fn call(id: u64, body: &[u8]) -> FromGuest {
+        let (method, target) = ("POST".into(), "/".into());
+        let request = HttpRequest { method, target, fields: Vec::new(), body: body.to_vec() };
+        FromGuest::Call(Call { id, ask: Ask::Request(request) })
+    }
+
+    fn served() -> (Stream, StdStream) {
+        let (mut stream, theirs) = Stream::pair().unwrap();
+        stream.set_outlets(Outlets { log: None, services: Some(Arc::new(Echo)) });
+        (stream, StdStream::from(theirs))
+    }
+
+    /// What comes next to the guest: an answer's id, and its body.
+    fn told(guest: &mut StdStream) -> (u64, Option<Vec<u8>>) {
+        let mut prefix = [0; 4];
+        guest.read_exact(&mut prefix).unwrap();
+        let mut message = vec![0; guest::frame_length(prefix).unwrap()];
+        guest.read_exact(&mut message).unwrap();
+        match guest::decode_to_guest(&message).unwrap() {
+            ToGuest::Answer(Answer { id, reply }) => (id, reply.map(|reply| reply.body)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn calls_are_answered_while_an_answer_is_waited_for() {
+        let (mut stream, mut guest) = served();
+        let function = std::thread::spawn(move || {
+            for (id, body) in [(7, "wait"), (8, "a"), (9, "panic"), (10, "long")] {
+                guest.write_all(&frame(&call(id, body.as_bytes()))).unwrap();
+            }
+            let mut all = [told(&mut guest), told(&mut guest), told(&mut guest)];
+            all.sort();
+            assert_eq!(all, [(8, Some(b"a".to_vec())), (9, None), (10, None)]);
+            guest.write_all(&frame(&FromGuest::Abandon)).unwrap();
+            assert_eq!(told(&mut guest), (7, None));
+            guest.write_all(&frame(&done(Vec::new()))).unwrap();
+            guest
+        });
+        assert_eq!(stream.next().await.unwrap(), Some(done(Vec::new())));
+        assert!(stream.is_quiet());
+        let mut guest = function.join().unwrap();
+        // Without services there is an answer, too.
+        stream.set_outlets(Outlets::default());
+        guest.write_all(&frame(&call(1, b"a"))).unwrap();
+        guest.write_all(&frame(&done(Vec::new()))).unwrap();
+        stream.next().await.unwrap();
+        assert_eq!(told(&mut guest), (1, None));
+    }
+
+    #[tokio::test]
+    async fn calls_outside_the_protocol_are_violations() {
+        let head = |length: usize| HttpRequest {
+            method: "GET".into(),
+            target: "x".repeat(length),
+            fields: Vec::new(),
+            body: Vec::new(),
+        };
+        let head = FromGuest::Call(Call { id: 1, ask: Ask::Request(head(guest::MAX_CALL_HEAD)) });
+        let crowd: Vec<FromGuest> =
+            (0..=guest::MAX_CALLS as u64).map(|id| call(id, b"wait")).collect();
+        let document = vec![0; guest::MAX_SEGMENT + 1];
+        for (messages, why) in [
+            (vec![call(1, b"wait"), done(Vec::new())], "while 1 of its calls"),
+            (vec![call(1, b"wait"), FromGuest::Frozen], "while 1 of its calls"),
+            (vec![call(1, b"wait"), call(1, b"wait")], "open already"),
+            (vec![call(1, &[0; guest::MAX_CALL + 1])], "body of 1048577 exceeds"),
+            (vec![head], "head of 32771 exceeds"),
+            (crowd, "number of calls of 9 exceeds"),
+            (vec![FromGuest::Segment(guest::Segment { document })], "segment of 65537 bytes"),
+        ] {
+            let (mut stream, mut guest) = served();
+            let writer = std::thread::spawn(move || {
+                for message in messages {
+                    guest.write_all(&frame(&message)).unwrap();
+                }
+                guest
+            });
+            let found = stream.next().await;
+            let Err(StreamError::Protocol(found)) = found else { panic!("{why}: {found:?}") };
+            assert!(found.contains(why), "{found}");
+            drop(writer.join());
+        }
+    }
+
+    #[tokio::test]
+    async fn segments_are_kept_up_to_the_limit() {
+        let (mut stream, mut guest) = served();
+        std::thread::spawn(move || {
+            for _ in 0..6 {
+                let document = vec![b'x'; 60_000];
+                guest.write_all(&frame(&FromGuest::Segment(guest::Segment { document }))).unwrap();
+            }
+            for _ in 0..2 * SEGMENTS {
+                let document = Vec::new();
+                guest.write_all(&frame(&FromGuest::Segment(guest::Segment { document }))).unwrap();
+            }
+            guest.write_all(&frame(&done(Vec::new()))).unwrap();
+        });
+        assert_eq!(stream.next().await.unwrap(), Some(done(Vec::new())));
+        let segments = stream.take_segments();
+        assert_eq!(segments.len(), SEGMENTS);
+        assert_eq!(segments.iter().map(Bytes::len).sum::<usize>(), 240_000);
+        assert!(stream.take_segments().is_empty());
     }
 
     #[tokio::test]

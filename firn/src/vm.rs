@@ -227,6 +227,9 @@ fn frame_name(message: &FromGuest) -> &'static str {
         FromGuest::Done(_) => "Done",
         FromGuest::Begin(_) => "Begin",
         FromGuest::Chunk(_) => "Chunk",
+        FromGuest::Call(_) => "Call",
+        FromGuest::Abandon => "Abandon",
+        FromGuest::Segment(_) => "Segment",
         _ => "an unknown message",
     }
 }

@@ -6,16 +6,16 @@
 //!  runtime ── request, exit
 //! ```
 //!
-//! Invariants: a frame is read only when no task is open, so frames are handled in order; a task
-//! is closed exactly once, by its answer; the pipes are emptied before the answer, so output belongs
-//! to the task that it was printed in; while the guest is frozen nothing but the host's next frame
-//! is looked at.
+//! Invariants: an order is begun only when no task is open, so orders are handled as they came; a task
+//! is closed exactly once, by its answer, which says nothing before the last of its calls was answered;
+//! the pipes are emptied before the answer, so output belongs to the task that it was printed in; while
+//! the guest is frozen nothing but the host's next frame is looked at.
 
 use std::time::{Duration, Instant};
 
 use firn_proto::guest::{
-    self, Begin, Chunk, Done, FromGuest, FunctionError, Invoke, Load, Loaded, Outcome, Ready,
-    Renew, Renewed, ToGuest,
+    self, Answer, Begin, Chunk, Done, FromGuest, FunctionError, Invoke, Load, Loaded, Outcome,
+    Ready, Renew, Renewed, Segment, ToGuest,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -23,6 +23,7 @@ use rustix::{
 };
 
 use crate::{
+    calls::{self, Calls},
     host::{Host, HostError},
     http::{Fields, Request},
     output::Output,
@@ -64,6 +65,9 @@ pub enum AgentError {
     /// The host sent what makes no sense now.
     #[error("{0} while frozen: a thawed guest must be renewed first")]
     Frozen(&'static str),
+    /// The host sent more orders ahead than it may.
+    #[error("a third order before the first was done")]
+    Crowded,
 }
 
 /// What the host waits for.
@@ -112,6 +116,7 @@ enum Source {
     Listener,
     Connection(ConnectionId),
     Output(usize),
+    Tracer,
 }
 
 /// Everything that PID 1 knows.
@@ -123,6 +128,11 @@ pub struct Agent {
     load: Option<Load>,
     runtime: Option<Runtime>,
     task: Option<Task>,
+    /// The answer to the last order, which waits for the last of its calls.
+    ending: Option<FromGuest>,
+    /// An order that came while answers to calls were waited for.
+    ahead: Option<ToGuest>,
+    calls: Calls,
     frozen: bool,
     /// When a runtime that reported its failure is killed.
     farewell: Option<Instant>,
@@ -142,6 +152,9 @@ impl Agent {
             load: None,
             runtime: None,
             task: None,
+            ending: None,
+            ahead: None,
+            calls: Calls::default(),
             frozen: false,
             farewell: None,
             scratch: vec![0; 64 * 1024].into_boxed_slice(),
@@ -168,10 +181,21 @@ impl Agent {
     }
 
     fn turn(&mut self) -> Result<(), AgentError> {
+        self.pass_calls_on()?;
         self.host.flush()?;
-        if self.task.is_none() {
+        if self.is_free()
+            && let Some(order) = self.ahead.take()
+        {
+            return self.begin(order);
+        }
+        if self.listens() {
             match self.host.receive() {
-                Ok(Some(frame)) => return self.begin(frame),
+                Ok(Some(ToGuest::Answer(answer))) => return self.answered(answer),
+                Ok(Some(order)) if self.is_free() => return self.begin(order),
+                Ok(Some(order)) => match self.ahead.replace(order) {
+                    None => return Ok(()),
+                    Some(_) => return Err(AgentError::Crowded),
+                },
                 Ok(None) => {}
                 // A frozen guest owes no answer, so nothing is lost with the connection.
                 Err(lost) if self.frozen => self.host.replace(lost)?,
@@ -204,6 +228,16 @@ impl Agent {
         Ok(())
     }
 
+    /// Whether the next order may be begun.
+    fn is_free(&self) -> bool {
+        self.task.is_none() && self.ending.is_none()
+    }
+
+    /// Whether there is something to read from the host for.
+    fn listens(&self) -> bool {
+        self.task.is_none() || self.calls.are_open()
+    }
+
     /// Waits until something happens or time is up: what happened.
     fn wait(&self) -> Result<Vec<(Source, PollFlags)>, AgentError> {
         let mut sources = Vec::with_capacity(8);
@@ -214,7 +248,7 @@ impl Agent {
         };
         // A host that goes away is noticed at any time, its next frame only when it is its turn.
         let mut flags = PollFlags::RDHUP;
-        flags.set(PollFlags::IN, self.task.is_none());
+        flags.set(PollFlags::IN, self.listens());
         flags.set(PollFlags::OUT, self.host.queued() > 0);
         add(Source::Host, PollFd::from_borrowed_fd(self.host.fd(), flags));
         let mut end = None;
@@ -241,6 +275,9 @@ impl Agent {
                     add(Source::Connection(connection.id()), fd);
                 }
                 if room {
+                    if let Some(fd) = runtime.tracer.fd() {
+                        add(Source::Tracer, PollFd::from_borrowed_fd(fd, PollFlags::IN));
+                    }
                     for (index, fd) in runtime.outputs.iter().map(Output::fd).enumerate() {
                         if let Some(fd) = fd {
                             let fd = PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -274,8 +311,10 @@ impl Agent {
                 let alive = runtime.server.serve(id, &mut self.scratch, gone);
                 if !alive {
                     runtime.api.closed(id);
+                    self.calls.closed(id);
                 }
             }
+            (Source::Tracer, _) => self.pass_segments_on()?,
             (Source::Output(index), Some(runtime)) => {
                 let mut sent = Ok(());
                 if let Some(output) = runtime.outputs.get_mut(index) {
@@ -367,6 +406,7 @@ impl Agent {
             handed_out: None,
             streamed: 0,
         })));
+        self.trace();
         if self.runtime.is_none() {
             return self.start_runtime();
         }
@@ -430,6 +470,13 @@ impl Agent {
 
     fn request(&mut self, from: ConnectionId, request: Request) -> Result<(), AgentError> {
         let Some(runtime) = &mut self.runtime else { return Ok(()) };
+        if let Some(token) = runtime.token.as_ref().filter(|_| calls::is_call(&request.path)) {
+            match calls::judge(request, token) {
+                Ok(ask) => self.calls.park(from, ask),
+                Err(reply) => runtime.server.reply(from, reply),
+            }
+            return Ok(());
+        }
         let (reply, event) = runtime.api.handle(from, request);
         // The host's answer first: somebody waits for it.
         match event {
@@ -454,6 +501,47 @@ impl Agent {
         }
         if let (Some(reply), Some(runtime)) = (reply, &mut self.runtime) {
             runtime.server.reply(from, reply);
+        }
+        Ok(())
+    }
+
+    // ---- What it asks of the host's services, and tells its tracer -------------------------
+
+    /// Passes calls on, as many as may be, if there is an order that they can belong to.
+    fn pass_calls_on(&mut self) -> Result<(), AgentError> {
+        while self.task.is_some()
+            && let Some(call) = self.calls.pass_on()
+        {
+            self.host.send(&FromGuest::Call(call))?;
+        }
+        Ok(())
+    }
+
+    /// The host has answered a call.
+    fn answered(&mut self, answer: Answer) -> Result<(), AgentError> {
+        if let Some((connection, reply)) = self.calls.answered(answer)
+            && let Some(runtime) = &mut self.runtime
+        {
+            runtime.server.reply(connection, reply);
+        }
+        match self.ending.take_if(|_| !self.calls.are_open()) {
+            Some(answer) => self.answer(&answer),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes segments from now on if the open invocation is traced.
+    fn trace(&mut self) {
+        if let (Some(Task::Invoke(invocation)), Some(runtime)) = (&self.task, &mut self.runtime) {
+            runtime.tracer.begin(&invocation.invoke.trace_id, &mut self.scratch);
+        }
+    }
+
+    fn pass_segments_on(&mut self) -> Result<(), AgentError> {
+        if let Some(runtime) = &mut self.runtime {
+            while let Some(document) = runtime.tracer.next(&mut self.scratch) {
+                self.host.send(&FromGuest::Segment(Segment { document }))?;
+            }
         }
         Ok(())
     }
@@ -499,6 +587,7 @@ impl Agent {
         match started {
             Ok(runtime) => {
                 self.runtime = Some(runtime);
+                self.trace();
                 Ok(())
             }
             Err(message) => self.fail(FunctionError::InvalidEntrypoint { message }),
@@ -528,6 +617,7 @@ impl Agent {
             for id in open {
                 if !runtime.server.serve(id, &mut self.scratch, false) {
                     runtime.api.closed(id);
+                    self.calls.closed(id);
                 }
             }
             match runtime.server.incoming() {
@@ -561,6 +651,7 @@ impl Agent {
         };
         // Its listener goes with it: the next runtime's takes the same port.
         drop(runtime);
+        self.calls.all_closed();
         let timed_out = matches!(reason, FunctionError::TimedOut { .. });
         match &self.task {
             // It ended before it got the event, and not for its sake: the event is still whole.
@@ -584,6 +675,9 @@ impl Agent {
     fn close(&mut self, outcome: Option<Outcome>) -> Result<(), AgentError> {
         let Some(task) = self.task.take() else { return Ok(()) };
         self.drain()?;
+        if let Some(runtime) = &mut self.runtime {
+            runtime.tracer.end();
+        }
         let error = |outcome| match outcome {
             Some(Outcome::Error(error)) => Some(error),
             _ => None,
@@ -592,16 +686,14 @@ impl Agent {
             Task::Load { deadline, limit_ms } => {
                 let started = deadline - Duration::from_millis(limit_ms);
                 let loaded = Loaded { init_us: micros(started), error: error(outcome) };
-                self.answer(&FromGuest::Loaded(loaded))
+                self.end(FromGuest::Loaded(loaded))
             }
-            Task::Renew { since, message, renew_us, .. } => {
-                self.answer(&FromGuest::Renewed(Renewed {
-                    instance_id: message.instance_id,
-                    renew_us,
-                    hooks_us: micros(since),
-                    error: error(outcome),
-                }))
-            }
+            Task::Renew { since, message, renew_us, .. } => self.end(FromGuest::Renewed(Renewed {
+                instance_id: message.instance_id,
+                renew_us,
+                hooks_us: micros(since),
+                error: error(outcome),
+            })),
             Task::Invoke(invocation) => {
                 let duration_us = invocation.handed_out.map_or(0, micros);
                 let init_us = match (invocation.handed_out, invocation.init) {
@@ -612,7 +704,7 @@ impl Agent {
                     payload: Vec::new(),
                     content_type: String::new(),
                 });
-                self.answer(&FromGuest::Done(Done {
+                self.end(FromGuest::Done(Done {
                     request_id: invocation.invoke.request_id,
                     outcome,
                     duration_us,
@@ -624,13 +716,23 @@ impl Agent {
         }
     }
 
+    /// Answers the order whose task was closed, or has its calls end first.
+    fn end(&mut self, answer: FromGuest) -> Result<(), AgentError> {
+        if !self.calls.are_open() {
+            return self.answer(&answer);
+        }
+        self.ending = Some(answer);
+        self.answer(&FromGuest::Abandon)
+    }
+
     fn answer(&mut self, answer: &FromGuest) -> Result<(), AgentError> {
         self.host.send(answer)?;
         Ok(self.host.flush()?)
     }
 
-    /// Sends what the runtime has printed so far, to its last byte.
+    /// Sends what the runtime has printed and told its tracer so far, to its last byte.
     fn drain(&mut self) -> Result<(), AgentError> {
+        self.pass_segments_on()?;
         let mut sent = Ok(());
         if let Some(runtime) = &mut self.runtime {
             for output in &mut runtime.outputs {

@@ -62,6 +62,11 @@ impl Fields {
         self.all(name).next()
     }
 
+    /// All fields, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     fn all<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = &'a str> + use<'a, 'n> {
         self.0.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
     }
@@ -91,6 +96,8 @@ pub struct Request {
     pub method: String,
     /// The target without its query.
     pub path: String,
+    /// What follows the question mark behind it.
+    pub query: Option<String>,
     /// Header fields.
     pub headers: Fields,
     /// The body.
@@ -305,9 +312,14 @@ impl Parser {
 
         self.state = framing(&headers)?;
         let target = head.path.unwrap_or_default();
+        let (path, query) = match target.split_once('?') {
+            Some((path, query)) => (path, Some(query.to_owned())),
+            None => (target, None),
+        };
         let request = self.request.insert(Box::new(Request {
             method: head.method.unwrap_or_default().to_owned(),
-            path: target.split_once('?').map_or(target, |(path, _)| path).to_owned(),
+            path: path.to_owned(),
+            query,
             headers,
             body: Body::Whole(Vec::new()),
             trailers: Fields::default(),
@@ -419,6 +431,7 @@ pub fn reply_head(status: u16, fields: &[(&str, &str)], length: usize, close: bo
         413 => "Content Too Large",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",
+        503 => "Service Unavailable",
         _ => "Error",
     };
     let mut head = Vec::with_capacity(512);

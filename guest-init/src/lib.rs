@@ -15,6 +15,8 @@
 //! | [`agent`] | the loop: frames from the host, requests from the runtime, deadlines, exits |
 //! | [`host`] | frames on the invoke connection |
 //! | [`runtime_api`] | routes and states of the Runtime API |
+//! | [`calls`] | what is asked of the host's services |
+//! | [`tracer`] | segments for X-Ray |
 //! | [`server`], [`http`], [`outbox`] | connections on loopback; HTTP/1.1 requests and replies |
 //! | [`runtime`], [`confine`] | the runtime's process and what it may not do |
 //! | [`output`] | what it prints, line by line |
@@ -23,6 +25,7 @@
 
 pub mod agent;
 pub mod boot;
+pub mod calls;
 pub mod cgroup;
 pub mod confine;
 pub mod host;
@@ -35,6 +38,7 @@ pub mod runtime;
 pub mod runtime_api;
 pub mod server;
 pub mod signals;
+pub mod tracer;
 
 /// The time-stamp counter, as the host converts it to its own time.
 #[inline]

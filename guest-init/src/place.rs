@@ -29,6 +29,9 @@ use crate::{
 /// Port of the Runtime API in a guest.
 const API_PORT: u16 = 9001;
 
+/// Port that takes segments in a guest, as X-Ray's daemon does.
+const TRACER_PORT: u16 = 2000;
+
 /// How long a killed function may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -89,6 +92,12 @@ impl Place {
     /// Where the Runtime API listens. Outside a guest the kernel chooses the port.
     pub fn api(&self) -> SocketAddr {
         let port = if self.machine.is_some() { API_PORT } else { 0 };
+        (Ipv4Addr::LOCALHOST, port).into()
+    }
+
+    /// Where segments are taken. Outside a guest the kernel chooses the port.
+    pub fn tracer(&self) -> SocketAddr {
+        let port = if self.machine.is_some() { TRACER_PORT } else { 0 };
         (Ipv4Addr::LOCALHOST, port).into()
     }
 

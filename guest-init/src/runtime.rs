@@ -16,11 +16,13 @@ use rustix::{
 };
 
 use crate::{
+    calls::CREDENTIALS,
     confine::{Filters, confine},
     output::Output,
     place::Place,
     runtime_api::RuntimeApi,
     server::Server,
+    tracer::Tracer,
 };
 
 /// Where a bootstrap may be, first come first served: the image's, or the function's own.
@@ -71,6 +73,10 @@ pub struct Runtime {
     pub api: RuntimeApi,
     /// What it prints.
     pub outputs: [Output; 2],
+    /// Where it sends segments.
+    pub tracer: Tracer,
+    /// Who knows this gets the role's credentials; `None`: there are none, and no services.
+    pub token: Option<String>,
 }
 
 impl Runtime {
@@ -86,7 +92,14 @@ impl Runtime {
             .ok_or(StartError::NoBootstrap)?;
         let filters = Filters::compile()?;
         let server = Server::listen(place.api())?;
-        let environment = environment(place, load, &server.address()?.to_string());
+        let tracer = Tracer::bind(place.tracer())?;
+        let token = if load.endpoints.is_empty() { None } else { Some(token()?) };
+        let own = Own {
+            api: server.address()?.to_string(),
+            tracer: tracer.address()?.to_string(),
+            token: token.as_deref(),
+        };
+        let environment = environment(place, load, &own);
         let cgroup =
             place.machine().map(|machine| machine.cgroup.procs().try_clone()).transpose()?;
 
@@ -119,19 +132,46 @@ impl Runtime {
             .iter()
             .any(|(name, value)| name == INITIALIZATION_TYPE && value == "snap-start");
         let api = RuntimeApi::new(load.snapshot || snap_start);
-        Ok(Self { pid, started, server, api, outputs })
+        Ok(Self { pid, started, server, api, outputs, tracer, token })
     }
 }
 
-fn environment(place: &Place, load: &Load, api: &str) -> BTreeMap<String, String> {
+/// What the guest alone knows of the environment.
+struct Own<'a> {
+    /// Address of the Runtime API and of the host's services.
+    api: String,
+    /// Address that takes segments.
+    tracer: String,
+    /// See [`Runtime::token`].
+    token: Option<&'a str>,
+}
+
+/// 128 random bits.
+fn token() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    rustix::io::retry_on_intr(|| {
+        rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())
+    })?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn environment(place: &Place, load: &Load, own: &Own<'_>) -> BTreeMap<String, String> {
     let mut environment: BTreeMap<String, String> =
         DEFAULTS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let services = format!("http://{}", own.api);
+    environment.extend(load.endpoints.iter().map(|name| (name.clone(), services.clone())));
     for (name, path) in [("LAMBDA_TASK_ROOT", "/var/task"), ("LAMBDA_RUNTIME_DIR", "/var/runtime")]
     {
         environment.insert(name.to_owned(), place.path(path).to_string_lossy().into_owned());
     }
     environment.extend(load.environment.iter().cloned());
-    environment.insert("AWS_LAMBDA_RUNTIME_API".to_owned(), api.to_owned());
+    let mut set = |name: &str, value: &str| environment.insert(name.to_owned(), value.to_owned());
+    set("AWS_LAMBDA_RUNTIME_API", &own.api);
+    set("AWS_XRAY_DAEMON_ADDRESS", &own.tracer);
+    if let Some(token) = own.token {
+        set("AWS_CONTAINER_CREDENTIALS_FULL_URI", &format!("{services}{CREDENTIALS}"));
+        set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);
+    }
     environment
 }
 
@@ -183,18 +223,40 @@ mod tests {
             init_timeout_ms: 0,
             snapshot: false,
             code: false,
+            endpoints: vec!["AWS_ENDPOINT_URL_KMS".into(), "AWS_ENDPOINT_URL_STS".into()],
         }
     }
 
     #[test]
     fn the_host_overrides_defaults_but_not_the_api() {
         let place = Place::directory("/x".into());
-        let load = load(&[("TZ", "Asia/Tokyo"), ("AWS_LAMBDA_RUNTIME_API", "evil"), ("A", "b")]);
-        let environment = environment(&place, &load, "127.0.0.1:1");
+        let mut load = load(&[
+            ("TZ", "Asia/Tokyo"),
+            ("AWS_LAMBDA_RUNTIME_API", "evil"),
+            ("AWS_ENDPOINT_URL_STS", "https://elsewhere"),
+            ("A", "b"),
+        ]);
+        let own = |token| Own { api: "127.0.0.1:1".into(), tracer: "127.0.0.1:2".into(), token };
+        let environment = environment(&place, &load, &own(Some("token")));
         assert_eq!(environment["TZ"], "Asia/Tokyo");
         assert_eq!(environment["AWS_LAMBDA_RUNTIME_API"], "127.0.0.1:1");
         assert_eq!(environment["LAMBDA_TASK_ROOT"], "/x/var/task");
         assert_eq!(environment["A"], "b");
+        assert_eq!(environment["AWS_XRAY_DAEMON_ADDRESS"], "127.0.0.1:2");
+        assert_eq!(environment["AWS_ENDPOINT_URL_KMS"], "http://127.0.0.1:1");
+        assert_eq!(environment["AWS_ENDPOINT_URL_STS"], "https://elsewhere");
+        assert_eq!(environment["AWS_CONTAINER_AUTHORIZATION_TOKEN"], "token");
+        let uri = "http://127.0.0.1:1/2021-04-23/credentials";
+        assert_eq!(environment["AWS_CONTAINER_CREDENTIALS_FULL_URI"], uri);
+        load.endpoints.clear();
+        let without = super::environment(&place, &load, &own(None));
+        assert!(!without.keys().any(|name| name.starts_with("AWS_CONTAINER")));
+    }
+
+    #[test]
+    fn tokens_differ() {
+        assert_ne!(token().unwrap(), token().unwrap());
+        assert_eq!(token().unwrap().len(), 32);
     }
 
     #[test]

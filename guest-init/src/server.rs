@@ -5,12 +5,13 @@
 //! whatever an ended runtime left behind, accepted or not, ends with it.
 
 use std::{
+    borrow::Cow,
     io::{self, Read},
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, BorrowedFd},
 };
 
-use firn_proto::guest::MAX_PAYLOAD;
+use firn_proto::guest::{HttpReply, MAX_PAYLOAD};
 use rustix::{
     io::ioctl_fionbio,
     net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt},
@@ -33,7 +34,7 @@ pub struct ConnectionId(pub u64);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
     status: u16,
-    fields: Vec<(&'static str, String)>,
+    fields: Vec<(Cow<'static, str>, String)>,
     body: Vec<u8>,
 }
 
@@ -44,7 +45,13 @@ impl Reply {
         fields: impl IntoIterator<Item = (&'static str, &'a str)>,
         body: Vec<u8>,
     ) -> Self {
-        let fields = fields.into_iter().map(|(name, value)| (name, value.to_owned())).collect();
+        let fields = fields.into_iter().map(|(name, value)| (name.into(), value.to_owned()));
+        Self { status, fields: fields.collect(), body }
+    }
+
+    /// What the host says.
+    pub fn passed_on(HttpReply { status, fields, body }: HttpReply) -> Self {
+        let fields = fields.into_iter().map(|(name, value)| (name.into(), value)).collect();
         Self { status, fields, body }
     }
 
@@ -159,7 +166,7 @@ impl Connection {
 
     fn send(&mut self, reply: Reply, close: bool) {
         let fields: Vec<(&str, &str)> =
-            reply.fields.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            reply.fields.iter().map(|(name, value)| (&**name, value.as_str())).collect();
         self.out.push(http::reply_head(reply.status, &fields, reply.body.len(), close));
         self.out.push(reply.body);
         self.waiting = false;

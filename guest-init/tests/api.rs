@@ -3,89 +3,13 @@
 mod guest;
 
 use std::{
-    fs,
     io::{Read as _, Write as _},
     net::TcpStream,
     time::Duration,
 };
 
 use firn_proto::guest::{Begin, Chunk, FromGuest, FunctionError, MAX_PAYLOAD, Outcome, ToGuest};
-use guest::{Function, Guest, error, invocation, reported};
-
-/// Tells where the API is and leaves the rest to the test.
-const BOOTSTRAP: &str =
-    "#!/bin/sh\necho \"$AWS_LAMBDA_RUNTIME_API\" > api.new; mv api.new api; exec sleep 1000\n";
-
-struct Client {
-    stream: TcpStream,
-    unread: Vec<u8>,
-}
-
-impl Client {
-    fn connect(address: &str) -> Self {
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        Self { stream, unread: Vec::new() }
-    }
-
-    fn send(&mut self, method: &str, path: &str, fields: &str, body: &str) {
-        let length = body.len();
-        let text = format!(
-            "{method} /2018-06-01/runtime/{path} HTTP/1.1\r\nHost: h\r\n{fields}\
-             Content-Length: {length}\r\n\r\n{body}"
-        );
-        self.stream.write_all(text.as_bytes()).unwrap();
-    }
-
-    /// The next answer: its head and body.
-    fn answer(&mut self) -> (String, String) {
-        let end = loop {
-            if let Some(end) = self.unread.windows(4).position(|w| w == b"\r\n\r\n") {
-                break end + 4;
-            }
-            self.read();
-        };
-        let head = String::from_utf8(self.unread.drain(..end).collect()).unwrap();
-        let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")).unwrap_or("0");
-        let length: usize = length.parse().unwrap();
-        while self.unread.len() < length {
-            self.read();
-        }
-        (head, String::from_utf8(self.unread.drain(..length).collect()).unwrap())
-    }
-
-    fn read(&mut self) {
-        let mut bytes = [0; 4096];
-        let count = self.stream.read(&mut bytes).unwrap();
-        assert!(count > 0, "closed after {:?}", String::from_utf8_lossy(&self.unread));
-        self.unread.extend_from_slice(&bytes[..count]);
-    }
-
-    /// Sends and takes the answer: its status and body.
-    fn call(&mut self, method: &str, path: &str, fields: &str, body: &str) -> (u16, String) {
-        self.send(method, path, fields, body);
-        let (head, body) = self.answer();
-        (head[9..12].parse().unwrap(), body)
-    }
-}
-
-/// A guest, and a client that waits for the first event.
-fn started() -> (Guest, String, Client) {
-    let mut guest = Guest::with_bootstrap(BOOTSTRAP);
-    let function = Function { handler: "", code: "", init_timeout_ms: 30_000, snapshot: false };
-    guest.send_load(&function);
-    let path = guest.task().join("api");
-    let address = loop {
-        match fs::read_to_string(&path) {
-            Ok(address) => break address.trim().to_owned(),
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
-        }
-    };
-    let mut client = Client::connect(&address);
-    client.send("GET", "invocation/next", "", "");
-    assert_eq!(guest.loaded().error, None);
-    (guest, address, client)
-}
+use guest::{Client, error, invocation, reported, started};
 
 #[test]
 fn an_event_has_all_headers_and_empty_ones_are_left_out() {

@@ -7,7 +7,14 @@
 //!  host ─▶ Renew  ─▶ guest renews clock, entropy, identity; runs restore hooks ─▶ Log* Renewed
 //!  host ─▶ Invoke ─▶ Log* Done                      (a response as a whole)
 //!                 ─▶ Log* Begin (Log | Chunk)* Done  (a response as it is made)
+//!
+//!  within Load, Renew and Invoke, at any time:
+//!                 guest ─▶ Call ─▶ host ─▶ Answer      (what the function asks of the host's services)
+//!                 guest ─▶ Segment                     (within Invoke)
 //! ```
+//!
+//! A guest answers an order only when none of its calls is open: nothing is on its way to it then, and it can
+//! be paused or saved. Calls that would last longer it ends with [`FromGuest::Abandon`].
 //!
 //! A frame is a little-endian `u32` length of what follows, at most [`MAX_FRAME`], then the
 //! message. The stream survives a snapshot: a thawed guest continues where its snapshot was taken,
@@ -20,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`Ready`].
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Largest event or response in bytes that the Lambda API allows (6 MiB plus the room that the
 /// Runtime API grants a response).
@@ -34,6 +41,21 @@ pub const MAX_CHUNK: usize = 64 * 1024;
 
 /// Longest `Content-Type` in bytes that is passed on.
 pub const MAX_CONTENT_TYPE: usize = 1024;
+
+/// Most calls that are open at a time.
+pub const MAX_CALLS: usize = 8;
+
+/// Longest body of a call or of its answer in bytes.
+pub const MAX_CALL: usize = 1 << 20;
+
+/// Most bytes of a call's target and fields together, and of an answer's fields.
+pub const MAX_CALL_HEAD: usize = 32 * 1024;
+
+/// Longest trace segment in bytes: a datagram.
+pub const MAX_SEGMENT: usize = 64 * 1024;
+
+/// Most bytes of the segments of one invocation.
+pub const MAX_SEGMENTS: usize = 256 * 1024;
 
 /// Longest message in bytes without its length prefix: a payload and its head.
 pub const MAX_FRAME: usize = MAX_PAYLOAD + 64 * 1024;
@@ -58,6 +80,8 @@ pub enum ToGuest {
     Invoke(Invoke),
     /// Power off. No answer.
     Shutdown,
+    /// What became of a [`FromGuest::Call`]. No answer.
+    Answer(Answer),
 }
 
 /// Guest to host.
@@ -80,6 +104,12 @@ pub enum FromGuest {
     Begin(Begin),
     /// The next bytes of the response that has begun.
     Chunk(Chunk),
+    /// The function asks something of the host's services. Answer: [`ToGuest::Answer`].
+    Call(Call),
+    /// The guest waits no longer for what its open calls find out: each is answered now.
+    Abandon,
+    /// A segment document that the function has sent to its tracer.
+    Segment(Segment),
 }
 
 /// What the guest says first.
@@ -108,6 +138,9 @@ pub struct Load {
     pub snapshot: bool,
     /// Whether the code disk holds anything to mount on `/var/task` and `/opt`.
     pub code: bool,
+    /// Variables that hold the URL of the host's services, unless `environment` has them. None: there are no
+    /// services, and no credentials.
+    pub endpoints: Vec<String>,
 }
 
 /// How initialisation ended.
@@ -206,6 +239,86 @@ pub struct Chunk {
     pub payload: Vec<u8>,
 }
 
+/// What the function asks of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// Names it until it is answered.
+    pub id: u64,
+    /// What it asks for.
+    pub ask: Ask,
+}
+
+/// What can be asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Ask {
+    /// Credentials of the function's role, as AWS's SDKs want them of a container's provider.
+    Credentials,
+    /// A request to a service.
+    Request(HttpRequest),
+}
+
+/// A request of HTTP, whole.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HttpRequest {
+    /// `GET`, `POST`…
+    pub method: String,
+    /// Path and query.
+    pub target: String,
+    /// Header fields.
+    pub fields: Vec<(String, String)>,
+    /// At most [`MAX_CALL`] bytes.
+    #[serde(with = "serde_bytes")]
+    pub body: Vec<u8>,
+}
+
+impl HttpRequest {
+    /// Bytes that [`MAX_CALL_HEAD`] bounds.
+    pub fn head_bytes(&self) -> usize {
+        self.method.len() + self.target.len() + head_bytes(&self.fields)
+    }
+}
+
+/// A response of HTTP, whole.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HttpReply {
+    /// Its status code.
+    pub status: u16,
+    /// Header fields, without those that say how the body is delimited.
+    pub fields: Vec<(String, String)>,
+    /// At most [`MAX_CALL`] bytes.
+    #[serde(with = "serde_bytes")]
+    pub body: Vec<u8>,
+}
+
+impl HttpReply {
+    /// Bytes that [`MAX_CALL_HEAD`] bounds.
+    pub fn head_bytes(&self) -> usize {
+        head_bytes(&self.fields)
+    }
+}
+
+fn head_bytes(fields: &[(String, String)]) -> usize {
+    fields.iter().map(|(name, value)| name.len() + value.len()).sum()
+}
+
+/// Ends a [`Call`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Of the call.
+    pub id: u64,
+    /// `None`: it was abandoned, or there is nobody who could answer it.
+    pub reply: Option<HttpReply>,
+}
+
+/// A datagram to the function's tracer.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// At most [`MAX_SEGMENT`] bytes; all of an invocation together at most [`MAX_SEGMENTS`].
+    #[serde(with = "serde_bytes")]
+    pub document: Vec<u8>,
+}
+
 /// How an invocation ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
@@ -285,13 +398,14 @@ impl fmt::Debug for Hidden {
 
 impl fmt::Debug for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { environment, memory_bytes, init_timeout_ms, snapshot, code } = self;
+        let Self { environment, memory_bytes, init_timeout_ms, snapshot, code, endpoints } = self;
         f.debug_struct("Load")
             .field("environment", &Hidden(environment.len()))
             .field("memory_bytes", memory_bytes)
             .field("init_timeout_ms", init_timeout_ms)
             .field("snapshot", snapshot)
             .field("code", code)
+            .field("endpoints", endpoints)
             .finish()
     }
 }
@@ -335,6 +449,32 @@ impl fmt::Debug for Log {
 impl fmt::Debug for Chunk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Chunk").field("payload", &Hidden(self.payload.len())).finish()
+    }
+}
+
+impl fmt::Debug for HttpRequest {
+    /// Without fields, which sign it, and without the body.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpRequest")
+            .field("method", &self.method)
+            .field("target", &Hidden(self.target.len()))
+            .field("body", &Hidden(self.body.len()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for HttpReply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpReply")
+            .field("status", &self.status)
+            .field("body", &Hidden(self.body.len()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Segment").field("document", &Hidden(self.document.len())).finish()
     }
 }
 
@@ -432,6 +572,21 @@ mod tests {
         })
     }
 
+    fn request(body: Vec<u8>) -> HttpRequest {
+        let fields = vec![("Authorization".into(), "planted".into())];
+        HttpRequest { method: "POST".into(), target: "planted".into(), fields, body }
+    }
+
+    fn reply(body: Vec<u8>) -> HttpReply {
+        HttpReply { status: 200, fields: vec![("A".into(), "planted".into())], body }
+    }
+
+    #[test]
+    fn what_bounds_heads_is_all_of_them() {
+        assert_eq!(request(Vec::new()).head_bytes(), 4 + 7 + 13 + 7);
+        assert_eq!(reply(Vec::new()).head_bytes(), 8);
+    }
+
     #[test]
     fn environments_events_and_entropy_do_not_print() {
         let secret = || "planted".to_owned();
@@ -446,6 +601,7 @@ mod tests {
                     init_timeout_ms: 2,
                     snapshot: false,
                     code: true,
+                    endpoints: Vec::new(),
                 })
             ),
             format!(
@@ -472,6 +628,9 @@ mod tests {
             ),
             format!("{:?}", Log { stream: Stream::Stdout, line: bytes(), partial: false }),
             format!("{:?}", FromGuest::Chunk(Chunk { payload: bytes() })),
+            format!("{:?}", FromGuest::Segment(Segment { document: bytes() })),
+            format!("{:?}", FromGuest::Call(Call { id: 1, ask: Ask::Request(request(bytes())) })),
+            format!("{:?}", ToGuest::Answer(Answer { id: 1, reply: Some(reply(bytes())) })),
             format!(
                 "{:?}",
                 Outcome::Response { payload: bytes(), content_type: "text/plain".into() }
@@ -516,6 +675,20 @@ mod tests {
             let message = invoke(payload);
             let frame = encode(&message).unwrap();
             prop_assert_eq!(decode_to_guest(&frame[4..]), Ok(message));
+        }
+
+        #[test]
+        fn calls_and_answers_round_trip(id: u64, body in proptest::collection::vec(any::<u8>(), 0..4096)) {
+            for ask in [Ask::Credentials, Ask::Request(request(body.clone()))] {
+                let message = FromGuest::Call(Call { id, ask });
+                let frame = encode(&message).unwrap();
+                prop_assert_eq!(decode_from_guest(&frame[4..]), Ok(message));
+            }
+            for reply in [None, Some(reply(body.clone()))] {
+                let message = ToGuest::Answer(Answer { id, reply });
+                let frame = encode(&message).unwrap();
+                prop_assert_eq!(decode_to_guest(&frame[4..]), Ok(message));
+            }
         }
 
         #[test]

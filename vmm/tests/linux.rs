@@ -244,6 +244,7 @@ fn two_busy_vcpus_survive_a_snapshot() {
         init_timeout_ms: 600_000,
         snapshot: false,
         code: true,
+        endpoints: Vec::new(),
     }));
     // The import takes three seconds of the guest's time behind the start of the interpreter; stop
     // it a few times on its way.
@@ -294,6 +295,7 @@ fn timers_are_right_after_an_early_snapshot() {
         init_timeout_ms: 500,
         snapshot: false,
         code: true,
+        endpoints: Vec::new(),
     }));
     let FromGuest::Loaded(loaded) = guest.hear_past_logs() else { panic!("not loaded") };
     let elapsed = started.elapsed();

@@ -174,7 +174,7 @@ impl Firn {
         base.figures.insert("resident_kib", resident.resident_bytes() as f64 / 1024.0);
 
         let mut create = Trip { start_ns: now_ns(), ..Trip::default() };
-        let log = Some(self.log.clone());
+        let log = self.log.clone().into();
         let thawed = host.thaw(&resident, None, log).await;
         let (mut instance, _) = thawed.map_err(of(NAME, "thaw the base"))?;
         let renewed = now_ns();
@@ -231,7 +231,8 @@ impl Firn {
             memory_mb: function.memory_mb,
             init_timeout: INIT * self.settings.patience,
             code: Some(code.clone()),
-            log: self.log.clone(),
+            endpoints: Vec::new(),
+            outlets: self.log.clone().into(),
         }
     }
 }
@@ -336,10 +337,10 @@ impl FirnFunction {
 
     async fn thaw(&self, event: &[u8]) -> Result<(Trip, FirnInstance)> {
         let invocation = self.invocation(event);
-        let log = Some(self.boot.log.clone());
+        let outlets = self.boot.outlets.clone();
         let first = Anchor::take();
         let start_ns = now_ns();
-        let thawed = self.host.thaw(&self.resident, Some(&invocation), log).await;
+        let thawed = self.host.thaw(&self.resident, Some(&invocation), outlets).await;
         let end_ns = now_ns();
         let (mut instance, report) = thawed.map_err(of(NAME, "thaw"))?;
         let report = report.ok_or_else(|| no_answer("the first event"))?;

@@ -136,8 +136,8 @@ impl<B: Backend> Scheduler<B> {
         let class = ShellClass::for_memory(function.config.memory_mb);
         let starting = self.admission.admit(class.memory_mib);
         let _starting = starting.ok_or("the host has no memory or disk space for it")?;
-        let (mut output, sink) = self.workshop.output(function);
-        let thaw = self.workshop.backend.thaw(&snapshot, None, Some(sink));
+        let (mut output, outlets) = self.workshop.output(function);
+        let thaw = self.workshop.backend.thaw(&snapshot, None, outlets);
         let (mut machine, _) = output.during(thaw).await.map_err(|e| e.to_string())?;
         machine.pause().await.map_err(|e| e.to_string())?;
         let worker = self.register(machine, output, StartKind::Thaw, function, fingerprint, 0);

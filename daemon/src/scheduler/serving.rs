@@ -103,10 +103,10 @@ impl<B: Backend> Scheduler<B> {
         fingerprint: &str,
     ) -> Result<Option<Served>, Refusal> {
         let (function, invocation) = (&request.function, &request.invocation);
-        let (mut output, sink) = self.workshop.output(function);
+        let (mut output, outlets) = self.workshop.output(function);
         output.stream.service(&start_line(request)).await;
         let begun = Instant::now();
-        let thaw = self.workshop.backend.thaw(snapshot, Some(invocation), Some(sink));
+        let thaw = self.workshop.backend.thaw(snapshot, Some(invocation), outlets);
         match output.during(thaw).await {
             Ok((machine, Some(report))) => {
                 let mut request = std::mem::replace(request, Request::empty(function));
@@ -157,10 +157,10 @@ impl<B: Backend> Scheduler<B> {
         let boot = self.workshop.backend.boot(&function.config.runtime, class).await;
         let machine = boot.map_err(|e| failed(&e))?;
         request.trace.add("boot", begun, machine.start_phases());
-        let (output, sink) = self.workshop.output(&function);
+        let (output, outlets) = self.workshop.output(&function);
         let mut worker =
             self.register(machine, output, StartKind::Boot, &function, &fingerprint, 1);
-        let spec = self.workshop.spec(&function, code, "on-demand", &worker.output, sink);
+        let spec = self.workshop.spec(&function, code, "on-demand", &worker.output, outlets);
         let begun = Instant::now();
         let loaded = match worker.output.during(worker.machine.load(&spec, false)).await {
             Ok(loaded) => loaded,
@@ -213,7 +213,7 @@ impl<B: Backend> Scheduler<B> {
         begun: Instant,
     ) -> Result<Served, Refusal> {
         let id = &request.invocation.request_id;
-        let (answer, report) = match result {
+        let (answer, mut report) = match result {
             Ok(mut report) => {
                 let outcome = std::mem::replace(
                     &mut report.outcome,
@@ -246,7 +246,8 @@ impl<B: Backend> Scheduler<B> {
             tracing::warn!(function = worker.function, "an instance ended under an invocation");
             self.retire(worker);
         }
-        let segments = Vec::new();
+        let segments = report.as_mut().map(|r| std::mem::take(&mut r.segments));
+        let segments = segments.unwrap_or_default();
         Ok(Served { kind, answer, tail, took, trace: request.trace, segments })
     }
 }

@@ -36,7 +36,8 @@ pub fn spec(
         memory_mb: 128,
         init_timeout: Duration::from_secs(10),
         code,
-        log,
+        endpoints: Vec::new(),
+        outlets: log.into(),
     };
     (spec, lines)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use firn::{Host, Instance, InstanceError, ResidentSnapshot, control::FailureKind};
+use firn::{Host, Instance, InstanceError, Outlets, ResidentSnapshot, control::FailureKind};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -18,7 +18,7 @@ pub async fn resident(host: &Host, install: &Install) -> ResidentSnapshot {
 
 async fn thawed(host: &Host, install: &Install) -> Instance {
     let snapshot = resident(host, install).await;
-    host.thaw(&snapshot, None, None).await.unwrap().0
+    host.thaw(&snapshot, None, Outlets::default()).await.unwrap().0
 }
 
 pub async fn a_reset_forgets_and_renews() {
@@ -27,7 +27,7 @@ pub async fn a_reset_forgets_and_renews() {
     let snapshot = resident(&host, &install).await;
     let (log, mut lines) = mpsc::channel(64);
     let first = event(b"page");
-    let (mut instance, report) = host.thaw(&snapshot, Some(&first), Some(log)).await.unwrap();
+    let (mut instance, report) = host.thaw(&snapshot, Some(&first), log.into()).await.unwrap();
     assert_eq!(text(&report.unwrap().outcome), "base");
     let mut ids = vec![instance.id().to_owned()];
     for _ in 0..20 {

@@ -6,7 +6,9 @@ use std::{
     path::Path,
 };
 
-use firn::{Disk, Host, Snapshot, SnapshotError, SnapshotMeta, StartError, keys::KeyError};
+use firn::{
+    Disk, Host, Outlets, Snapshot, SnapshotError, SnapshotMeta, StartError, keys::KeyError,
+};
 
 use crate::{
     install::{CLASS, Install, eventually},
@@ -39,7 +41,7 @@ pub async fn base_and_function_snapshots_thaw() {
     let code_path = install.path("code");
     fs::write(&code_path, [9; 8192]).unwrap();
     let code = Disk::load(&code_path).unwrap();
-    let (mut instance, report) = host.thaw(&base, None, None).await.unwrap();
+    let (mut instance, report) = host.thaw(&base, None, Outlets::default()).await.unwrap();
     assert!(report.is_none());
     assert_eq!(answer(&mut instance, b"page").await, "base");
     let (function, _lines) = spec(1, "function", Some(code.clone()));
@@ -56,7 +58,7 @@ pub async fn base_and_function_snapshots_thaw() {
     // Files may go: what is thawed is in memory.
     fs::remove_dir_all(&dir).unwrap();
     let first = event(b"page");
-    let (mut one, report) = host.thaw(&resident, Some(&first), None).await.unwrap();
+    let (mut one, report) = host.thaw(&resident, Some(&first), Outlets::default()).await.unwrap();
     let report = report.unwrap();
     assert_eq!(text(&report.outcome), "function");
     assert_eq!(report.renewed.as_ref().unwrap().instance_id, one.id());
@@ -65,7 +67,7 @@ pub async fn base_and_function_snapshots_thaw() {
         ["shell", "sent", "received", "mapped", "entered", "first byte", "renewed", "done"];
     assert_eq!(names, expected);
     // Clones don't see each other, and a thawed one can be written down again.
-    let (two, _) = host.thaw(&resident, None, None).await.unwrap();
+    let (two, _) = host.thaw(&resident, None, Outlets::default()).await.unwrap();
     assert_ne!(one.id(), two.id());
     let (changed, _lines) = spec(0, "again", Some(code.clone()));
     one.load(&changed, true).await.unwrap();
@@ -73,7 +75,7 @@ pub async fn base_and_function_snapshots_thaw() {
     let third = one.snapshot(&snapshots.join("third"), meta("third")).await.unwrap();
     let third = third.make_resident(&host, Some(&resident), Some(&code)).await.unwrap();
     assert_eq!(third.resident_bytes(), 3 * 4096);
-    let (_, report) = host.thaw(&third, Some(&first), None).await.unwrap();
+    let (_, report) = host.thaw(&third, Some(&first), Outlets::default()).await.unwrap();
     assert_eq!(text(&report.unwrap().outcome), "again");
     drop(two);
     host.shutdown().await;
@@ -91,7 +93,7 @@ pub async fn a_guest_that_keeps_its_old_identity_never_serves() {
     instance.load(&spec, true).await.unwrap();
     let snapshot = instance.snapshot(&install.path("s"), meta("x")).await.unwrap();
     let resident = snapshot.make_resident(&host, None, None).await.unwrap();
-    match host.thaw(&resident, Some(&event(b"{}")), None).await {
+    match host.thaw(&resident, Some(&event(b"{}")), Outlets::default()).await {
         Err(StartError::NotRenewed { found, .. }) => assert_eq!(found, "old"),
         other => panic!("{other:?}"),
     }
@@ -197,7 +199,8 @@ pub async fn encrypted_snapshots_thaw_and_hold_nothing_in_the_clear() {
     assert_eq!((holds(b"planted"), holds(b"test")), ([false; 3], [false; 3]));
     assert!(fs::metadata(dir.join("memory")).unwrap().len() < 8192, "the pages that it has, alone");
     let resident = Snapshot::open(&host, &dir).unwrap().make_resident(&host, None, None).await;
-    let (_, report) = host.thaw(&resident.unwrap(), Some(&event(b"page")), None).await.unwrap();
+    let (_, report) =
+        host.thaw(&resident.unwrap(), Some(&event(b"page")), Outlets::default()).await.unwrap();
     assert_eq!(text(&report.unwrap().outcome), "planted in memory");
     host.shutdown().await;
     install.assert_nothing_left();
@@ -323,7 +326,7 @@ pub async fn a_long_first_event_does_not_keep_the_pool_empty() {
     assert_eq!(running(), 1);
     let thaw = {
         let (host, first) = (host.clone(), event(b"hang"));
-        tokio::spawn(async move { host.thaw(&resident, Some(&first), None).await })
+        tokio::spawn(async move { host.thaw(&resident, Some(&first), Outlets::default()).await })
     };
     eventually("a shell takes the place of the one that works", || running() == 2).await;
     assert!(!thaw.is_finished());

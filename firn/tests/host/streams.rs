@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use firn::{
-    Instance, InstanceError, Invocation, InvokeReport, ResponsePart,
+    Instance, InstanceError, Invocation, InvokeReport, Outlets, ResponsePart,
     guest::{self, Begin, Chunk, Done, FromGuest, FunctionError, Outcome},
 };
 use tokio::sync::mpsc;
@@ -69,7 +69,8 @@ pub async fn booted_thawed_warm_and_reset_instances_stream() {
     let snapshot = resident(&host, &install).await;
     let (event, parts) = streams(40);
     let taker = tokio::spawn(take(parts));
-    let (mut thawed, report) = host.thaw(&snapshot, Some(&event), None).await.unwrap();
+    let (mut thawed, report) =
+        host.thaw(&snapshot, Some(&event), Outlets::default()).await.unwrap();
     let report = report.unwrap();
     assert_eq!(report.outcome, Outcome::Streamed);
     assert!(report.phases.get("done").unwrap() >= Duration::from_millis(50), "the taker was slow");

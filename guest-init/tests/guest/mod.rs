@@ -6,6 +6,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
+    net::TcpStream,
     os::unix::{
         fs::PermissionsExt as _,
         net::{UnixListener, UnixStream},
@@ -17,8 +18,8 @@ use std::{
 };
 
 use firn_proto::guest::{
-    Done, FromGuest, FunctionError, Invoke, Load, Loaded, Log, MAX_CHUNK, Outcome, Renew, Renewed,
-    ToGuest, decode_from_guest, encode, frame_length,
+    Answer, Call, Done, FromGuest, FunctionError, HttpReply, Invoke, Load, Loaded, Log, MAX_CHUNK,
+    Outcome, Renew, Renewed, ToGuest, decode_from_guest, encode, frame_length,
 };
 use tempfile::TempDir;
 
@@ -129,6 +130,18 @@ impl Guest {
         self.root.path().join("var/task")
     }
 
+    /// Of the environment of a runtime with [`BOOTSTRAP`].
+    pub fn variable(&self, name: &str) -> String {
+        let environment = loop {
+            match fs::read_to_string(self.task().join("env")) {
+                Ok(environment) => break environment,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let mut variables = environment.lines().filter_map(|line| line.split_once('='));
+        variables.find(|(found, _)| *found == name).unwrap().1.to_owned()
+    }
+
     pub fn send_load(&mut self, function: &Function<'_>) {
         fs::write(self.task().join("lambda_function.py"), function.code).unwrap();
         let initialization = if function.snapshot { "snap-start" } else { "on-demand" };
@@ -146,6 +159,7 @@ impl Guest {
             init_timeout_ms: function.init_timeout_ms,
             snapshot: function.snapshot,
             code: true,
+            endpoints: vec!["AWS_ENDPOINT_URL_KMS".to_owned()],
         }));
     }
 
@@ -189,6 +203,21 @@ impl Guest {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    /// The function's next call.
+    pub fn call(&mut self) -> Call {
+        match self.answer() {
+            FromGuest::Call(call) => call,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Answers a call.
+    pub fn reply(&mut self, id: u64, status: u16, body: &str) {
+        let fields = vec![("X-Its".to_owned(), "own".to_owned())];
+        let reply = HttpReply { status, fields, body: body.as_bytes().to_vec() };
+        self.send(&ToGuest::Answer(Answer { id, reply: Some(reply) }));
     }
 
     pub fn renewed(&mut self) -> Renewed {
@@ -352,4 +381,74 @@ pub fn reported(error: &FunctionError) -> (String, String) {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// Tells its environment and leaves the rest to the test.
+pub const BOOTSTRAP: &str = "#!/bin/sh\nenv > env.new; mv env.new env; exec sleep 1000\n";
+
+pub struct Client {
+    pub stream: TcpStream,
+    pub unread: Vec<u8>,
+}
+
+impl Client {
+    pub fn connect(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        Self { stream, unread: Vec::new() }
+    }
+
+    pub fn send(&mut self, method: &str, path: &str, fields: &str, body: &str) {
+        // Of the Runtime API unless it begins with a slash.
+        let runtime = if path.starts_with('/') { "" } else { "/2018-06-01/runtime/" };
+        let length = body.len();
+        let text = format!(
+            "{method} {runtime}{path} HTTP/1.1\r\nHost: h\r\n{fields}\
+             Content-Length: {length}\r\n\r\n{body}"
+        );
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The next answer: its head and body.
+    pub fn answer(&mut self) -> (String, String) {
+        let end = loop {
+            if let Some(end) = self.unread.windows(4).position(|w| w == b"\r\n\r\n") {
+                break end + 4;
+            }
+            self.read();
+        };
+        let head = String::from_utf8(self.unread.drain(..end).collect()).unwrap();
+        let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")).unwrap_or("0");
+        let length: usize = length.parse().unwrap();
+        while self.unread.len() < length {
+            self.read();
+        }
+        (head, String::from_utf8(self.unread.drain(..length).collect()).unwrap())
+    }
+
+    pub fn read(&mut self) {
+        let mut bytes = [0; 4096];
+        let count = self.stream.read(&mut bytes).unwrap();
+        assert!(count > 0, "closed after {:?}", String::from_utf8_lossy(&self.unread));
+        self.unread.extend_from_slice(&bytes[..count]);
+    }
+
+    /// Sends and takes the answer: its status and body.
+    pub fn call(&mut self, method: &str, path: &str, fields: &str, body: &str) -> (u16, String) {
+        self.send(method, path, fields, body);
+        let (head, body) = self.answer();
+        (head[9..12].parse().unwrap(), body)
+    }
+}
+
+/// A guest, and a client that waits for the first event.
+pub fn started() -> (Guest, String, Client) {
+    let mut guest = Guest::with_bootstrap(BOOTSTRAP);
+    let function = Function { handler: "", code: "", init_timeout_ms: 30_000, snapshot: false };
+    guest.send_load(&function);
+    let address = guest.variable("AWS_LAMBDA_RUNTIME_API");
+    let mut client = Client::connect(&address);
+    client.send("GET", "invocation/next", "", "");
+    assert_eq!(guest.loaded().error, None);
+    (guest, address, client)
 }

@@ -21,7 +21,10 @@ use serde_json::Value;
 
 use self::wire::Call;
 use super::{App, RequestInfo, error::ApiError, gate::Session, read_body, recorded::Called};
-use crate::backend::Backend;
+use crate::{
+    backend::Backend,
+    inside::{self, FromFunction},
+};
 
 /// Most bytes of a request.
 const MAX_REQUEST: usize = 1 << 20;
@@ -102,6 +105,12 @@ fn prefix(service: &str) -> Option<&'static str> {
     }
 }
 
+/// Whether a request of a function's may pass: where nobody is asked who they are, little is left to functions.
+fn open_to_functions<B: Backend>(app: &App<B>, called: Option<&Called>) -> bool {
+    app.callers.identity.is_some()
+        || called.is_some_and(|called| matches!(called.service, "kms" | "sts"))
+}
+
 /// What the gate has against a request, as the service would say it.
 pub fn refuse(parts: &Parts, refusal: &ApiError) -> Response<Body> {
     let id = parts.extensions.get::<RequestInfo>().map(|info| info.id.clone()).unwrap_or_default();
@@ -119,6 +128,7 @@ pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request)
         limit: MAX_REQUEST,
         operation: "named",
     });
+    let from_function = parts.extensions.get::<FromFunction>().is_some();
     let mut called = None;
     let (service, operation, result) = match body.await {
         Err(error) => (String::new(), String::new(), Err(error.into())),
@@ -128,6 +138,9 @@ pub async fn serve<B: Backend>(State(app): State<Arc<App<B>>>, request: Request)
                 called = prefix(&service)
                     .map(|service| Called { service, operation: operation.clone() });
                 let result = match session {
+                    Ok(_) if from_function && !open_to_functions(&app, called.as_ref()) => {
+                        Err(ApiError::AccessDenied(inside::DEVELOPMENT.into()).into())
+                    }
                     Ok(session) => call(&app, &session, &service, &operation, input).await,
                     Err(refusal) => Err(refusal.into()),
                 };

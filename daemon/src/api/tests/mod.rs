@@ -6,6 +6,7 @@ mod control;
 mod crash;
 mod events;
 mod identity;
+mod inside;
 mod invocations;
 mod isolation;
 mod kms;
@@ -47,6 +48,7 @@ use crate::{
     events::{self as queueing, Events, clock::Clock, queue::Queue},
     fake::{Counters, Fake},
     identity::{Identity, sessions::Sessions},
+    inside::{Gateway, Inside},
     logs::{Bounds, Logs},
     prepare::Preparer,
     scheduler::{Isolation, Limits, Reserve, Scheduler},
@@ -64,6 +66,8 @@ struct Daemon {
     fake: Arc<Counters>,
     aws: aws::fake::Fake,
     app: Arc<App<Fake>>,
+    #[expect(dead_code, reason = "functions reach it as long as it is held")]
+    gateway: Arc<Gateway>,
     scheduler: Arc<Scheduler<Fake>>,
     events: Arc<Events<Fake>>,
     clock: Clock,
@@ -156,6 +160,7 @@ async fn start_within(
         logs: Logs::open(dir.join("logs"), Bounds::default()).unwrap(),
         metrics: crate::metrics::Metrics::open(&dir.join("metrics.sqlite")).unwrap(),
         traces,
+        inside: Inside::default(),
         patience: 1,
     };
     let preparer = Preparer::open(workshop.clone(), dir.join("snapshots"), &functions).unwrap();
@@ -196,15 +201,19 @@ async fn start_within(
     let address = listener.local_addr().unwrap();
     let urls = Urls::new("us-east-1", "localhost", address.port());
     let sessions = Sessions::new(&store.own_key("sessions").unwrap());
-    let callers = Callers { identity, sessions, audit };
+    let guarded = identity.is_some();
+    let callers = Callers { identity, sessions: sessions.clone(), audit };
+    let (inside, place) = (workshop.inside.clone(), workshop.place.clone());
     let settings = Settings { concurrency, stream_rate: None, urls };
     let app = App::new(workshop, scheduler.clone(), events.clone(), aws, callers, settings);
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let until = async move { drop(stopped.await) };
     let routes = router(app.clone());
+    let gateway = Gateway::new(routes.clone(), store, sessions, place, guarded);
+    inside.open(&gateway);
     tokio::spawn(serve::serve(listener, routes, until, Duration::from_secs(5), bounds));
     let (fake, aws) = (fake.0, services);
-    Daemon { address, fake, aws, app, scheduler, events, clock, stop: Some(stop) }
+    Daemon { address, fake, aws, app, gateway, scheduler, events, clock, stop: Some(stop) }
 }
 
 impl Daemon {

@@ -297,3 +297,27 @@ async fn a_collector_that_is_away_is_asked_again_and_holds_nobody_up() {
         assert_eq!((counts.exported, counts.refused, counts.overflowed), (exported, refused, 0));
     }
 }
+
+#[tokio::test]
+async fn segments_that_a_function_sends_are_below_its_invocation() {
+    let (_dir, daemon, collector) = traced().await;
+    daemon.create("f", json!({})).await;
+    let segment = |trace: &str, id: &str| {
+        let segment = json!({"name": "work", "id": id, "trace_id": trace, "type": "subsegment",
+            "start_time": 1.0, "end_time": 9e9, "annotations": {"size": 7}});
+        format!("{{\"format\": \"json\", \"version\": 1}}\n{segment}")
+    };
+    let other = "1-58406520-000000000000000000000001";
+    let documents = [segment(ROOT, "53995c3f42cd8ad9"), segment(other, "53995c3f42cd8ada")];
+    let event = json!({"do": "trace", "documents": documents});
+    let sampled = header(";Sampled=1");
+    let headers = [("x-amzn-trace-id", sampled.as_str())];
+    assert_eq!(daemon.invoke("f", &headers, &event).await.status, 200);
+    let spans = collector.spans(&daemon).await;
+    is_below(&spans, "work", "Invocation");
+    assert_eq!(has(named(&spans, "work"), "size"), "7");
+    // What is not sampled is nobody's business.
+    let unsampled = header(";Sampled=0");
+    daemon.invoke("f", &[("x-amzn-trace-id", unsampled.as_str())], &event).await;
+    assert!(collector.spans(&daemon).await.is_empty());
+}

@@ -35,7 +35,7 @@ def prime():
     try:
         for _ in range(3):
             connection = http.client.HTTPConnection(os.environ["AWS_LAMBDA_RUNTIME_API"])
-            connection.request("GET", "/")
+            connection.request("GET", "/2018-06-01/runtime/")
             connection.getresponse().read()
             connection.close()
     except OSError:
