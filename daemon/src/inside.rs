@@ -7,8 +7,7 @@
 //!
 //! A guest is on no network; this is its one way to the daemon, and it leads no further. With `--identity` a
 //! request passes the same gate as one from outside, and the role's policies decide. In development mode nobody
-//! is asked who they are, so there functions reach KMS and STS alone: what a function does must not depend on a
-//! stranger's function that may delete it.
+//! is asked who they are, so there functions reach KMS and STS alone: none must be able to delete another.
 
 use std::{
     fmt,

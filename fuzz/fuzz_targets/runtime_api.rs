@@ -1,14 +1,17 @@
 //! The Runtime API's states: whatever a runtime asks, in whatever order and on how many
-//! connections, an event is answered at most once and only while it is out.
+//! connections, an event is answered at most once and only while it is out; and what is for the host's services is
+//! within the limits that the host holds it to.
 
 #![no_main]
 
 use arbitrary::Arbitrary;
 use firn_init::{
+    calls,
     http::{Found, Parser, Request},
     runtime_api::{Event, RuntimeApi, State},
     server::ConnectionId,
 };
+use firn_proto::guest::{Ask, MAX_CALL, MAX_CALL_HEAD};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
@@ -112,6 +115,10 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
             }
         };
         let Some(request) = request(&bytes) else { continue };
+        if calls::is_call(&request.path) {
+            check_call(request);
+            continue;
+        }
         let before = api.state().clone();
         let (reply, event) = api.handle(ConnectionId(connection.into()), request);
         let waits = matches!(event, Some(Event::AsksForEvent | Event::AsksForRestore));
@@ -130,6 +137,20 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
         assert_eq!(has_event(api.state()), out);
     }
 });
+
+fn check_call(request: Request) {
+    let token = request.headers.get("authorization") == Some("token");
+    match calls::judge(request, "token") {
+        Ok(Ask::Credentials) => assert!(token),
+        Ok(Ask::Request(call)) => {
+            assert!(call.head_bytes() <= MAX_CALL_HEAD && call.body.len() <= MAX_CALL);
+            let hop = |(name, _): &(String, String)| name.eq_ignore_ascii_case("connection");
+            assert!(!call.fields.iter().any(hop));
+        }
+        Ok(_) => unreachable!("a guest asks for nothing else"),
+        Err(reply) => assert!(reply.status() >= 400),
+    }
+}
 
 fn request(mut bytes: &[u8]) -> Option<Request> {
     match Parser::new(LIMIT, |_| false).push(&mut bytes) {
