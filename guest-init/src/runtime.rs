@@ -29,7 +29,9 @@ use crate::{
 const BOOTSTRAPS: [&str; 3] = ["/var/runtime/bootstrap", "/var/task/bootstrap", "/opt/bootstrap"];
 
 /// What the runtime finds in its environment unless the host says otherwise.
-const DEFAULTS: [(&str, &str); 4] = [
+const DEFAULTS: [(&str, &str); 5] = [
+    // Code that is traced runs without a trace, too.
+    ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),
     ("LANG", "C.UTF-8"),
     ("LD_LIBRARY_PATH", "/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib"),
     ("PATH", "/usr/local/bin:/usr/bin:/bin:/opt/bin"),
@@ -243,6 +245,7 @@ mod tests {
         assert_eq!(environment["LAMBDA_TASK_ROOT"], "/x/var/task");
         assert_eq!(environment["A"], "b");
         assert_eq!(environment["AWS_XRAY_DAEMON_ADDRESS"], "127.0.0.1:2");
+        assert_eq!(environment["AWS_XRAY_CONTEXT_MISSING"], "LOG_ERROR");
         assert_eq!(environment["AWS_ENDPOINT_URL_KMS"], "http://127.0.0.1:1");
         assert_eq!(environment["AWS_ENDPOINT_URL_STS"], "https://elsewhere");
         assert_eq!(environment["AWS_CONTAINER_AUTHORIZATION_TOKEN"], "token");
