@@ -27,6 +27,11 @@ use crate::{LogLine, Outlets, phases};
 /// Bytes that one read may take.
 const READ: usize = 256 * 1024;
 
+/// Most bytes that wait for a guest that goes on to ask: one that keeps to the protocol has read all answers but
+/// those of its open calls, and may have an order ahead of it.
+const UNREAD: usize =
+    guest::MAX_CALLS * (guest::MAX_CALL + guest::MAX_CALL_HEAD) + 2 * guest::MAX_FRAME;
+
 /// Most segments of one invocation: short ones must not cost more than long ones.
 const SEGMENTS: usize = 1024;
 
@@ -203,6 +208,7 @@ impl Stream {
             }
             false => Ok(()),
         };
+        within("an unread backlog", self.unsent.len(), UNREAD)?;
         within("a number of calls", self.open.len() + 1, guest::MAX_CALLS)?;
         within("a call's head", head, guest::MAX_CALL_HEAD)?;
         within("a call's body", body, guest::MAX_CALL)?;
@@ -270,17 +276,18 @@ impl Stream {
                 self.answer(ended)?;
                 return Ok(true);
             }
+            // Before what is read: a guest that never stops to print must get its answers, too.
+            ready = self.socket.writable(), if !self.unsent.is_empty() => match ready {
+                Ok(()) => self.socket.try_write(&self.unsent).inspect(|count| {
+                    self.unsent.advance(*count);
+                }),
+                Err(error) => Err(error),
+            },
             ready = self.socket.readable() => match ready {
                 Ok(()) => {
                     self.received.reserve(READ.min(8192.max(self.received.len())));
                     self.socket.try_read_buf(&mut self.received)
                 }
-                Err(error) => Err(error),
-            },
-            ready = self.socket.writable(), if !self.unsent.is_empty() => match ready {
-                Ok(()) => self.socket.try_write(&self.unsent).inspect(|count| {
-                    self.unsent.advance(*count);
-                }),
                 Err(error) => Err(error),
             },
         };
@@ -515,6 +522,25 @@ mod tests {
             assert!(found.contains(why), "{found}");
             drop(writer.join());
         }
+    }
+
+    #[tokio::test]
+    async fn answers_that_a_guest_does_not_read_are_bounded() {
+        let (mut stream, mut guest) = served();
+        let writer = std::thread::spawn(move || {
+            // Each is answered, for there is time enough between them; no answer is read.
+            for id in 0..64 {
+                if guest.write_all(&frame(&call(id, &[b'x'; guest::MAX_CALL]))).is_err() {
+                    return;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
+        let found = stream.next().await;
+        let Err(StreamError::Protocol(found)) = found else { panic!("{found:?}") };
+        assert!(found.contains("unread"), "{found}");
+        drop(stream);
+        writer.join().unwrap();
     }
 
     #[tokio::test]
