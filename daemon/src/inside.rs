@@ -95,9 +95,9 @@ impl Inside {
 
     /// What an instance of this function asks.
     pub fn services(&self, function: &Function) -> Arc<dyn Services> {
-        let Function { name, version, config, .. } = function;
-        let (name, role) = (name.clone(), config.role.clone());
-        Arc::new(Instance { inside: self.clone(), name, version: *version, role })
+        let Function { name, version, config, envelope, .. } = function;
+        let (name, owner, role) = (name.clone(), envelope.id(), config.role.clone());
+        Arc::new(Instance { inside: self.clone(), name, version: *version, owner, role })
     }
 
     /// Variables that hold the URL of the services in functions' environments.
@@ -112,6 +112,8 @@ struct Instance {
     inside: Inside,
     name: String,
     version: Version,
+    /// Tells the function from others of the same name, before it and after.
+    owner: String,
     /// ARN of the role that the function had when the instance was made.
     role: String,
 }
@@ -149,8 +151,10 @@ impl Gateway {
 
     /// Credentials of the function's role, in the form of a container's provider.
     fn credentials(&self, asks: &Instance) -> HttpReply {
-        // A role takes effect without a new instance. One of a deleted function may still end its work.
+        // A role takes effect without a new instance. One of a deleted function may still end its work, in its
+        // own role whoever has its name by now.
         let function = self.store.get(&asks.name, asks.version);
+        let function = function.filter(|found| found.envelope.id() == asks.owner);
         let role = function.map_or_else(|| asks.role.clone(), |found| found.config.role.clone());
         let issued = OffsetDateTime::now_utc();
         let expires = issued.unix_timestamp() + LASTS;

@@ -1,9 +1,14 @@
 //! What functions ask of the daemon: credentials of their roles, and requests that are signed with them.
 
+use firn::guest::Ask;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{identity::*, *};
-use crate::identity::sigv4::tests::sign;
+use crate::{
+    envelope::Envelope,
+    function::{Function, Version},
+    identity::sigv4::tests::sign,
+};
 
 /// A role's temporary credentials.
 #[derive(Debug, Clone, PartialEq)]
@@ -172,6 +177,24 @@ async fn a_function_acts_in_its_role_and_in_no_other() {
     assert_eq!(decrypt["userIdentity"]["arn"], arn);
     assert_eq!(decrypt["sourceIPAddress"], Value::Null);
     assert!(!json!(records).to_string().contains(with.key.1.as_str()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_of_a_deleted_function_gets_no_role_of_the_next_one_of_its_name() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({"Role": role("new")})).await;
+    let next = d.app.store.get("f", Version::Latest).unwrap();
+    // Keys tell functions apart; those of these tests are all the same but for the number.
+    let mut deleted = Function::clone(&next);
+    deleted.config.role = role("old");
+    deleted.envelope = Envelope::generate(&TestKeys(2)).unwrap();
+    let inside = Inside::default();
+    inside.open(&d.gateway);
+    for (function, expected) in [(&deleted, "old"), (&*next, "new")] {
+        let reply = inside.services(function).call(Ask::Credentials).await;
+        let body: Value = serde_json::from_slice(&reply.body).unwrap();
+        assert_eq!(body["RoleArn"], role(expected));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -66,7 +66,7 @@ struct Daemon {
     fake: Arc<Counters>,
     aws: aws::fake::Fake,
     app: Arc<App<Fake>>,
-    #[expect(dead_code, reason = "functions reach it as long as it is held")]
+    /// Functions reach it as long as it is held.
     gateway: Arc<Gateway>,
     scheduler: Arc<Scheduler<Fake>>,
     events: Arc<Events<Fake>>,
