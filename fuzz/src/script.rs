@@ -10,6 +10,7 @@ use std::{
 
 use arbitrary::Arbitrary;
 use firn_vmm::{
+    handover::Lapics,
     memory::GuestMemory,
     virtio::{
         Device, DeviceError, Interrupt,
@@ -116,7 +117,7 @@ pub trait Subject: Device {
 struct Line(AtomicUsize);
 
 impl Interrupt for Line {
-    fn raise(&self) {
+    fn raise(&self, _: Lapics) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -151,7 +152,7 @@ impl<D: Device> Driver<D> {
     }
 
     fn set(&mut self, register: u64, value: u32) -> Result<(), DeviceError> {
-        self.device.write(register, &value.to_le_bytes())
+        self.device.write(register, &value.to_le_bytes(), Lapics::of_power_on())
     }
 
     /// Notifies `queue`.
@@ -279,7 +280,7 @@ pub fn follow<D: Subject>(driver: &mut Driver<D>, host: &mut D::Host, steps: Vec
             }
             Step::Write { offset, bytes } => {
                 let len = bytes.len().min(8);
-                driver.device.write(offset.into(), &bytes[..len])
+                driver.device.write(offset.into(), &bytes[..len], Lapics::of_power_on())
             }
             Step::Read { offset, len } => {
                 let mut data = [0xff; 16];

@@ -9,6 +9,7 @@ use std::{
 use arbitrary::Arbitrary;
 use firn_proto::control::INVOKE_PORT;
 use firn_vmm::{
+    handover::Lapics,
     devices::vsock::{GUEST_CID, HOST_CID, Vsock},
     virtio::DeviceError,
 };
@@ -198,32 +199,32 @@ impl Subject for Vsock {
                 if let Some(stream) = &mut host.stream {
                     let _ = stream.write(&vec![7; len.into()]);
                 }
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
             Extra::HostRead(len) => {
                 if let Some(stream) = &mut host.stream {
                     let _ = stream.read(&mut vec![0; len.into()]);
                 }
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
             Extra::HostShutdown => {
                 if let Some(stream) = &mut host.stream {
                     let _ = stream.shutdown(Shutdown::Write);
                 }
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
             Extra::HostGone => {
                 host.stream = None;
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
             Extra::Plug => {
                 host.plug(driver);
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
             Extra::Pump => {
                 // Bytes behind a host's end of stream may wait in a quiet device: for ever.
                 let _ = (driver.device.host_has_bytes(), driver.device.quiescent());
-                driver.device.pump()
+                driver.device.pump(Lapics::of_power_on())
             }
         }
     }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`ShellConfig`].
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -194,6 +194,9 @@ pub enum ToVmm {
     /// addresses. Refused after [`ToVmm::Attach`]. Answer: [`FromVmm::Reset`]; a reset that fails
     /// once it has begun ends the process.
     Reset,
+    /// Say where the guest stands, for an error message: it did not answer. A running guest is
+    /// stopped for a moment. Answer: [`FromVmm::Diagnosis`].
+    Diagnose,
 }
 
 /// VMM to host.
@@ -220,6 +223,8 @@ pub enum FromVmm {
     Exited(Exit),
     /// The microVM is as its snapshot was.
     Reset(ResetReport),
+    /// Where the guest stands, in one line of text: registers, interrupts on their way, queues.
+    Diagnosis(String),
 }
 
 /// One moment of the VMM's work.
@@ -308,6 +313,9 @@ pub struct Stats {
     /// Where guest memory starts in the VMM's address space. It is one range, in the order of a
     /// linear memory file.
     pub memory_address: u64,
+    /// Interrupts that were raised again because the guest, though it ran, had not acknowledged
+    /// them.
+    pub interrupts_raised_again: u64,
 }
 
 /// Why a request failed.

@@ -13,7 +13,10 @@ use firn_proto::control::{
     Phase, ToVmm,
 };
 use rustix::{
-    event::epoll::{self, EventData, EventFlags},
+    event::{
+        Timespec,
+        epoll::{self, EventData, EventFlags},
+    },
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags},
 };
 
@@ -131,9 +134,15 @@ impl Server {
         let mut events = Vec::with_capacity(4);
         loop {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            let limit = self.vm.as_mut().and_then(Vm::look_within);
+            let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, spare, limit.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return vmm_error(error),
+            }
+            if let (Some(_), Some(vm)) = (limit, &mut self.vm) {
+                vm.look();
             }
             for event in &events {
                 let result = match event.data.u64() {
@@ -224,6 +233,7 @@ impl Server {
             ToVmm::Save { base } => vm.save(base, descriptors).map(FromVmm::Saved),
             ToVmm::Reset => vm.reset(descriptors, watch_stream).map(FromVmm::Reset),
             ToVmm::Stats => Ok(FromVmm::Stats(vm.stats())),
+            ToVmm::Diagnose => vm.diagnose().map(FromVmm::Diagnosis),
             ToVmm::Stop => Err(RequestError::Ended(Exit {
                 reason: ExitReason::Stopped,
                 detail: "the host asked".into(),

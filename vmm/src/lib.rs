@@ -12,18 +12,22 @@
 //! | [`virtio`], [`devices`] | the MMIO transport and what hangs behind it |
 //! | [`machine`] | the fixed plan of devices and the dispatch of exits to them |
 //! | [`vcpu`] | the vCPU threads |
+//! | [`handover`] | what device thread and vCPU threads hand over |
 //! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
 //! | [`descriptors`] | the plan of descriptor numbers |
 //! | [`seccomp`] | what each thread may ask of the kernel |
 //! | [`sealed`] | sealed files as plain memory |
+//! | [`hold`] | in debug builds: holds a thread back, for tests of races |
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
 pub mod arch;
 pub mod control;
 pub mod descriptors;
 pub mod devices;
+pub mod handover;
+pub mod hold;
 pub mod machine;
 pub mod memory;
 pub mod plan;
@@ -34,3 +38,8 @@ pub mod stats;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+/// What [`handover`] is made of; its proof has another.
+mod sync {
+    pub use std::sync::{Condvar, Mutex, PoisonError, atomic};
+}

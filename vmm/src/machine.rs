@@ -13,7 +13,7 @@
 use std::{
     io::Stderr,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
 };
 
 use firn_proto::control::{DiskKind, DiskSource, ShellConfig};
@@ -28,9 +28,11 @@ use crate::{
         rng::{Rng, RngState},
         vsock::{NotQuiet, Vsock, VsockState},
     },
+    handover::Lapics,
+    hold,
     memory::GuestMemory,
     virtio::{
-        DeviceError, Interrupt, RestoreError,
+        Device, DeviceError, Interrupt, RestoreError,
         mmio::{VirtioMmio, VirtioMmioState},
     },
 };
@@ -47,8 +49,8 @@ struct IrqLine {
     line: u32,
 }
 
-impl Interrupt for IrqLine {
-    fn raise(&self) {
+impl IrqLine {
+    fn pulse(&self) {
         // A rising edge is what counts. Synchronous on purpose: an irqfd to the IOAPIC would take
         // a detour through a kernel work queue. Neither call can fail for a line that exists.
         let _ = self.vm.set_irq_line(self.line, true);
@@ -56,11 +58,20 @@ impl Interrupt for IrqLine {
     }
 }
 
+impl Interrupt for IrqLine {
+    fn raise(&self, _: Lapics) {
+        if !hold::swallows_interrupt() {
+            self.pulse();
+        }
+    }
+}
+
 impl Trigger for IrqLine {
     type E = std::convert::Infallible;
 
     fn trigger(&self) -> Result<(), Self::E> {
-        self.raise();
+        // The serial port moves in `port_out` alone, whose caller has shown the LAPICs.
+        self.pulse();
         Ok(())
     }
 }
@@ -72,6 +83,15 @@ pub enum PortEffect {
     None,
     /// The guest pulled the reset line.
     Reset,
+}
+
+/// Interrupts that wait for their drivers' acknowledgement.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unacknowledged {
+    /// Their lines, a bit each.
+    pub lines: u32,
+    /// Sum of these devices' acknowledgements so far: it changes when one of them comes.
+    acknowledged: u32,
 }
 
 /// All devices of a microVM.
@@ -173,13 +193,13 @@ impl Machine {
     ///
     /// # Errors
     /// [`DeviceError`] if the guest did what no driver may do.
-    pub fn mmio_write(&self, address: u64, data: &[u8]) -> Result<(), DeviceError> {
+    pub fn mmio_write(&self, address: u64, data: &[u8], lapics: Lapics) -> Result<(), DeviceError> {
         let Some((index, offset)) = window(address) else { return Ok(()) };
         match index {
-            0 => lock(&self.vsock).write(offset, data),
-            1 => lock(&self.rng).write(offset, data),
+            0 => lock(&self.vsock).write(offset, data, lapics),
+            1 => lock(&self.rng).write(offset, data, lapics),
             n => match self.disks.get(n - 2) {
-                Some(disk) => lock(disk).write(offset, data),
+                Some(disk) => lock(disk).write(offset, data, lapics),
                 None => Ok(()),
             },
         }
@@ -199,7 +219,7 @@ impl Machine {
     }
 
     /// Handles a port write.
-    pub fn port_out(&self, port: u16, data: &[u8]) -> PortEffect {
+    pub fn port_out(&self, port: u16, data: &[u8], _: Lapics) -> PortEffect {
         match (port, data) {
             (I8042_COMMAND, [I8042_RESET]) => return PortEffect::Reset,
             (port, [byte]) if SERIAL_PORTS.contains(&port) => {
@@ -222,8 +242,58 @@ impl Machine {
     ///
     /// # Errors
     /// [`DeviceError`] if the guest did what no driver may do.
-    pub fn pump(&self) -> Result<(), DeviceError> {
-        lock(&self.vsock).pump()
+    pub fn pump(&self, lapics: Lapics) -> Result<(), DeviceError> {
+        lock(&self.vsock).pump(lapics)
+    }
+
+    /// What a guest that is about to run has to hear of: interrupts that could not be raised while it
+    /// had no LAPICs, and what the host has sent.
+    ///
+    /// # Errors
+    /// [`DeviceError`] if the guest did what no driver may do.
+    pub fn wake(&self, lapics: Lapics) -> Result<(), DeviceError> {
+        for disk in &self.disks {
+            lock(disk).raise_unacknowledged(lapics);
+        }
+        self.pump(lapics)
+    }
+
+    /// Which interrupts wait for their drivers' acknowledgement. A device that is at work now, for a
+    /// driver that is then awake, counts as acknowledged: nobody waits here for a slow disk.
+    pub fn unacknowledged(&self) -> Unacknowledged {
+        let mut found = Unacknowledged::default();
+        let mut line = FIRST_IRQ;
+        self.each(
+            |acknowledged| {
+                if let Some(acknowledged) = acknowledged {
+                    found.lines |= 1 << line;
+                    found.acknowledged = found.acknowledged.wrapping_add(acknowledged);
+                }
+                line += 1;
+            },
+            None,
+        );
+        found
+    }
+
+    /// Raises again what drivers have not acknowledged; how many lines that were.
+    pub fn raise_unacknowledged(&self, lapics: Lapics) -> u64 {
+        let mut count = 0;
+        self.each(|acknowledged| count += u64::from(acknowledged.is_some()), Some(lapics));
+        count
+    }
+
+    /// Tells of each device, in the order of their lines, how often its driver has acknowledged
+    /// interrupts, if one waits; with `lapics` that is raised again.
+    fn each(&self, mut tell: impl FnMut(Option<u32>), lapics: Option<Lapics>) {
+        tell(waits(&self.vsock, lapics));
+        tell(waits(&self.rng, lapics));
+        self.disks.iter().for_each(|disk| tell(waits(disk, lapics)));
+    }
+
+    /// The vsock device, through which a guest hears of everything, in a line of text for people.
+    pub fn describe(&self) -> String {
+        lock(&self.vsock).describe()
     }
 
     /// Whether the host has written something that the guest has not got yet.
@@ -270,7 +340,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Replaces a medium while the guest runs.
+    /// Replaces a medium under a guest. One whose vCPUs have no LAPICs now hears of it by [`Self::wake`].
     ///
     /// # Errors
     /// [`MediumError`]; `None`: there is no such slot.
@@ -279,9 +349,11 @@ impl Machine {
         slot: usize,
         source: DiskSource,
         descriptors: &mut impl Iterator<Item = OwnedFd>,
+        lapics: Option<Lapics>,
     ) -> Option<Result<(), MediumError>> {
         let disk = self.disks.get(slot)?;
-        Some(Medium::from_source(source, descriptors).and_then(|medium| lock(disk).replace(medium)))
+        let medium = Medium::from_source(source, descriptors);
+        Some(medium.and_then(|medium| lock(disk).replace(medium, lapics)))
     }
 
     /// The copy-on-write disks' slots, in order.
@@ -345,6 +417,21 @@ impl Machine {
         }
         self.restore(state)
     }
+}
+
+/// How often the driver has acknowledged interrupts, if it has not acknowledged the last one, which is
+/// raised again with `lapics`; `None`, too, where the device is at work.
+fn waits<D: Device>(device: &Mutex<VirtioMmio<D>>, lapics: Option<Lapics>) -> Option<u32> {
+    let device = match device.try_lock() {
+        Ok(device) => device,
+        Err(TryLockError::Poisoned(poison)) => poison.into_inner(),
+        Err(TryLockError::WouldBlock) => return None,
+    };
+    let waits = match lapics {
+        Some(lapics) => device.raise_unacknowledged(lapics),
+        None => device.is_unacknowledged(),
+    };
+    waits.then(|| device.acknowledged())
 }
 
 fn disk_name(slot: usize) -> String {

@@ -9,6 +9,8 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 fn main() {
     seccomp::tame_allocator();
+    #[cfg(debug_assertions)]
+    firn_vmm::hold::configure();
     // Exec has set this to whatever the host's `fs.suid_dumpable` says: a guest's memory is nobody's
     // core dump.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {

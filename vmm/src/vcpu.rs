@@ -6,35 +6,33 @@
 //! `KVM_RUN` or on its way there. `KVM_RUN` then first completes pending port and MMIO I/O, and
 //! only after that returns `EINTR`: a vCPU that has answered [`Reply::Stopped`] is drained.
 
-mod handover;
-
 use std::{
     os::unix::thread::JoinHandleExt,
-    sync::{Arc, atomic::AtomicU8},
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use firn_proto::control::{Exit, ExitReason, Phase};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use self::handover::{Gate, Slot, Stop};
 use crate::{
     arch::{
-        boot,
+        boot, describe,
         vcpu_state::{self, VcpuState, VcpuStateError},
     },
     descriptors::{BELL, place},
+    handover::{Asked, Gate, Lapics, Slot, Wish},
+    hold,
     machine::{Machine, PortEffect},
     memory::Memory,
     seccomp,
     snapshot::SavedVm,
     stats::{Clock, ExitCounters, ExitKind},
 };
-
-/// What [`handover`] is made of; its proof has another.
-mod sync {
-    pub use std::sync::{Condvar, Mutex, PoisonError, atomic};
-}
 
 /// What a vCPU thread is told to do.
 pub enum Command {
@@ -48,9 +46,11 @@ pub enum Command {
     /// Restore this vCPU's part of a snapshot, meet the others, and run if the plan says so.
     Thaw(Arc<ThawPlan>),
     /// Run until stopped.
-    Run,
+    Run(Lapics),
     /// Read the state.
     Save,
+    /// Say where the guest stands.
+    Describe,
 }
 
 /// What a vCPU thread answers.
@@ -59,6 +59,8 @@ pub enum Reply {
     Stopped,
     /// The state.
     Saved(Box<VcpuState>),
+    /// Where the guest stands, for people.
+    Described(String),
     /// The command failed.
     Failed(VcpuStateError),
     /// The guest is over.
@@ -80,7 +82,8 @@ pub enum Part {
 /// A thaw as the vCPU threads see it. If it resumes, the last one to have restored its vCPU puts
 /// the first message into the receive queue (its interrupt needs every LAPIC in place) and opens
 /// the gate; so between the device thread and `KVM_RUN` lies one hand-over, however many vCPUs
-/// there are.
+/// there are. The device thread waits at the gate, too: before it is open it could only lose
+/// interrupts.
 pub struct ThawPlan {
     saved: Arc<SavedVm>,
     tsc_shift: i64,
@@ -94,6 +97,11 @@ impl ThawPlan {
     pub fn new(saved: Arc<SavedVm>, tsc_shift: i64, part: Part, resume: bool) -> Self {
         let gate = Gate::new(saved.vcpus.len());
         Self { saved, tsc_shift, part, resume, gate }
+    }
+
+    /// Waits until all vCPUs are restored and about to run; `None` if one of them could not be.
+    pub fn restored(&self) -> Option<Lapics> {
+        self.gate.wait()
     }
 }
 
@@ -113,13 +121,15 @@ pub struct Shared {
     pub power_on_msrs: Vec<(u32, u64)>,
     /// Rung when a vCPU ends by itself.
     pub bell: rustix::fd::OwnedFd,
+    /// Interrupts that were raised again.
+    pub raised_again: AtomicU64,
 }
 
 /// The device thread's handle of one vCPU thread.
 pub struct Vcpu {
     command: Arc<Slot<Command>>,
     reply: Arc<Slot<Reply>>,
-    stop: Arc<Stop>,
+    wish: Arc<Wish>,
     immediate_exit: ImmediateExit,
     thread: JoinHandle<()>,
 }
@@ -170,7 +180,7 @@ impl Vcpu {
     /// If no thread can be had.
     pub fn start(id: u8, mut fd: VcpuFd, shared: Arc<Shared>) -> std::io::Result<Self> {
         let (command, reply) = (Arc::new(Slot::new()), Arc::new(Slot::new()));
-        let stop = Arc::new(Stop::new());
+        let wish = Arc::new(Wish::new());
         let immediate_exit = ImmediateExit::of(&mut fd);
         let mut worker = Worker {
             id,
@@ -178,7 +188,7 @@ impl Vcpu {
             shared,
             command: command.clone(),
             reply: reply.clone(),
-            stop: stop.clone(),
+            wish: wish.clone(),
             immediate_exit,
             entered: false,
         };
@@ -186,7 +196,7 @@ impl Vcpu {
             .name(format!("vcpu{id}"))
             .stack_size(256 << 10)
             .spawn(move || worker.serve())?;
-        Ok(Self { command, reply, stop, immediate_exit, thread })
+        Ok(Self { command, reply, wish, immediate_exit, thread })
     }
 
     /// Gives a command. The thread must be idle.
@@ -196,10 +206,33 @@ impl Vcpu {
 
     /// Makes a running vCPU stop; its answer follows.
     pub fn stop(&self) {
-        self.stop.ask(self.immediate_exit.byte());
+        self.ask(Asked::STOP);
+    }
+
+    /// Makes a running vCPU that is halted, and so not woken by an interrupt that it should have
+    /// got, raise again what drivers have not acknowledged. There is no answer.
+    pub fn look(&self) {
+        self.ask(Asked::LOOK);
+    }
+
+    fn ask(&self, what: Asked) {
+        self.wish.ask(what, self.immediate_exit.byte());
         // SAFETY: the thread has not been joined or detached, so its id is valid; the handler is
         // installed before any vCPU is started.
         unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
+    }
+
+    /// CPU time that the thread has used: it stands while the vCPU is halted, paused or throttled.
+    pub fn cpu_time(&self) -> Duration {
+        let mut clock = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the thread has not been joined or detached, so its id is valid; both results are
+        // written to places that live as long as the calls.
+        let failed = unsafe {
+            libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &mut clock) != 0
+                || libc::clock_gettime(clock, &mut time) != 0
+        };
+        if failed { Duration::ZERO } else { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) }
     }
 
     /// Waits for the answer to the last command.
@@ -219,7 +252,7 @@ struct Worker {
     shared: Arc<Shared>,
     command: Arc<Slot<Command>>,
     reply: Arc<Slot<Reply>>,
-    stop: Arc<Stop>,
+    wish: Arc<Wish>,
     immediate_exit: ImmediateExit,
     entered: bool,
 }
@@ -234,10 +267,11 @@ impl Worker {
             let reply = match self.command.wait() {
                 Command::Boot { entry, tsc_offset } => self.boot(entry, tsc_offset),
                 Command::Thaw(plan) => self.thaw(&plan),
-                Command::Run => {
+                Command::Run(lapics) => {
                     vcpu_state::mark_paused(&self.fd);
-                    self.run()
+                    self.run(lapics)
                 }
+                Command::Describe => Reply::Described(describe::vcpu(&self.fd, self.id)),
                 Command::Save => match VcpuState::save(&self.fd, &self.shared.msrs) {
                     Ok(state) => Reply::Saved(Box::new(state)),
                     Err(error) => Reply::Failed(error),
@@ -280,6 +314,7 @@ impl Worker {
         let Some(state) = plan.saved.vcpus.get(usize::from(self.id)) else {
             return Reply::Stopped;
         };
+        hold::back(seccomp::Thread::Vcpu(self.id));
         let result = match plan.part {
             Part::Thaw => state.restore(&self.fd, plan.tsc_shift),
             Part::Reset => vcpu_state::accept_pending(&self.fd)
@@ -292,23 +327,29 @@ impl Worker {
             return Reply::Failed(error);
         }
         self.entered = false;
-        if plan.gate.arrive() {
-            self.shared.clock.stamp(Phase::VcpuSet);
-            // Without a resume the bytes wait in the stream, where they resume the guest later.
-            let pumped = if plan.resume { self.shared.machine.pump() } else { Ok(()) };
-            if let Err(error) = pumped {
-                plan.gate.break_down();
-                return Reply::Ended(violation(error));
+        let lapics = match plan.gate.arrive() {
+            Some(last) => {
+                self.shared.clock.stamp(Phase::VcpuSet);
+                if plan.resume
+                    && let Err(error) = self.shared.machine.wake(last.lapics())
+                {
+                    return Reply::Ended(violation(error));
+                }
+                Some(last.open())
             }
-            plan.gate.open();
-        } else if !plan.gate.wait() {
-            return Reply::Stopped;
+            // Without a resume nobody passes, and the bytes wait in the stream, where they resume the
+            // guest later.
+            None if plan.resume => plan.gate.wait(),
+            None => None,
+        };
+        match lapics {
+            Some(lapics) if plan.resume => self.run(lapics),
+            _ => Reply::Stopped,
         }
-        if plan.resume { self.run() } else { Reply::Stopped }
     }
 
     /// Runs the guest until it is stopped or over.
-    fn run(&mut self) -> Reply {
+    fn run(&mut self, lapics: Lapics) -> Reply {
         if !self.entered {
             self.shared.clock.stamp(Phase::Entered);
         }
@@ -326,7 +367,7 @@ impl Worker {
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     exits.count(ExitKind::MmioWrite);
-                    if let Err(error) = machine.mmio_write(address, data) {
+                    if let Err(error) = machine.mmio_write(address, data, lapics) {
                         return Reply::Ended(violation(error));
                     }
                 }
@@ -336,14 +377,19 @@ impl Worker {
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     exits.count(ExitKind::PortOut);
-                    if machine.port_out(port, data) == PortEffect::Reset {
+                    if machine.port_out(port, data, lapics) == PortEffect::Reset {
                         return Reply::Ended(self.reset());
                     }
                 }
                 Err(error) if error.errno() == libc::EINTR => {
                     exits.count(ExitKind::Interrupted);
-                    if self.stop.answer(self.immediate_exit.byte()) {
+                    let asked = self.wish.answer(self.immediate_exit.byte());
+                    if asked.has(Asked::STOP) {
                         return Reply::Stopped;
+                    }
+                    if asked.has(Asked::LOOK) && vcpu_state::is_halted(&self.fd) {
+                        let again = machine.raise_unacknowledged(lapics);
+                        self.shared.raised_again.fetch_add(again, Ordering::Relaxed);
                     }
                 }
                 // A vCPU that waits for its start-up IPI, or a mapping that is being replaced.

@@ -5,6 +5,7 @@
 
 mod reclaim;
 mod reset;
+mod running;
 
 use std::{
     fs::File,
@@ -13,12 +14,14 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
         unix::{fs::FileExt, net::UnixStream},
     },
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use firn_proto::control::{
-    self, DiskSource, Exit, ExitReason, Failure, FailureKind, MemoryPlan, Phase, SaveReport,
-    ShellConfig, Stats,
+    self, DiskSource, Exit, Failure, FailureKind, MemoryPlan, Phase, SaveReport, ShellConfig, Stats,
 };
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -26,14 +29,16 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use crate::{
     arch::{self, boot, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
     descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
+    handover::Lapics,
     machine::{Machine, MachineRestoreError},
     memory::{Memory, MemoryError},
     plan::{self, PlanError, Spares, View},
     snapshot::{self, SavedVm},
     stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
-    vcpu::{self, Command, Part, Reply, Shared, ThawPlan, Vcpu},
+    vcpu::{self, Command, Part, Reply, Shared, Vcpu},
 };
 use reset::Origin;
+use running::{Deaf, State};
 
 /// Largest difference of TSC frequencies that a thaw tolerates, in millionths: what NTP corrects
 /// without stepping.
@@ -92,13 +97,6 @@ fn io_error(what: &'static str) -> impl FnOnce(std::io::Error) -> RequestError {
 
 type Result<T> = std::result::Result<T, RequestError>;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Empty,
-    Running,
-    Paused,
-}
-
 /// One microVM.
 pub struct Vm {
     config: ShellConfig,
@@ -118,8 +116,7 @@ pub struct Vm {
     state: State,
     /// What this VM was thawed from.
     origin: Option<Origin>,
-    /// Paused where the snapshot left it: its clocks are set when it runs.
-    fresh: bool,
+    deaf: Deaf,
 }
 
 impl Vm {
@@ -178,6 +175,7 @@ impl Vm {
             msrs,
             power_on_msrs,
             bell: vcpu::bell().map_err(io_error("eventfd"))?,
+            raised_again: AtomicU64::new(0),
         });
         vcpu::install_kick_handler().map_err(io_error("sigaction"))?;
         let vcpus = descriptors
@@ -202,7 +200,7 @@ impl Vm {
             tsc_offset: 0,
             state: State::Empty,
             origin: None,
-            fresh: false,
+            deaf: Deaf::default(),
         })
     }
 
@@ -231,7 +229,7 @@ impl Vm {
         descriptors: Vec<OwnedFd>,
         watch: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.expect(State::Empty)?;
+        self.expect_empty()?;
         let expected = 2 + usize::from(initramfs) + count(disks);
         let mut descriptors = expect_descriptors(descriptors, expected)?;
         let mut kernel = File::from(next(&mut descriptors)?);
@@ -272,6 +270,7 @@ impl Vm {
         }
         self.all_stopped()?;
         self.clock.stamp(Phase::VcpuSet);
+        self.state = State::Paused(Lapics::of_power_on());
         self.run()?;
         self.spares.release();
         Ok(())
@@ -289,7 +288,7 @@ impl Vm {
         descriptors: Vec<OwnedFd>,
         watch: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.expect(State::Empty)?;
+        self.expect_empty()?;
         let mut descriptors = expect_descriptors(descriptors, 3 + count(disks))?;
         let memory = next_to(&MEMORY, &mut descriptors)?;
         let state = File::from(next(&mut descriptors)?);
@@ -308,32 +307,6 @@ impl Vm {
         self.origin = Some(Origin::new(saved, memory));
         // The guest runs. What this thaw had no use for would count as the guest's memory.
         self.spares.release();
-        Ok(())
-    }
-
-    /// Restores interrupt controllers, clock and vCPUs, or a part of them, in the order that KVM
-    /// demands; then runs, or stays paused and fresh.
-    fn set_processors(&mut self, saved: &Arc<SavedVm>, part: Part, resume: bool) -> Result<()> {
-        match part {
-            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm),
-            Part::Clocks => saved.vm.restore_clock(&self.vm),
-        }
-        .map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
-        self.clock.stamp(Phase::DevicesSet);
-        let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
-        self.tsc_offset =
-            saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
-        let thaw = Arc::new(ThawPlan::new(saved.clone(), shift, part, resume));
-        for vcpu in &self.vcpus {
-            vcpu.tell(Command::Thaw(thaw.clone()));
-        }
-        if resume {
-            self.state = State::Running;
-        } else {
-            self.all_stopped()?;
-            self.state = State::Paused;
-        }
-        self.fresh = !resume;
         Ok(())
     }
 
@@ -391,58 +364,6 @@ impl Vm {
         Ok(())
     }
 
-    /// Stops all vCPUs; without effect on a paused VM.
-    ///
-    /// # Errors
-    /// [`RequestError`].
-    pub fn pause(&mut self) -> Result<()> {
-        if self.state == State::Paused {
-            return Ok(());
-        }
-        self.expect(State::Running)?;
-        for vcpu in &self.vcpus {
-            vcpu.stop();
-        }
-        self.all_stopped()?;
-        self.state = State::Paused;
-        Ok(())
-    }
-
-    /// Lets the vCPUs run; without effect on a running VM.
-    ///
-    /// # Errors
-    /// [`RequestError`].
-    pub fn resume(&mut self) -> Result<()> {
-        if self.state == State::Running {
-            return Ok(());
-        }
-        self.expect(State::Paused)?;
-        self.run()
-    }
-
-    /// The invoke stream has become readable or writable. Bytes for a paused guest resume it.
-    ///
-    /// # Errors
-    /// [`RequestError::Ended`].
-    pub fn stream_ready(&mut self) -> Result<()> {
-        if self.state == State::Paused && !self.machine.host_has_bytes() {
-            return Ok(());
-        }
-        if self.fresh {
-            return self.run();
-        }
-        self.machine.pump().map_err(|error| {
-            RequestError::Ended(Exit {
-                reason: ExitReason::DeviceViolation,
-                detail: error.to_string(),
-            })
-        })?;
-        if self.state == State::Paused {
-            self.run()?;
-        }
-        Ok(())
-    }
-
     /// Replaces a disk's medium.
     ///
     /// # Errors
@@ -454,12 +375,13 @@ impl Vm {
         descriptors: Vec<OwnedFd>,
     ) -> Result<()> {
         let bad = |message: String| RequestError::refused(FailureKind::BadRequest, message);
-        if self.state == State::Empty {
+        if matches!(self.state, State::Empty) {
             return Err(bad("nothing runs here yet".into()));
         }
+        let lapics = self.state.lapics();
         let descriptors = expect_descriptors(descriptors, source.descriptors())?;
         self.machine
-            .replace(usize::from(slot), source, &mut all_to(&DISKS, descriptors)?)
+            .replace(usize::from(slot), source, &mut all_to(&DISKS, descriptors)?, lapics)
             .ok_or_else(|| bad(format!("there is no disk slot {slot}")))?
             .map_err(|error| bad(error.to_string()))?;
         if let Some(origin) = &mut self.origin {
@@ -473,7 +395,9 @@ impl Vm {
     /// # Errors
     /// [`RequestError::Refused`]; the VM stays as it was.
     pub fn save(&mut self, base: bool, descriptors: Vec<OwnedFd>) -> Result<SaveReport> {
-        self.expect(State::Paused)?;
+        if !self.state.is_paused() {
+            return Err(self.misplaced("Paused"));
+        }
         let started = monotonic_ns();
         let writable: Vec<usize> = Machine::writable_slots(&self.config.disks).collect();
         let expected = 2 + usize::from(base) + writable.len();
@@ -553,41 +477,17 @@ impl Vm {
             kvm,
             tsc_offset: self.tsc_offset,
             tsc_khz: self.tsc_khz,
-            paused: self.state == State::Paused,
+            paused: self.state.is_paused(),
             memory_address: self.memory.host_pointer(0) as u64,
+            interrupts_raised_again: self.shared.raised_again.load(Ordering::Relaxed),
         }
     }
 
-    /// Lets the vCPUs run. From a fresh pause as at a thaw: by the snapshot's clocks, and with what
-    /// the host has sent in the receive queue before the first instruction.
-    fn run(&mut self) -> Result<()> {
-        if let Some(origin) = self.origin.as_ref().filter(|_| self.fresh) {
-            let saved = origin.saved.clone();
-            return self.set_processors(&saved, Part::Clocks, true);
+    fn expect_empty(&self) -> Result<()> {
+        match self.state {
+            State::Empty => Ok(()),
+            _ => Err(self.misplaced("Empty")),
         }
-        for vcpu in &self.vcpus {
-            vcpu.tell(Command::Run);
-        }
-        self.state = State::Running;
-        Ok(())
-    }
-
-    fn expect(&self, state: State) -> Result<()> {
-        if self.state == state {
-            return Ok(());
-        }
-        let message = format!("the microVM is {:?}, the request needs it {state:?}", self.state);
-        Err(RequestError::refused(FailureKind::BadRequest, message))
-    }
-
-    fn all_stopped(&self) -> Result<()> {
-        for vcpu in &self.vcpus {
-            match vcpu.reply() {
-                Reply::Stopped => {}
-                reply => return Err(unexpected(reply)),
-            }
-        }
-        Ok(())
     }
 }
 
@@ -595,7 +495,7 @@ fn unexpected(reply: Reply) -> RequestError {
     match reply {
         Reply::Ended(exit) => RequestError::Ended(exit),
         Reply::Failed(error) => RequestError::refused(FailureKind::Kvm, error),
-        Reply::Stopped | Reply::Saved(_) => {
+        Reply::Stopped | Reply::Saved(_) | Reply::Described(_) => {
             RequestError::refused(FailureKind::Kvm, "a vCPU answered another question")
         }
     }

@@ -25,6 +25,7 @@ use virtio_bindings::{
 use super::medium::{BLOCK, Disk, SECTOR};
 pub use super::medium::{Medium, MediumError};
 use crate::{
+    handover::Lapics,
     memory::GuestMemory,
     virtio::{
         Device, DeviceError, RestoreError, chain::Buffers, chain::Chain, mmio::VirtioMmio,
@@ -185,13 +186,13 @@ impl VirtioMmio<Block> {
         Ok(())
     }
 
-    /// Replaces the medium while the guest runs, and tells it.
+    /// Replaces the medium under a guest, and tells it (see [`VirtioMmio::config_changed`]).
     ///
     /// # Errors
     /// [`MediumError`]; the old medium stays.
-    pub fn replace(&mut self, medium: Medium) -> Result<(), MediumError> {
+    pub fn replace(&mut self, medium: Medium, lapics: Option<Lapics>) -> Result<(), MediumError> {
         self.install(medium)?;
-        self.config_changed();
+        self.config_changed(lapics);
         Ok(())
     }
 

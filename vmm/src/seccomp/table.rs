@@ -176,7 +176,7 @@ const VCPU: &[Entry] = table! {
     SYS_ioctl(KVM_GET_LAPIC),       [Ask::OwnVcpu], "save";
     SYS_ioctl(KVM_SET_LAPIC),       [Ask::OwnVcpu], "thaw, reset";
     SYS_ioctl(KVM_GET_CPUID2),      [Ask::OwnVcpu], "what XSAVE state there is";
-    SYS_ioctl(KVM_GET_MP_STATE),    [Ask::OwnVcpu], "save";
+    SYS_ioctl(KVM_GET_MP_STATE),    [Ask::OwnVcpu], "save; whether the vCPU is halted";
     SYS_ioctl(KVM_SET_MP_STATE),    [Ask::OwnVcpu], "thaw, reset";
     SYS_ioctl(KVM_GET_VCPU_EVENTS), [Ask::OwnVcpu], "save";
     SYS_ioctl(KVM_SET_VCPU_EVENTS), [Ask::OwnVcpu], "thaw, reset";
@@ -221,12 +221,11 @@ const DEVICE: &[Entry] = table! {
     SYS_recvfrom,                   [on(&[STREAM])], "looking whether the host has written";
     SYS_sendmsg,                    [on(&[STREAM])], "what the guest says to the host";
     SYS_shutdown,                   [on(&[STREAM])], "the guest has said all";
-    SYS_clock_gettime,              [],             "stamps",
-        unseen: "only where the clock source has no vDSO";
+    SYS_clock_gettime,              [],             "CPU time of vCPU threads; stamps where the clock source has no vDSO";
     SYS_exit_group,                 [],             "the end";
 
     SYS_ioctl(KVM_IRQ_LINE),        [on(&[VM])],    "the invoke stream's interrupt";
-    SYS_ioctl(KVM_GET_IRQCHIP),     [on(&[VM])],    "save";
+    SYS_ioctl(KVM_GET_IRQCHIP),     [on(&[VM])],    "save; whom an interrupt is for";
     SYS_ioctl(KVM_SET_IRQCHIP),     [on(&[VM])],    "thaw, reset";
     SYS_ioctl(KVM_GET_CLOCK),       [on(&[VM])],    "save";
     SYS_ioctl(KVM_SET_CLOCK),       [on(&[VM])],    "thaw, reset";

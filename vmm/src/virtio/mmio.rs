@@ -37,7 +37,7 @@ use super::{
     Device, DeviceError, Interrupt, RestoreError,
     queue::{Queues, Ring, RingState},
 };
-use crate::memory::GuestMemory;
+use crate::{handover::Lapics, memory::GuestMemory};
 
 /// Bytes of guest physical address space of one device.
 pub const WINDOW: u64 = 0x1000;
@@ -88,13 +88,14 @@ pub struct VirtioMmio<D> {
     pub(crate) queues: Queues,
     registers: Registers,
     interrupt: Arc<dyn Interrupt>,
+    acknowledged: u32,
 }
 
 impl<D: Device> VirtioMmio<D> {
     /// A device as it is after power-on.
     pub fn new(device: D, memory: Arc<GuestMemory>, interrupt: Arc<dyn Interrupt>) -> Self {
         let queues = Queues::new(memory, D::QUEUES);
-        Self { device, queues, registers: Registers::default(), interrupt }
+        Self { device, queues, registers: Registers::default(), interrupt, acknowledged: 0 }
     }
 
     /// The device behind the registers.
@@ -121,24 +122,57 @@ impl<D: Device> VirtioMmio<D> {
     /// # Errors
     /// [`DeviceError`] if the guest did what no driver may do. The device then has
     /// `DEVICE_NEEDS_RESET` and ignores kicks until the driver resets it.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+    pub fn write(&mut self, offset: u64, data: &[u8], lapics: Lapics) -> Result<(), DeviceError> {
         // No device here has writable configuration.
         let Ok(data) = <[u8; 4]>::try_from(data) else { return Ok(()) };
         if offset >= CONFIG || !offset.is_multiple_of(4) {
             return Ok(());
         }
-        let result = self.set_register(offset as u32, u32::from_le_bytes(data));
+        let result = self.set_register(offset as u32, u32::from_le_bytes(data), lapics);
         self.stop_on_error(result)
     }
 
-    /// Tells the driver that device configuration has changed.
-    pub fn config_changed(&mut self) {
+    /// Tells the driver that device configuration has changed. Without LAPICs it hears of it by
+    /// [`Self::raise_unacknowledged`].
+    pub fn config_changed(&mut self, lapics: Option<Lapics>) {
         let registers = &mut self.registers;
         registers.config_generation = registers.config_generation.wrapping_add(1);
         if registers.status & DRIVER_OK != 0 {
             registers.interrupt_status |= VIRTIO_MMIO_INT_CONFIG;
-            self.interrupt.raise();
+            if let Some(lapics) = lapics {
+                self.interrupt.raise(lapics);
+            }
         }
+    }
+
+    /// Whether an interrupt waits for the driver's acknowledgement (`InterruptACK`, §4.2.2).
+    pub fn is_unacknowledged(&self) -> bool {
+        self.registers.interrupt_status != 0
+    }
+
+    /// How often the driver has acknowledged interrupts. It wraps.
+    pub fn acknowledged(&self) -> u32 {
+        self.acknowledged
+    }
+
+    /// Raises the line again if the driver has not acknowledged what it was raised for; whether it
+    /// was. To a driver that is about to it does no harm: it finds nothing to do.
+    pub fn raise_unacknowledged(&self, lapics: Lapics) -> bool {
+        if self.is_unacknowledged() {
+            self.interrupt.raise(lapics);
+        }
+        self.is_unacknowledged()
+    }
+
+    /// Interrupt status and the queues' indices, in a line of text for people.
+    pub fn describe(&self) -> String {
+        let registers = &self.registers;
+        format!(
+            "status {:#x}, interrupt status {:#x}, queues {}",
+            registers.status,
+            registers.interrupt_status,
+            self.queues.describe()
+        )
     }
 
     /// What a snapshot has to keep.
@@ -205,14 +239,16 @@ impl<D: Device> VirtioMmio<D> {
     /// driver wants it: how a device moves without a kick.
     pub(crate) fn drive(
         &mut self,
+        lapics: Lapics,
         work: impl FnOnce(&mut D, &mut Queues) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let result = self.drive_inner(work);
+        let result = self.drive_inner(lapics, work);
         self.stop_on_error(result)
     }
 
     fn drive_inner(
         &mut self,
+        lapics: Lapics,
         work: impl FnOnce(&mut D, &mut Queues) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         if self.registers.status & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
@@ -222,7 +258,7 @@ impl<D: Device> VirtioMmio<D> {
         if self.queues.take_interrupt()? {
             // The status first: the handler may run at once, on another vCPU.
             self.registers.interrupt_status |= VIRTIO_MMIO_INT_VRING;
-            self.interrupt.raise();
+            self.interrupt.raise(lapics);
         }
         Ok(())
     }
@@ -264,7 +300,7 @@ impl<D: Device> VirtioMmio<D> {
         }
     }
 
-    fn set_register(&mut self, offset: u32, value: u32) -> Result<(), DeviceError> {
+    fn set_register(&mut self, offset: u32, value: u32, lapics: Lapics) -> Result<(), DeviceError> {
         match offset {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.registers.device_features_sel = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.registers.driver_features_sel = value,
@@ -285,8 +321,11 @@ impl<D: Device> VirtioMmio<D> {
             VIRTIO_MMIO_QUEUE_USED_LOW => self.configure(|r| set_low(&mut r.used, value)),
             VIRTIO_MMIO_QUEUE_USED_HIGH => self.configure(|r| set_high(&mut r.used, value)),
             VIRTIO_MMIO_QUEUE_READY => return self.set_ready(value),
-            VIRTIO_MMIO_QUEUE_NOTIFY => return self.kick(value),
-            VIRTIO_MMIO_INTERRUPT_ACK => self.registers.interrupt_status &= !value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => return self.kick(value, lapics),
+            VIRTIO_MMIO_INTERRUPT_ACK => {
+                self.registers.interrupt_status &= !value;
+                self.acknowledged = self.acknowledged.wrapping_add(1);
+            }
             VIRTIO_MMIO_STATUS => self.set_status(value),
             _ => {}
         }
@@ -319,12 +358,12 @@ impl<D: Device> VirtioMmio<D> {
         Ok(())
     }
 
-    fn kick(&mut self, queue: u32) -> Result<(), DeviceError> {
+    fn kick(&mut self, queue: u32, lapics: Lapics) -> Result<(), DeviceError> {
         let queue = queue as usize;
         if !self.queues.ring(queue).is_some_and(|ring| ring.is_ready()) {
             return Ok(());
         }
-        self.drive_inner(|device, queues| device.notify(queue, queues))
+        self.drive_inner(lapics, |device, queues| device.notify(queue, queues))
     }
 
     fn set_status(&mut self, value: u32) {

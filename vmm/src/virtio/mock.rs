@@ -14,7 +14,7 @@ use std::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Device, DeviceError, Interrupt, mmio::VirtioMmio};
-use crate::memory::GuestMemory;
+use crate::{handover::Lapics, memory::GuestMemory};
 
 pub(crate) const MEMORY: usize = 1 << 20;
 pub(crate) const DATA: u64 = 0x40000;
@@ -47,7 +47,7 @@ impl Line {
 }
 
 impl Interrupt for Line {
-    fn raise(&self) {
+    fn raise(&self, _: Lapics) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -122,7 +122,7 @@ impl<D: Device> Mock<D> {
     }
 
     pub(crate) fn set(&mut self, offset: u64, value: u32) -> Result<(), DeviceError> {
-        self.device.write(offset, &value.to_le_bytes())
+        self.device.write(offset, &value.to_le_bytes(), Lapics::of_power_on())
     }
 
     /// Takes all features that are offered.

@@ -28,11 +28,12 @@ pub mod queue;
 use serde::{Serialize, de::DeserializeOwned};
 
 use self::queue::Queues;
+use crate::handover::Lapics;
 
 /// An interrupt line.
 pub trait Interrupt: Send + Sync {
     /// Pulses the line. Called with the device's lock held.
-    fn raise(&self);
+    fn raise(&self, lapics: Lapics);
 }
 
 /// A device behind a transport.

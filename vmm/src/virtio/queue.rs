@@ -266,6 +266,29 @@ impl Queues {
         Err(DeviceError::Loop { queue, head })
     }
 
+    /// Size, the driver's position and the device's in each queue, for people: a driver that lies is
+    /// shown as it lies.
+    pub(super) fn describe(&self) -> String {
+        let ring = |ring: &Ring| {
+            let Some(queue) = &ring.queue else { return "not ready".to_owned() };
+            let memory = &*self.memory;
+            let index = |at: Result<Wrapping<u16>, _>| match at {
+                Ok(index) => index.0.to_string(),
+                Err::<_, virtio_queue::Error>(_) => "unreadable".to_owned(),
+            };
+            format!(
+                "size {}, available {} taken {}, used {} given {}",
+                queue.size(),
+                index(queue.avail_idx(memory, Ordering::Acquire)),
+                queue.next_avail(),
+                index(queue.used_idx(memory, Ordering::Acquire)),
+                queue.next_used()
+            )
+        };
+        let all: Vec<String> = self.rings.iter().map(ring).collect();
+        format!("[{}]", all.join("; "))
+    }
+
     /// Puts the last `count` chains that were popped, and not pushed, back.
     pub fn unpop(&mut self, queue: usize, count: u16) {
         if let Some(ring) = self.rings.get_mut(queue).and_then(|ring| ring.queue.as_mut()) {

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use firn_proto::control::{Exit, ExitReason, FailureKind};
 
-use super::{RequestError, Result, State, Vm};
+use super::{RequestError, Result, Vm};
 use crate::plan;
 
 impl Vm {
@@ -19,7 +19,9 @@ impl Vm {
     /// # Errors
     /// [`RequestError::Refused`] if the VM runs, [`RequestError::Ended`] if memory was lost.
     pub fn reclaim(&mut self) -> Result<u64> {
-        self.expect(State::Paused)?;
+        if !self.state.is_paused() {
+            return Err(self.misplaced("Paused"));
+        }
         if self.copied.is_empty() {
             return Ok(0);
         }

@@ -134,6 +134,64 @@ impl Code {
         self.put(&[0xb0, value, 0xba]).word(port.into()).put(&[0xee])
     }
 
+    /// What `then` puts, if the bit of EAX is set: `test $1<<bit,%eax; jz end`
+    pub fn if_bit(&mut self, bit: usize, then: impl FnOnce(&mut Self)) -> &mut Self {
+        self.put(&[0xa9]).word(1 << bit).forward(0x84, then)
+    }
+
+    /// What `then` puts, if the register is zero: `test %reg,%reg; jnz end`
+    pub fn if_zero(&mut self, register: u8, then: impl FnOnce(&mut Self)) -> &mut Self {
+        assert!(register < 8);
+        self.put(&[0x85, 0xc0 | register << 3 | register]).forward(0x85, then)
+    }
+
+    /// Jumps over what `then` puts, if the condition holds.
+    fn forward(&mut self, condition: u8, then: impl FnOnce(&mut Self)) -> &mut Self {
+        self.put(&[0x0f, condition]).word(0);
+        let from = self.0.len();
+        then(self);
+        let distance = (self.0.len() - from) as u32;
+        self.0[from - 4..from].copy_from_slice(&distance.to_le_bytes());
+        self
+    }
+
+    /// `test $1<<bit,%eax; jz start`
+    pub fn unless_bit_go_to(&mut self, bit: usize, start: usize) -> &mut Self {
+        self.put(&[0xa9]).word(1 << bit).put(&[0x0f, 0x84]);
+        let back = (self.0.len() + 4 - start) as u32;
+        self.word(back.wrapping_neg())
+    }
+
+    /// `movabs $value,%rax; mov %rax,address`
+    pub fn set_quad(&mut self, address: u32, value: u64) -> &mut Self {
+        self.load_immediate(0, value).store(0, address)
+    }
+
+    /// `mov $value,%ax`
+    pub fn half(&mut self, value: u16) -> &mut Self {
+        self.put(&[0x66, 0xb8]).put(&value.to_le_bytes())
+    }
+
+    /// `mov address,%ax`
+    pub fn load_half(&mut self, address: u32) -> &mut Self {
+        self.put(&[0x66, 0x8b, 0x04, 0x25]).word(address)
+    }
+
+    /// `add $n,%ax`
+    pub fn add_half(&mut self, n: u16) -> &mut Self {
+        self.put(&[0x66, 0x05]).put(&n.to_le_bytes())
+    }
+
+    /// `mov %ax,address`
+    pub fn store_half(&mut self, address: u32) -> &mut Self {
+        self.put(&[0x66, 0x89, 0x04, 0x25]).word(address)
+    }
+
+    /// Writes EAX to a device's register: `movabs %eax,address`
+    pub fn store_device(&mut self, address: u64) -> &mut Self {
+        self.put(&[0xa3]).quad(address)
+    }
+
     /// Prints RAX, little end first: `mov $8,%ecx; mov $0x3f8,%edx; l: out %al,(%dx);
     /// shr $8,%rax; loop l`
     pub fn print(&mut self) -> &mut Self {

@@ -49,11 +49,21 @@ impl Vmm {
         Self::spawn_program(kvm, &program(), || Ok(()))
     }
 
-    /// The same with a program of choice. `prepare` runs in the new process before that does: it
-    /// must be async-signal-safe.
+    /// The same with a program of choice.
     pub fn spawn_program(
         kvm: &File,
         program: &str,
+        prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        Self::spawn_in(kvm, program, None, prepare)
+    }
+
+    /// The same with a variable of its environment. `prepare` runs in the new process before the
+    /// program does: it must be async-signal-safe.
+    pub fn spawn_in(
+        kvm: &File,
+        program: &str,
+        variable: Option<(&str, &str)>,
         prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
         let (ours, theirs) = rustix::net::socketpair(
@@ -65,6 +75,7 @@ impl Vmm {
         .unwrap();
         let (control, kvm) = (theirs.as_raw_fd(), kvm.as_raw_fd());
         let mut command = Command::new(program);
+        command.envs(variable);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // SAFETY: dup2 and fcntl are async-signal-safe, as is what the caller gave. The sources are first moved out of the
         // way, since either may have the other's target number.

@@ -16,6 +16,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod describe;
 pub mod mptable;
 pub mod msrs;
 pub mod vcpu_state;

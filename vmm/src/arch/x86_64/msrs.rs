@@ -21,7 +21,7 @@ const MCG_CAP: u32 = 0x179;
 
 /// Where MSRs that KVM stores and does not list may be. Asking for one that is not there ends the
 /// ioctl, so gaps are left out: a shell should stand soon.
-const CANDIDATES: [RangeInclusive<u32>; 13] = [
+const CANDIDATES: [RangeInclusive<u32>; 14] = [
     // Performance counters (AMD's: below) and their event selectors.
     0xc1..=0xc8,
     0x186..=0x18d,
@@ -40,6 +40,8 @@ const CANDIDATES: [RangeInclusive<u32>; 13] = [
     0xc000_0102..=0xc000_0104,
     // AMD: event selectors and counters, SYSCFG, HWCR, and errata that guests may know of.
     0xc001_0000..=0xc001_001f,
+    // AMD: OS visible workarounds, which guests can set whose CPUID has them.
+    0xc001_0140..=0xc001_0141,
     0xc001_1020..=0xc001_102f,
 ];
 

@@ -9,8 +9,9 @@
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs, kvm_device_attr, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs,
+    kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -245,6 +246,11 @@ pub fn accept_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     vcpu.get_mp_state().map_err(kvm("GET_MP_STATE"))?;
     vcpu.get_vcpu_events().map_err(kvm("GET_VCPU_EVENTS"))?;
     Ok(())
+}
+
+/// Whether the stopped vCPU waits in HLT.
+pub fn is_halted(vcpu: &VcpuFd) -> bool {
+    vcpu.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED)
 }
 
 /// Writes MSRs, all or an error.

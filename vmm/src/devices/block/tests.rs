@@ -170,14 +170,30 @@ fn a_medium_comes_and_goes_while_the_guest_runs() {
     assert_eq!(request(&mut mock, VIRTIO_BLK_T_IN, 0, 0, true), IOERR);
     mock.set(0x64, 3).unwrap();
     let raised = mock.line.count();
-    mock.device.replace(Medium::ReadOnly { file: file(&content()) }).unwrap();
+    let lapics = Some(Lapics::of_power_on());
+    mock.device.replace(Medium::ReadOnly { file: file(&content()) }, lapics).unwrap();
     assert_eq!((mock.line.count(), mock.get(0x60), mock.get(0xfc)), (raised + 1, 2, 1));
     assert_eq!(capacity(&mut mock), 35);
     assert_eq!(request(&mut mock, VIRTIO_BLK_T_IN, 1, 512, true), OK);
-    assert!(mock.device.replace(medium(None)).is_err());
+    assert!(mock.device.replace(medium(None), lapics).is_err());
     assert_eq!(capacity(&mut mock), 35);
-    mock.device.replace(Medium::Empty).unwrap();
+    mock.device.replace(Medium::Empty, lapics).unwrap();
     assert_eq!(capacity(&mut mock), 0);
+}
+
+#[test]
+fn a_medium_that_came_when_there_was_no_lapic_is_told_of_later() {
+    let mut mock = empty(DiskKind::ReadOnly);
+    mock.set(0x64, 3).unwrap();
+    let raised = mock.line.count();
+    mock.device.replace(Medium::Empty, None).unwrap();
+    assert_eq!((mock.line.count(), mock.device.is_unacknowledged()), (raised, true));
+    assert!(mock.device.raise_unacknowledged(Lapics::of_power_on()));
+    assert_eq!((mock.line.count(), mock.get(0x60)), (raised + 1, 2));
+    let before = mock.device.acknowledged();
+    mock.set(0x64, 2).unwrap();
+    assert!(!mock.device.raise_unacknowledged(Lapics::of_power_on()));
+    assert_eq!((mock.line.count(), mock.device.acknowledged()), (raised + 1, before + 1));
 }
 
 #[test]

@@ -11,7 +11,10 @@ use std::{
 use rustix::net::{RecvFlags, recv};
 
 use super::{Due, TX, Vsock, connection::Connection};
-use crate::virtio::{DeviceError, mmio::VirtioMmio};
+use crate::{
+    handover::Lapics,
+    virtio::{DeviceError, mmio::VirtioMmio},
+};
 
 /// The host's stream, and what is known of its readiness.
 pub(super) struct Host {
@@ -66,12 +69,12 @@ impl VirtioMmio<Vsock> {
     ///
     /// # Errors
     /// [`DeviceError`] if the guest broke its rings.
-    pub fn pump(&mut self) -> Result<(), DeviceError> {
+    pub fn pump(&mut self, lapics: Lapics) -> Result<(), DeviceError> {
         if let Some(host) = &mut self.device.host {
             host.readable = true;
             host.writable = true;
         }
-        self.drive(|device, queues| {
+        self.drive(lapics, |device, queues| {
             device.flush();
             device.receive(queues)
         })

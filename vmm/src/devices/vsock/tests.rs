@@ -4,7 +4,10 @@ use std::{
 };
 
 use super::{connection::BUFFER, packet::NO_RECEIVE, *};
-use crate::virtio::mock::{DATA, Mock, memory};
+use crate::{
+    handover::Lapics,
+    virtio::mock::{DATA, Mock, memory},
+};
 
 mod hostile;
 
@@ -48,7 +51,7 @@ impl Guest {
         let (near, far) = UnixStream::pair().unwrap();
         far.set_nonblocking(true).unwrap();
         self.mock.device.set_host_stream(near);
-        self.mock.device.pump().unwrap();
+        self.mock.device.pump(Lapics::of_power_on()).unwrap();
         far
     }
 
@@ -146,7 +149,7 @@ fn connects_and_moves_bytes_both_ways() {
     assert_eq!(drain(&mut host), (b"from guest".to_vec(), false));
     assert!(guest.mock.device.first_byte().is_some());
     host.write_all(b"from host").unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     let (header, payload) = guest.one();
     assert_eq!(payload, b"from host");
     let expected =
@@ -159,7 +162,7 @@ fn connects_and_moves_bytes_both_ways() {
 fn bytes_that_wait_before_the_guest_connects_arrive() {
     let (mut guest, mut host) = Guest::new(8);
     host.write_all(b"early").unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     assert!(guest.ops().is_empty());
     assert!(guest.mock.device.host_has_bytes());
     guest.send(guest.header(op::REQUEST), &[]);
@@ -173,7 +176,7 @@ fn long_messages_fill_many_buffers_by_few_packets() {
     let bytes = pattern(100_000);
     host.write_all(&bytes).unwrap();
     let raised = guest.mock.line.count();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     assert_eq!(guest.mock.line.count(), raised + 1);
     assert_eq!(guest.mock.device.queues.available(RX).unwrap(), 100 - 25);
     assert_eq!(guest.read(), bytes);
@@ -185,7 +188,7 @@ fn bytes_wait_for_buffers() {
     let bytes = pattern(20_000);
     host.write_all(&bytes).unwrap();
     let mut arrived = Vec::new();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     for _ in 0..5 {
         arrived.extend(guest.read());
         guest.post(1);
@@ -201,10 +204,10 @@ fn bytes_wait_for_credit() {
     guest.send(guest.header(op::CREDIT_UPDATE), &[]);
     let bytes = pattern(12_000);
     host.write_all(&bytes).unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     let mut arrived = guest.read();
     assert_eq!(arrived.len(), 5000);
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     assert!(guest.read().is_empty());
     for expected in [10_000, 12_000] {
         guest.send(guest.header(op::CREDIT_UPDATE), &[]);
@@ -229,7 +232,7 @@ fn a_slow_host_gets_everything_and_the_guest_hears_of_it() {
         let (chunk, ended) = drain(&mut host);
         assert!(!ended && !chunk.is_empty());
         arrived.extend(chunk);
-        guest.mock.device.pump().unwrap();
+        guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     }
     assert_eq!(arrived, bytes);
     guest.mock.device.quiescent().unwrap();
@@ -253,9 +256,9 @@ fn a_guest_with_a_small_buffer_hears_of_credit_before_it_must_wait() {
         guest.write(&pattern(count));
         sent += count;
         arrived += drain(&mut host).0.len();
-        guest.mock.device.pump().unwrap();
+        guest.mock.device.pump(Lapics::of_power_on()).unwrap();
         arrived += drain(&mut host).0.len();
-        guest.mock.device.pump().unwrap();
+        guest.mock.device.pump(Lapics::of_power_on()).unwrap();
         if let Some((header, _)) = guest.packets().last() {
             known = header.fwd_cnt as usize;
         }
@@ -291,7 +294,7 @@ fn a_guest_that_overruns_our_buffer_is_reset() {
 fn a_guest_that_lies_about_consumption_is_reset() {
     let (mut guest, mut host) = Guest::connected(8);
     host.write_all(b"abc").unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     guest.packets();
     guest.fwd_cnt = 4;
     guest.send(guest.header(op::CREDIT_UPDATE), &[]);
@@ -372,8 +375,8 @@ fn the_hosts_end_is_passed_on_after_its_last_bytes() {
     let (mut guest, mut host) = Guest::connected(8);
     host.write_all(b"last").unwrap();
     host.shutdown(Shutdown::Write).unwrap();
-    guest.mock.device.pump().unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     let packets = guest.packets();
     assert_eq!(packets[0].1, b"last");
     assert_eq!((packets[1].0.op, packets[1].0.flags), (op::SHUTDOWN, NO_SEND));
@@ -409,7 +412,7 @@ fn the_guests_shutdown_waits_for_its_bytes() {
         if ended {
             break;
         }
-        guest.mock.device.pump().unwrap();
+        guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     }
     assert_eq!(arrived, bytes);
     assert_eq!(guest.ops().last(), Some(&op::RST));
@@ -422,7 +425,7 @@ fn half_a_shutdown_ends_half_a_stream() {
     guest.send(Header { flags: NO_SEND, ..guest.header(op::SHUTDOWN) }, &[]);
     assert_eq!(drain(&mut host), (b"all".to_vec(), true));
     host.write_all(b"answer").unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     assert_eq!(guest.read(), b"answer");
     // It said that it sends no more.
     guest.write(b"but");
@@ -458,7 +461,10 @@ fn lengths_that_lie_are_violations() {
     let (mut guest, mut host) = Guest::connected(1);
     host.write_all(&[1; 5000]).unwrap();
     guest.mock.add(RX, &[(BUFFERS, 44, true)]);
-    assert!(matches!(guest.mock.device.pump(), Err(DeviceError::Short { queue: RX, .. })));
+    assert!(matches!(
+        guest.mock.device.pump(Lapics::of_power_on()),
+        Err(DeviceError::Short { queue: RX, .. })
+    ));
 }
 
 #[test]
@@ -477,7 +483,7 @@ fn the_connection_goes_on_in_a_clone_with_a_new_stream() {
         drain(&mut old);
     }
     old.write_all(&pattern(10_000)).unwrap();
-    guest.mock.device.pump().unwrap();
+    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
     let packets = guest.packets();
     assert!(packets.iter().any(|(header, _)| header.op == op::CREDIT_UPDATE));
     guest.fwd_cnt = 4000;
@@ -490,7 +496,7 @@ fn the_connection_goes_on_in_a_clone_with_a_new_stream() {
     let mut new = clone.plug();
     assert!(clone.ops().is_empty());
     new.write_all(&pattern(9_000)).unwrap();
-    clone.mock.device.pump().unwrap();
+    clone.mock.device.pump(Lapics::of_power_on()).unwrap();
     // 12,000 of room, 6,000 in flight since before the snapshot.
     let (packets, mut arrived) = (clone.packets(), Vec::new());
     assert_eq!(packets[0].0.fwd_cnt, 660_000);

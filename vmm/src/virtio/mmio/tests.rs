@@ -39,12 +39,12 @@ fn identity_registers() {
 fn odd_accesses_do_nothing() {
     let mut mock = up();
     for (offset, len) in [(0x70, 1), (0x70, 2), (0x70, 8), (0x71, 4), (0x70, 0), (u64::MAX, 4)] {
-        mock.device.write(offset, &vec![0; len]).unwrap();
+        mock.device.write(offset, &vec![0; len], Lapics::of_power_on()).unwrap();
         let mut data = vec![0xff; len];
         mock.device.read(offset, &mut data);
         assert_eq!(data, vec![0; len]);
     }
-    mock.device.write(0x100, &[1; 8]).unwrap();
+    mock.device.write(0x100, &[1; 8], Lapics::of_power_on()).unwrap();
     assert_eq!(mock.get(0x70), 15);
 }
 
@@ -300,10 +300,10 @@ fn interrupts_are_acknowledged_and_suppressed() {
 #[test]
 fn configuration_changes_are_told_to_a_driver_that_is_up() {
     let mut mock = cold();
-    mock.device.config_changed();
+    mock.device.config_changed(Some(Lapics::of_power_on()));
     assert_eq!((mock.line.count(), mock.get(0x60), mock.get(0xfc)), (0, 0, 1));
     let mut mock = up();
-    mock.device.config_changed();
+    mock.device.config_changed(Some(Lapics::of_power_on()));
     assert_eq!((mock.line.count(), mock.get(0x60), mock.get(0xfc)), (1, 2, 1));
 }
 
@@ -442,7 +442,9 @@ fn survive<D: Device>(mut mock: Mock<D>, steps: &[Step]) {
     for step in steps {
         match step.clone() {
             Step::Register(offset, value) => drop(mock.set(offset, value)),
-            Step::Write(offset, bytes) => drop(mock.device.write(offset, &bytes)),
+            Step::Write(offset, bytes) => {
+                drop(mock.device.write(offset, &bytes, Lapics::of_power_on()))
+            }
             Step::Read(offset, len) => mock.device.read(offset, &mut vec![0; len]),
             Step::Descriptor(queue, index, raw) => mock.descriptor(queue % count, index, raw),
             Step::Offer(queue, head) => mock.offer(queue % count, head),

@@ -25,7 +25,7 @@ proptest! {
                 break;
             }
             let _ = host.write(&[7; 3000]);
-            let _ = guest.mock.device.pump();
+            let _ = guest.mock.device.pump(Lapics::of_power_on());
             guest.post(posted);
             guest.packets();
             guest.mock.used(TX);
@@ -54,7 +54,7 @@ proptest! {
                 2 => up.extend(drain(&mut host).0),
                 _ => {
                     up.extend(drain(&mut host).0);
-                    guest.mock.device.pump().unwrap();
+                    guest.mock.device.pump(Lapics::of_power_on()).unwrap();
                     let packets = guest.packets();
                     let count = packets.len();
                     let payload: Vec<u8> = packets.into_iter().flat_map(|(_, p)| p).collect();

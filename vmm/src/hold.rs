@@ -1,0 +1,98 @@
+//! Holds one kind of thread back, so that tests see both orders of two threads that race.
+//!
+//! Builds with debug assertions, as tests are, read `FIRN_HOLD` at their start: `vcpu0=2000` holds
+//! the thread of vCPU 0 back for 2,000 µs between a restore message and the restore, `device=2000`
+//! the device thread behind it. Other builds have nothing of this.
+
+use crate::seccomp::Thread;
+
+/// The calling thread waits here if it is one that is to be held back.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn back(_: Thread) {}
+
+/// Whether this interrupt is to be lost.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn swallows_interrupt() -> bool {
+    false
+}
+
+#[cfg(debug_assertions)]
+pub use debug::{back, configure, swallows_interrupt};
+
+#[cfg(debug_assertions)]
+mod debug {
+    use std::{
+        sync::{
+            Condvar, Mutex, OnceLock, PoisonError,
+            atomic::{AtomicU64, Ordering},
+        },
+        time::Duration,
+    };
+
+    use super::Thread;
+
+    static HELD: OnceLock<(Thread, Duration)> = OnceLock::new();
+
+    /// Interrupts that are still to be lost.
+    static SWALLOWED: AtomicU64 = AtomicU64::new(0);
+
+    #[derive(Debug, PartialEq)]
+    enum Hold {
+        Thread(Thread, Duration),
+        Interrupts(u64),
+    }
+
+    /// Reads `FIRN_HOLD`, before any thread is confined.
+    pub fn configure() {
+        match std::env::var("FIRN_HOLD").ok().and_then(|text| parse(&text)) {
+            Some(Hold::Thread(thread, time)) => drop(HELD.set((thread, time))),
+            Some(Hold::Interrupts(count)) => SWALLOWED.store(count, Ordering::Relaxed),
+            None => {}
+        }
+    }
+
+    fn parse(text: &str) -> Option<Hold> {
+        let (what, number) = text.split_once('=')?;
+        let number = number.parse().ok()?;
+        let thread = match what.strip_prefix("vcpu") {
+            Some(id) => Thread::Vcpu(id.parse().ok()?),
+            None if what == "device" => Thread::Device,
+            None if what == "swallow" => return Some(Hold::Interrupts(number)),
+            None => return None,
+        };
+        Some(Hold::Thread(thread, Duration::from_micros(number)))
+    }
+
+    /// The calling thread waits here if it is one that is to be held back.
+    pub fn back(thread: Thread) {
+        let Some(&(held, time)) = HELD.get() else { return };
+        if held == thread {
+            // A futex with a time limit, which every thread's filter allows; a sleep is not.
+            let nobody = Mutex::new(());
+            let lock = nobody.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(Condvar::new().wait_timeout_while(lock, time, |()| true));
+        }
+    }
+
+    /// Whether this interrupt is to be lost.
+    pub fn swallows_interrupt() -> bool {
+        let less = |left: u64| left.checked_sub(1);
+        SWALLOWED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn threads_are_named_as_the_module_says() {
+            let held = |thread| Some(Hold::Thread(thread, Duration::from_millis(2)));
+            assert_eq!(parse("vcpu3=2000"), held(Thread::Vcpu(3)));
+            assert_eq!(parse("device=2000"), held(Thread::Device));
+            assert_eq!(parse("swallow=2"), Some(Hold::Interrupts(2)));
+            assert_eq!((parse("vcpu=1"), parse("rng=1"), parse("device")), (None, None, None));
+        }
+    }
+}
