@@ -31,7 +31,6 @@ use super::{
 
 const DIR: &str = "FIRND_CRASH_TEST";
 const READY: &str = "ready on ";
-const KILLS: usize = 250;
 
 /// The daemon that the test kills. Its clock runs a hundred times as fast, so that minutes between
 /// attempts don't take any.
@@ -133,7 +132,8 @@ async fn no_accepted_event_is_lost_however_often_the_daemon_is_killed() {
             })
         })
         .collect();
-    for kill in 0..KILLS {
+    let kills = firn_nightly::rounds(30, 250);
+    for kill in 0..kills {
         if kill % 5 == 4 {
             // In the middle of its start, when it takes up what was left.
             tokio::time::sleep(Duration::from_micros(random(40_000))).await;
@@ -187,7 +187,7 @@ async fn no_accepted_event_is_lost_however_often_the_daemon_is_killed() {
         total += ids.len();
     }
     let (sent, accepted) = (counter.load(Ordering::SeqCst), accepted.len());
-    println!("{KILLS} kills, {sent} sent, {accepted} accepted, {total} runs, {repeated} repeated");
-    assert!(accepted >= KILLS, "{accepted} events in {KILLS} kills say little");
+    println!("{kills} kills, {sent} sent, {accepted} accepted, {total} runs, {repeated} repeated");
+    assert!(accepted >= kills, "{accepted} events in {kills} kills say little");
     assert!(runs.keys().all(|n| *n < sent), "what has run was sent");
 }
