@@ -227,7 +227,7 @@ pub async fn a_thousand_crashes_leave_nothing() {
     let settled = |found: Leftovers| found.children == pool && found.entries == pool;
     eventually("the pool is full", || settled(Leftovers::count(&install))).await;
     let before = Leftovers::count(&install);
-    for number in 0..1000 {
+    for number in 0..firn_nightly::rounds(40, 1000) {
         one(number).await;
     }
     eventually("all is as before", || Leftovers::count(&install) == before).await;
