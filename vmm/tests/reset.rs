@@ -336,8 +336,7 @@ fn nothing_that_a_guest_planted_is_found_after_a_reset() {
     for (field, (before, after)) in pristine.iter().zip(&planted).enumerate() {
         assert_ne!(before, after, "field {field}: nothing was planted");
     }
-    let rounds = if cfg!(debug_assertions) { 200 } else { 1000 };
-    for round in 0..rounds {
+    for round in 0..firn_nightly::rounds(50, 500) {
         // Sometimes in the middle of planting, which takes the guest a while.
         if round % 3 == 0 {
             std::thread::sleep(Duration::from_micros(round * 37 % 5000));
