@@ -16,6 +16,14 @@ import boto3
 import botocore.config
 import pytest
 
+# Each of pytest's workers has a daemon, and a host VM, of its own: its environment says where. Test files read it
+# when they are imported, too.
+PLACES = json.loads(os.environ["FIRN_PLACES"])
+os.environ.update(PLACES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))])
+
+# Lines of the daemon's log that a failure shows.
+LOG_LINES = 80
+
 ACCOUNT = "000000000000"
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/test"
 
@@ -24,6 +32,21 @@ COMMANDS = json.loads(os.environ.get("FIRN_CLIENTS", "{}"))
 
 # An emulated CPU takes seconds for what takes milliseconds elsewhere.
 PATIENCE = 180
+
+
+def rounds(few, many):
+    """How often a test does something: `few` times, or `many` in the nightly run."""
+    return many if "FIRN_NIGHTLY" in os.environ else few
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows the end of the log of the daemon that the test had."""
+    report = yield
+    if report.failed:
+        with open(os.environ["FIRN_LOG"], errors="replace") as log:
+            report.sections.append(("the daemon's log", "".join(log.readlines()[-LOG_LINES:])))
+    return report
 
 
 def zipped(files, stored=False):

@@ -2,10 +2,12 @@
 //! nothing behind.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::io::{BufRead, BufReader, Read};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -19,6 +21,9 @@ use crate::host_vm::client::Client;
 use crate::host_vm::{self, HostVm};
 use crate::lane::Site;
 use crate::{scratch, step};
+
+/// Directories of daemons that this process started are told apart by a number.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// What the daemon prints when it serves.
 const READY: &str = "firnd: ready on";
@@ -69,6 +74,7 @@ pub struct Daemon {
     second: SocketAddr,
     outside: Outside,
     log: Log,
+    log_file: PathBuf,
     before: BTreeSet<String>,
 }
 
@@ -86,14 +92,17 @@ enum Place {
     HostVm { vm: HostVm, ended: Receiver<()> },
 }
 
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<VecDeque<String>>>);
+/// Its last lines, and a file with all of them.
+#[derive(Clone)]
+struct Log(Arc<Mutex<(VecDeque<String>, File)>>);
 
 impl Daemon {
     /// Starts a daemon and waits until it serves.
     pub fn start(site: Site, artifacts: &Path, settings: &Settings) -> Result<Self> {
         step::say("starting the daemon …");
-        let log = Log::default();
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let log_file = scratch::directory()?.join(format!("firnd-{number}.log"));
+        let log = Log::new(&log_file)?;
         let (ready, is_ready) = mpsc::channel();
         let (second, outside) = match &site {
             Site::Native => {
@@ -113,7 +122,7 @@ impl Daemon {
             Site::Native => start_native(artifacts, settings, &log, ready)?,
             Site::HostVm(vm) => start_in_host_vm(vm, settings, &log, ready)?,
         };
-        let daemon = Self { place, endpoint, second, outside, log, before };
+        let daemon = Self { place, endpoint, second, outside, log, log_file, before };
         match is_ready.recv_timeout(START_LIMIT) {
             Ok(()) => Ok(daemon),
             Err(RecvTimeoutError::Timeout) => {
@@ -147,6 +156,11 @@ impl Daemon {
     /// The last lines of its log.
     pub fn log(&self) -> String {
         self.log.text()
+    }
+
+    /// A file with all lines of its log so far.
+    pub fn log_file(&self) -> &Path {
+        &self.log_file
     }
 
     /// Stops it in order, checks that nothing is left of it, ends the host VM.
@@ -297,23 +311,33 @@ impl Drop for Daemon {
 }
 
 impl Log {
+    fn new(file: &Path) -> Result<Self> {
+        let file =
+            File::create(file).with_context(|| format!("cannot create {}", file.display()))?;
+        Ok(Self(Arc::new(Mutex::new((VecDeque::new(), file)))))
+    }
+
     fn add(&self, line: &[u8], ready: &mpsc::Sender<()>) {
         let line = String::from_utf8_lossy(line).trim_end().to_owned();
         if line.starts_with(READY) {
             let _ = ready.send(());
         }
-        let mut lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if line.is_empty() {
+            return;
+        }
+        let mut log = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (lines, file) = &mut *log;
+        // Tests show it where they fail; without it they fail all the same.
+        let _ = writeln!(file, "{line}");
         if lines.len() == LOG_LINES {
             lines.pop_front();
         }
-        if !line.is_empty() {
-            lines.push_back(line);
-        }
+        lines.push_back(line);
     }
 
     fn text(&self) -> String {
-        let lines = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        lines.iter().map(|line| format!("  | {line}\n")).collect()
+        let log = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        log.0.iter().map(|line| format!("  | {line}\n")).collect()
     }
 }
 

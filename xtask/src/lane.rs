@@ -56,25 +56,27 @@ impl Site {
         }
     }
 
-    /// Runs a program of this machine there, with these files of this machine in its environment,
-    /// and shows progress by counting lines.
+    /// Runs a program of this machine there, with these variables in its environment, and shows progress by
+    /// counting lines.
     pub fn watch(
         &self,
         what: &str,
         program: &Path,
-        files: &[(&str, String)],
+        arguments: &[&str],
+        environment: &[(&str, String)],
         counts: impl Fn(&str) -> bool + Send + 'static,
     ) -> Result<Outcome> {
         let Self::HostVm(vm) = self else {
-            let files = files.iter().map(|(name, value)| (*name, value.as_str()));
-            return step::watch(what, Command::new(program).envs(files), counts, 0);
+            let environment = environment.iter().map(|(name, value)| (*name, value.as_str()));
+            let mut command = Command::new(program);
+            return step::watch(what, command.args(arguments).envs(environment), counts, 0);
         };
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["host-vm", "--at", &vm.client().address().to_string(), "--here"]);
-        for (name, value) in files {
+        for (name, value) in environment {
             command.arg("--env").arg(format!("{name}={value}"));
         }
-        step::watch(what, command.arg("--").arg(program), counts, 0)
+        step::watch(what, command.arg("--").arg(program).args(arguments), counts, 0)
     }
 
     /// A command that runs another command there, for the tests.

@@ -10,9 +10,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::daemon::{Daemon, Settings};
 use crate::lane::{Choice, Lane, Site};
-use crate::{artifacts, bench, cargo, clients, packages, scratch, step, test};
+use crate::test::results::{self, Test};
+use crate::{artifacts, bench, cargo, packages, scratch, step, test};
 
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm,density";
@@ -372,7 +372,7 @@ impl Rig {
         let mut linux = false;
         for promise in promises {
             match &promise.source {
-                Source::EndToEnd(names) => end_to_end.extend(names),
+                Source::EndToEnd(names) => end_to_end.extend(names.iter().cloned()),
                 Source::Linux(_) => linux = true,
                 _ => {}
             }
@@ -380,28 +380,23 @@ impl Rig {
         if end_to_end.is_empty() && !linux {
             return Ok(());
         }
-        let site = Site::start(self.lane, &self.artifacts)?;
+        let count = if end_to_end.is_empty() { 1 } else { test::sites(self.lane, None) };
+        let start = |_| Site::start(self.lane, &self.artifacts);
+        let sites = (0..count).map(start).collect::<Result<Vec<_>>>()?;
         if linux {
-            let outcome = test::linux(&site, &self.artifacts, &[])?;
-            self.keep(outcome.lines.iter().filter_map(|line| test::rust_result(line)));
+            let outcome = test::linux(&sites[0], &self.artifacts, &[], &test::NIGHTLY)?;
+            self.keep(outcome.lines.iter().filter_map(|line| results::rust(line)));
         }
         if end_to_end.is_empty() {
             return Ok(());
         }
-        let clients = clients::prepare()?;
-        let settings = Settings { restart: true, ..Settings::default() };
-        let runner = serde_json::to_string(&site.runner()?)?;
-        let daemon = Daemon::start(site, &self.artifacts, &settings)?;
-        let mut pytest = test::pytest(&clients, &daemon, &runner);
-        pytest.args(end_to_end);
-        let counts = |line: &str| test::pytest_result(line).is_some();
-        let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;
-        self.keep(outcome.lines.iter().filter_map(|line| test::pytest_result(line)));
-        daemon.stop()
+        let run = test::end_to_end(sites, &self.artifacts, &end_to_end, &test::NIGHTLY)?;
+        self.keep(run.outcome.lines.iter().filter_map(|line| results::pytest(line)));
+        run.left_behind.into_iter().collect()
     }
 
-    fn keep<'a>(&mut self, results: impl Iterator<Item = (&'a str, bool)>) {
-        self.in_lane.extend(results.map(|(name, passed)| (name.to_owned(), passed)));
+    fn keep(&mut self, tests: impl Iterator<Item = Test>) {
+        self.in_lane.extend(tests.map(|test| (test.name, test.passed)));
     }
 }
 
@@ -451,10 +446,10 @@ impl Starts {
 fn rust_failures(package: &str, word: &str) -> Result<f64> {
     let mut command = cargo::cargo();
     command.args(["test", "--quiet", "--no-fail-fast", "--package", package, "--", word]);
-    command.args(["--format", "pretty"]);
+    command.args(["--format", "pretty"]).envs(test::NIGHTLY);
     let outcome = step::watch(&format!("tests {word} of {package}"), &mut command, |_| false, 0)?;
     let results: Vec<bool> =
-        outcome.lines.iter().filter_map(|line| Some(test::rust_result(line)?.1)).collect();
+        outcome.lines.iter().filter_map(|line| Some(results::rust(line)?.passed)).collect();
     if results.is_empty() {
         bail!("{package} has no test {word}");
     }

@@ -1,9 +1,10 @@
 //! Long steps: run a program quietly, show that it advances, and say what it printed if it fails.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,16 @@ const INTERVAL: Duration = Duration::from_secs(15);
 /// Lines of output that an error shows.
 const TAIL: usize = 25;
 
+/// Steps that run, each with its line of progress: on a terminal they share one.
+static RUNNING: Mutex<BTreeMap<u32, String>> = Mutex::new(BTreeMap::new());
+
+/// Moves a terminal's cursor to the start of its line and removes what is there.
+const CLEAR: &str = "\r\x1b[K";
+
 /// Prints what happens next.
 pub fn say(text: &str) {
-    eprintln!("xtask: {text}");
+    let clear = if std::io::stderr().is_terminal() { CLEAR } else { "" };
+    eprintln!("{clear}xtask: {text}");
 }
 
 /// Makes the kernel kill the program when the calling thread ends, however it ends.
@@ -112,6 +120,7 @@ pub fn watch(
         thread::spawn(move || collect(reader, &progress, counts))
     };
     let terminal = std::io::stderr().is_terminal();
+    let id = child.id();
     let mut last = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {
@@ -121,12 +130,13 @@ pub fn watch(
         if last.elapsed() > if terminal { Duration::from_secs(1) } else { INTERVAL } {
             last = Instant::now();
             let count = progress.lock().map(|progress| progress.count).unwrap_or_default();
-            show(what, started.elapsed(), count, total, terminal);
+            show(id, what, started.elapsed(), count, total, terminal);
         }
     };
     let _ = collector.join();
+    running().remove(&id);
     if terminal {
-        eprint!("\r\x1b[K");
+        eprint!("{CLEAR}");
     }
     let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let lines = std::mem::take(&mut progress.lines);
@@ -157,17 +167,24 @@ fn collect(from: impl Read, progress: &Mutex<Progress>, counts: impl Fn(&str) ->
     }
 }
 
-fn show(what: &str, elapsed: Duration, count: usize, total: usize, terminal: bool) {
+fn running() -> MutexGuard<'static, BTreeMap<u32, String>> {
+    RUNNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn show(id: u32, what: &str, elapsed: Duration, count: usize, total: usize, terminal: bool) {
     let part = match (count, total) {
         (0, 0) => String::new(),
         (count, 0) => format!(", {count} so far"),
         (count, total) => format!(", {count} of about {total}"),
     };
-    let line = format!("xtask: {what}: {}{part}", time(elapsed));
+    let own = format!("{what}: {}{part}", time(elapsed));
+    let mut running = running();
+    running.insert(id, own.clone());
+    let all = running.values().cloned().collect::<Vec<_>>().join("; ");
     let mut stderr = std::io::stderr().lock();
     let _ = match terminal {
-        true => write!(stderr, "\r\x1b[K{line}"),
-        false => writeln!(stderr, "{line}"),
+        true => write!(stderr, "{CLEAR}xtask: {all}"),
+        false => writeln!(stderr, "xtask: {own}"),
     };
     let _ = stderr.flush();
 }

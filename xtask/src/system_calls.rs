@@ -60,8 +60,8 @@ fn with_linux(site: &Site, artifacts: &Path, vmm: &Path, record: &Path) -> Resul
         vm.client().put(vmm, &there_vmm)?;
         vm.client().put(record, &there_record)?;
     }
-    let environment = [("FIRN_VMM", there_vmm), (RECORD, there_record.clone())];
-    let outcome = test::linux(site, artifacts, &environment)?;
+    let environment = [("FIRN_VMM", there_vmm.as_str()), (RECORD, &there_record)];
+    let outcome = test::linux(site, artifacts, &[], &environment)?;
     ensure!(outcome.success, "the VMM's tests with Linux failed:\n{}", outcome.lines.join("\n"));
     if let Site::HostVm(vm) = site {
         vm.client().get(&there_record, record)?;
