@@ -6,10 +6,10 @@ import time
 
 import botocore.exceptions
 
-from conftest import PATIENCE, Answer, wait_for, zipped
+from conftest import PATIENCE, Answer, rounds, wait_for, zipped
 
 # The function's time for an event, and how long clients go on.
-WORK, LOAD = 0.2, 8
+WORK, LOAD = 0.2, rounds(3, 8)
 
 SLOW = f"import time\ndef handler(event, context): time.sleep({WORK}); return VERSION"
 
