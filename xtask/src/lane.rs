@@ -13,6 +13,9 @@ use crate::{cargo, daemon, step};
 /// Memory of the host VM for the daemon and a handful of small functions.
 const HOST_VM_MIB: u32 = 3072;
 
+/// More would wait for each other.
+const MOST_HOST_VMS: usize = 4;
+
 /// A lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Lane {
@@ -20,6 +23,17 @@ pub enum Lane {
     Native,
     /// The dev host VM: QEMU, emulated, for machines without a usable KVM.
     HostVm,
+}
+
+/// How many host VMs this machine has CPUs and memory for.
+pub fn host_vms() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo.lines().find_map(|line| {
+        line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok()
+    });
+    let fit = available.map_or(1, |kib| (kib >> 10) / HOST_VM_MIB as usize);
+    cpus.min(fit).clamp(1, MOST_HOST_VMS)
 }
 
 /// Where programs of Firn run in a lane.

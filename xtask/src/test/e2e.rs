@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::results;
 use crate::clients::{self, Clients};
 use crate::daemon::{self, Daemon, Settings};
-use crate::lane::{Lane, Site};
+use crate::lane::{self, Lane, Site};
 use crate::step::Outcome;
 use crate::{cargo, demo, step};
 
@@ -21,12 +21,12 @@ pub struct Run {
     pub left_behind: Vec<Result<()>>,
 }
 
-/// How many daemons the tests use in a lane: as many as were asked for, else as measured fastest.
+/// How many daemons the tests use in a lane: as many as were asked for, else one for each CPU.
 pub fn sites(lane: Lane, asked: Option<usize>) -> usize {
     match lane {
         // They would find each other's processes.
         Lane::Native => 1,
-        Lane::HostVm => asked.unwrap_or(2).max(1),
+        Lane::HostVm => asked.unwrap_or_else(lane::host_vms).max(1),
     }
 }
 
