@@ -2,7 +2,8 @@
 //! after a guest is thawed, reset or resumed reaches it, and so does a change of a disk.
 //!
 //! The guest ([`driver`]) waits for interrupts. Threads are held back in turn (`firn_vmm::hold`), on
-//! all CPUs and on one. `FIRN_NIGHTLY` asks for all rounds in each of these.
+//! all CPUs and on one. The ordinary run shares the rounds
+//! among all of these, the nightly one has them in each.
 
 #[path = "common/assembler.rs"]
 mod assembler;
@@ -44,14 +45,9 @@ fn races(all: usize, test: impl Fn(Race, usize)) {
     });
     let races: Vec<_> =
         races.chain([Race { vcpus: 4, hold: Some("vcpu3=2000"), pinned: false }]).collect();
-    let rounds = match std::env::var_os("FIRN_NIGHTLY") {
-        Some(_) => all,
-        None => all.div_ceil(races.len()),
-    };
+    let rounds = firn_nightly::rounds(all.div_ceil(races.len()), all);
     for race in races {
-        let started = std::time::Instant::now();
         test(race, rounds);
-        eprintln!("{race:?}: {rounds} rounds in {:?}", started.elapsed());
     }
 }
 
