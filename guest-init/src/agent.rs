@@ -113,6 +113,7 @@ impl Task {
 enum Source {
     Host,
     Signals,
+    Pressure,
     Listener,
     Connection(ConnectionId),
     Output(usize),
@@ -259,6 +260,9 @@ impl Agent {
             }
             let fd = PollFd::from_borrowed_fd(self.signals.fd(), PollFlags::IN);
             add(Source::Signals, fd);
+            if let Some(fd) = self.place.pressure() {
+                add(Source::Pressure, PollFd::from_borrowed_fd(fd, PollFlags::PRI));
+            }
             if let Some(runtime) = &self.runtime {
                 let fd = PollFd::from_borrowed_fd(runtime.server.fd(), PollFlags::IN);
                 add(Source::Listener, fd);
@@ -327,6 +331,10 @@ impl Agent {
                 sent?;
             }
             (Source::Signals, _) => self.signals.read(),
+            // Its end is then reaped as any other.
+            (Source::Pressure, Some(_)) if events.contains(PollFlags::PRI) => {
+                self.place.kill_if_starved()?;
+            }
             _ => {}
         }
         Ok(())

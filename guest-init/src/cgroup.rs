@@ -6,7 +6,10 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, Write},
-    os::unix::fs::FileExt as _,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt as _,
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -18,6 +21,12 @@ const MAX_PIDS: u32 = 1024;
 
 /// How long the kernel may take to freeze. Only a task in the middle of disk I/O makes it wait.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What pressure the kernel tells of: for 0.4 s of one second all tasks waited for memory.
+const PRESSURE: &str = "full 400000 1000000";
+
+/// A function that starves has less than one part in this many of its memory for pages of files.
+const FILE_SHARE: u64 = 32;
 
 /// Why a cgroup did not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +54,8 @@ pub struct Cgroup {
     procs: File,
     /// Absent without the memory controller.
     peak: Option<File>,
+    /// Absent until the cgroup is watched.
+    pressure: Option<File>,
 }
 
 impl Cgroup {
@@ -60,7 +71,7 @@ impl Cgroup {
         cgroup.set("pids.max", &MAX_PIDS.to_string())?;
         // A function that lost one of its processes to the OOM killer is not left half alive.
         cgroup.set("memory.oom.group", "1")?;
-        Ok(cgroup)
+        Ok(Self { pressure: Some(cgroup.watch_pressure()?), ..cgroup })
     }
 
     fn open(path: PathBuf) -> Result<Self, CgroupError> {
@@ -72,7 +83,7 @@ impl Cgroup {
         let events = open("cgroup.events", false)?;
         let (freeze, procs) = (open("cgroup.freeze", true)?, open("cgroup.procs", true)?);
         let peak = open("memory.peak", false).ok();
-        Ok(Self { path, events, freeze, procs, peak })
+        Ok(Self { path, events, freeze, procs, peak, pressure: None })
     }
 
     /// `cgroup.procs`, open for writing: a process that writes "0" to it moves in.
@@ -94,6 +105,31 @@ impl Cgroup {
         let read = self.peak.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
         let digits = text.get(..read.unwrap_or(0)).unwrap_or_default().trim_ascii();
         std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    }
+
+    /// Asks the kernel to tell of shortage.
+    fn watch_pressure(&self) -> Result<File, CgroupError> {
+        let path = self.path.join("memory.pressure");
+        let watched = File::options().read(true).write(true).open(&path).and_then(|mut file| {
+            file.write_all(PRESSURE.as_bytes())?;
+            Ok(file)
+        });
+        watched.map_err(|source| CgroupError::Io { path, source })
+    }
+
+    /// What to poll for `POLLPRI`: memory is short, [`Cgroup::starves`] says whether too short.
+    pub fn pressure(&self) -> Option<BorrowedFd<'_>> {
+        self.pressure.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the tasks have taken so much memory that next to nothing is left for pages of files,
+    /// among them their own programs: each page is thrown away and read again before it was of use.
+    ///
+    /// The kernel sees progress in each page that it throws away, and may do so without end instead of
+    /// calling its OOM killer. Who works on large files may wait for memory, too, but has pages of them.
+    pub fn starves(&self) -> bool {
+        let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        starved(&read("memory.current"), &read("memory.stat"))
     }
 
     /// Stops every task and returns when all have stopped.
@@ -175,6 +211,22 @@ fn flag(text: &str, name: &str) -> bool {
     text.lines().filter_map(|line| line.split_once(' ')).any(|(n, v)| n == name && v == "1")
 }
 
+/// Whether next to nothing of the memory in use is pages of files. `memory.stat` has lines of a name
+/// and a number.
+fn starved(current: &str, stat: &str) -> bool {
+    let of = |name: &str| {
+        let mut lines = stat.lines().filter_map(|line| line.split_once(' '));
+        lines.find(|(found, _)| *found == name)?.1.parse::<u64>().ok()
+    };
+    // What is in /dev/shm counts as `file`, but can't be thrown away: it is on neither list.
+    match (current.trim().parse::<u64>(), of("active_file"), of("inactive_file")) {
+        (Ok(current), Some(active), Some(inactive)) => {
+            active.saturating_add(inactive) < current / FILE_SHARE
+        }
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{os::unix::process::ExitStatusExt as _, process::Command};
@@ -187,6 +239,19 @@ mod tests {
         assert!(flag(text, "populated"));
         assert!(!flag(text, "frozen"));
         assert!(!flag("", "frozen"));
+    }
+
+    #[test]
+    fn starving_is_to_have_no_pages_of_files() {
+        let stat = |active: u64, inactive: u64| {
+            format!("anon 100\nfile 9999999\ninactive_file {inactive}\nactive_file {active}\n")
+        };
+        assert!(starved("112984064\n", &stat(0, 126_976)), "as seen in one that stood");
+        assert!(!starved("111431680\n", &stat(720_896, 18_644_992)), "as seen before that");
+        assert!(!starved("3200\n", &stat(60, 40)));
+        assert!(starved("3200\n", &stat(60, 39)));
+        assert!(!starved("", &stat(0, 0)));
+        assert!(!starved("3200\n", "anon 100\n"));
     }
 
     /// Needs a cgroup v2 hierarchy, with or without controllers, and the right to write there.

@@ -9,6 +9,7 @@ use std::{
     fs::{self, File},
     io,
     net::{Ipv4Addr, SocketAddr},
+    os::fd::BorrowedFd,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -197,6 +198,23 @@ impl Place {
                 Some(machine) if !empty => machine.cgroup.wait(Duration::from_millis(10)),
                 _ => thread::sleep(Duration::from_micros(200)),
             }
+        }
+    }
+
+    /// What to poll for `POLLPRI`: the function waits for memory, and may starve.
+    pub fn pressure(&self) -> Option<BorrowedFd<'_>> {
+        self.machine.as_ref()?.cgroup.pressure()
+    }
+
+    /// Does the OOM killer's work where the kernel does not: kills the function if it has too little memory
+    /// to get on.
+    ///
+    /// # Errors
+    /// [`PlaceError::Cgroup`].
+    pub fn kill_if_starved(&self) -> Result<(), PlaceError> {
+        match &self.machine {
+            Some(machine) if machine.cgroup.starves() => Ok(machine.cgroup.kill()?),
+            _ => Ok(()),
         }
     }
 
