@@ -1,0 +1,101 @@
+"""Functions that take more memory than they have: each is ended in time, and nothing else is."""
+
+import collections
+import itertools
+import os
+import statistics
+import time
+
+from conftest import create
+
+# Overruns in an ordinary run and in a nightly one.
+ROUNDS = 300 if os.environ.get("FIRN_NIGHTLY") else 12
+
+# Large blocks, small objects, a table that is moved as it grows, and pages that are all zeros.
+WAYS = {
+    "blocks": "kept.append(bytearray(b'x' * 2**20))",
+    "lists": "kept.append([len(kept)] * 8)",
+    "dictionary": "table[len(table)] = str(len(table))",
+    "zeros": "kept.append(b'\\0' * 2**20)",
+}
+
+STARTS = ("boot", "thaw", "warm")
+
+GREEDY = """
+def handler(event, context):
+    if not event:
+        return "alive"
+    print("begun", flush=True)
+    kept, table = [], {}
+    exec(f"while True: {event}")
+"""
+
+
+def rounds():
+    """Each way from each start; a quarter of them, another one each time, in the larger size."""
+    for cycle in itertools.count():
+        for start in STARTS:
+            for number, way in enumerate(WAYS):
+                size = 512 if (number + STARTS.index(start) + cycle) % 4 == 0 else 128
+                yield size, start, way
+
+
+def test_whoever_takes_more_memory_than_it_has_is_killed_in_time(client, endpoint):
+    functions = {
+        size: create(client, endpoint, f"greedy-{size}", {"index.py": GREEDY}, MemorySize=size, Timeout=170)
+        for size in (128, 512)
+    }
+    try:
+        times = collections.defaultdict(list)
+        for function in functions.values():
+            function.wait_for_snapshot()
+            assert function.invoke().json == "alive"
+        for size, start, way in itertools.islice(rounds(), ROUNDS):
+            function, what = functions[size], f"{way}, from {start}, {size} MB"
+            began = time.monotonic()
+            answer = function.invoke(WAYS[way], start=start)
+            times[size, start].append((time.monotonic() - began, what))
+            assert answer.kind == start, what
+            assert answer.error == "Unhandled", f"{what}: {answer.text}"
+            assert answer.json["errorType"] == "Runtime.ExitError", f"{what}: {answer.text}"
+            assert answer.json["errorMessage"].endswith("signal: killed"), f"{what}: {answer.text}"
+            # What it printed before arrived, and the guest that it was in serves the next.
+            assert "begun" in answer.log.splitlines(), what
+            after = function.invoke(start="warm")
+            assert after.json == "alive", f"after {what}: {after.text}"
+        for (size, start), taken in times.items():
+            median = statistics.median(time for time, _ in taken)
+            longest, what = max(taken)
+            print(f"{size} MB from {start}: {len(taken)}, median {median:.1f} s, at most {longest:.1f} s ({what})")
+        for taken in times.values():
+            longest, what = max(taken)
+            assert longest <= 3 * statistics.median(time for time, _ in taken), what
+    finally:
+        for function in functions.values():
+            client.delete_function(FunctionName=function.name)
+
+
+# Holds half of its memory, and writes and reads more than the other half has room for.
+LARGE_FILES = """
+import os
+
+def handler(event, context):
+    kept = [bytearray(b"x" * 2**20) for _ in range(64)]
+    block, size = os.urandom(2**20), 0
+    with open("/tmp/large", "wb") as file:
+        for _ in range(160):
+            file.write(block)
+    for _ in range(2):
+        with open("/tmp/large", "rb") as file:
+            while piece := file.read(2**20):
+                size += len(piece)
+    os.remove("/tmp/large")
+    return [len(kept), size >> 20]
+"""
+
+
+def test_who_works_on_files_larger_than_its_memory_lives(deploy):
+    function = deploy(LARGE_FILES, Timeout=170).wait_for_snapshot()
+    for start in ("thaw", "warm"):
+        answer = function.invoke(start=start)
+        assert answer.json == [64, 320], f"{start}: {answer.text}"
