@@ -75,8 +75,9 @@ impl Install {
 
     /// Nothing of a host remains: no record, no control group.
     pub fn assert_nothing_left(&self) {
-        assert!(!self.path("state/run").exists(), "the run directory is left");
-        let groups = groups(self);
+        let run = left(&self.path("state/run"));
+        assert!(run.is_empty(), "the run directory is left: {run:?}");
+        let groups: Vec<_> = groups(self).iter().flat_map(|group| left(group)).collect();
         assert!(groups.is_empty(), "control groups are left: {groups:?}");
     }
 }
@@ -101,6 +102,19 @@ pub fn program(name: &str) -> PathBuf {
         assert!(build.status().is_ok_and(|s| s.success()), "can't build {name}");
     }
     deps.parent().and_then(Path::parent).unwrap().join(name)
+}
+
+/// The directory `path`, if it is there, and those in it, each with what it holds: for a control group that
+/// is its processes.
+fn left(path: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(path) else { return Vec::new() };
+    let paths: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let own = match fs::read_to_string(path.join("cgroup.procs")) {
+        Ok(processes) => format!("{} with processes {processes:?}", path.display()),
+        Err(_) => format!("{} with {paths:?}", path.display()),
+    };
+    let below = paths.iter().filter(|path| path.is_dir()).flat_map(|path| left(path));
+    std::iter::once(own).chain(below).collect()
 }
 
 /// Control groups of this installation's host.

@@ -12,13 +12,14 @@ mod attackers;
 mod install;
 mod jail;
 mod life;
+mod report;
 mod resets;
 mod rootless;
 mod snapshots;
 mod stand_in;
 mod streams;
 
-use std::{panic, process::ExitCode, time::Instant};
+use std::{process::ExitCode, time::Instant};
 
 type Test = (&'static str, fn());
 
@@ -84,22 +85,21 @@ fn main() -> ExitCode {
     if filters.first().map(String::as_str) == Some("host-to-be-killed") {
         life::host_to_be_killed(&filters[1]);
     }
-    let mut failed = Vec::new();
+    report::listen();
+    let (mut passed, mut failed) = (0, Vec::new());
     for (name, test) in TESTS {
         if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter.as_str())) {
             continue;
         }
         let start = Instant::now();
-        let passed = panic::catch_unwind(test).is_ok();
-        let verdict = if passed { "ok" } else { "FAILED" };
+        let result = report::run(*test);
+        let verdict = if result.is_ok() { "ok" } else { "FAILED" };
         println!("test {name} ... {verdict} ({:.2} s)", start.elapsed().as_secs_f64());
-        if !passed {
-            failed.push(name);
+        match result {
+            Ok(()) => passed += 1,
+            Err(said) => failed.push((*name, said)),
         }
     }
-    if failed.is_empty() {
-        return ExitCode::SUCCESS;
-    }
-    println!("failed: {failed:?}");
-    ExitCode::FAILURE
+    report::end(passed, &failed);
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
