@@ -32,6 +32,9 @@ const PERIOD_US: u64 = 100_000;
 /// How long a group may take to become empty after its processes were killed.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 
+/// How often a directory is made that others may remove while it is empty.
+const ATTEMPTS: usize = 100;
+
 /// Of all hosts on a machine.
 const FIRN: &str = "firn";
 
@@ -257,9 +260,21 @@ impl Part {
             false => Ok(()),
         };
         enable(&mount)?;
-        let firn = mount.ensure(FIRN, 0o755)?;
-        enable(&firn)?;
-        let dir = firn.ensure(host_id, 0o755)?;
+        let make = || {
+            let firn = mount.ensure(FIRN, 0o755)?;
+            enable(&firn)?;
+            let dir = firn.ensure(host_id, 0o755)?;
+            Ok((firn, dir))
+        };
+        let mut made = make();
+        for _ in 0..ATTEMPTS {
+            match &made {
+                // The last host but this one has removed what was empty.
+                Err(error) if is_gone(error) => made = make(),
+                _ => break,
+            }
+        }
+        let (firn, dir) = made?;
         enable(&dir)?;
         Ok(Self { unified, controllers, firn, mount, dir, host_id: host_id.to_owned() })
     }
@@ -274,6 +289,11 @@ impl Part {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
+}
+
+/// Whether a directory was removed that is still open.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// Enables controllers for the groups in `level`.
@@ -571,6 +591,25 @@ mod tests {
         assert_eq!(found[0].controllers, [Controller::Memory, Controller::Pids]);
         assert_eq!(found[0].mount, Path::new("/sys/fs/cgroup/user.slice/firn.service"));
         assert!(find(V1, Some(Path::new("x")), |_| String::new()).is_err(), "version 1 has none");
+    }
+
+    #[test]
+    fn hosts_come_and_go_beside_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let come_and_go = |id: &str| {
+            for _ in 0..300 {
+                let mount = dir.path().to_owned();
+                let hierarchy = Hierarchy { mount, unified: false, controllers: Vec::new() };
+                Cgroups::in_hierarchies(id, vec![hierarchy]).unwrap().remove();
+            }
+        };
+        std::thread::scope(|scope| {
+            for id in ["a", "b", "c"] {
+                let come_and_go = &come_and_go;
+                scope.spawn(move || come_and_go(id));
+            }
+        });
+        assert!(fs::read_dir(dir.path()).unwrap().next().is_none(), "nothing is left");
     }
 
     /// Where the controllers are in version 1, version 2 is there all the same: what differs
