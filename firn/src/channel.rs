@@ -14,13 +14,15 @@ use rustix::net::{
 };
 use tokio::io::unix::AsyncFd;
 
+/// Messages that a closed socket may still hold: more than its buffer has room for.
+const MOST_UNREAD: usize = 4096;
+
 /// Why there is no answer.
 #[derive(Debug)]
 pub(crate) enum ControlError {
-    /// The VMM said that it ends.
-    Exited(Exit),
-    /// The socket is closed, or the process that held it is gone.
-    Closed,
+    /// The VMM said that it ends, or its end of a connection is closed. What it said is in
+    /// [`Control::last_words`].
+    Ended,
     /// The VMM refused the request.
     Refused(Failure),
     /// The VMM broke the protocol.
@@ -34,7 +36,7 @@ pub(crate) enum ControlError {
 impl From<io::Error> for ControlError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Closed,
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Ended,
             _ => Self::Io(error),
         }
     }
@@ -45,6 +47,8 @@ impl From<io::Error> for ControlError {
 pub(crate) struct Control {
     socket: AsyncFd<OwnedFd>,
     buffer: Vec<u8>,
+    /// What the VMM said of its end.
+    exited: Option<Exit>,
 }
 
 impl Control {
@@ -58,7 +62,7 @@ impl Control {
         // SAFETY: an OwnedFd always reports the one descriptor that it owns and keeps open.
         let socket = unsafe { AsyncFd::register(ours)? };
         // One more than allowed, so that a longer message shows.
-        Ok((Self { socket, buffer: vec![0; MAX_MESSAGE + 1] }, theirs))
+        Ok((Self { socket, buffer: vec![0; MAX_MESSAGE + 1], exited: None }, theirs))
     }
 
     /// Sends a request with its descriptors and waits for its answer, which is none of
@@ -106,7 +110,6 @@ impl Control {
     pub(crate) async fn answer(&mut self) -> Result<FromVmm, ControlError> {
         match self.receive().await? {
             FromVmm::Failed(failure) => Err(ControlError::Refused(failure)),
-            FromVmm::Exited(exit) => Err(ControlError::Exited(exit)),
             answer => Ok(answer),
         }
     }
@@ -114,33 +117,60 @@ impl Control {
     /// Waits for a message that nobody asked for: only [`FromVmm::Exited`] is one.
     pub(crate) async fn unexpected(&mut self) -> ControlError {
         match self.receive().await {
-            Ok(FromVmm::Exited(exit)) => ControlError::Exited(exit),
             Ok(other) => ControlError::Protocol(format!("unasked for: {}", name(&other))),
             Err(error) => error,
         }
     }
 
+    /// What the VMM has said of its end, if it has said anything. To be asked when its process has ended:
+    /// nothing is on its way then, and answers that nobody waits for any more are dropped.
+    pub(crate) fn last_words(&mut self) -> Option<Exit> {
+        for _ in 0..MOST_UNREAD {
+            if self.exited.is_some() {
+                break;
+            }
+            match take(self.socket.get_ref(), &mut self.buffer) {
+                Ok(0) => break,
+                Ok(count) => drop(self.decode(count)),
+                // Told once, because the VMM has not read all that it was sent; what it has sent comes after.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+                Err(_) => break,
+            }
+        }
+        self.exited.clone()
+    }
+
     /// Cancel-safe: a datagram is taken whole or not at all.
     async fn receive(&mut self) -> Result<FromVmm, ControlError> {
         let buffer = &mut self.buffer;
-        let count = self
-            .socket
-            .async_io(tokio::io::Interest::READABLE, |socket| {
-                // No room for descriptors: the VMM has none to give, and the kernel drops what it
-                // sends all the same.
-                let flags = RecvFlags::DONTWAIT;
-                Ok(rustix::net::recv(socket.as_fd(), &mut buffer[..], flags)?.1)
-            })
-            .await?;
-        match count {
-            0 => Err(ControlError::Closed),
-            n if n > MAX_MESSAGE => {
-                Err(ControlError::Protocol(format!("control message over {MAX_MESSAGE} bytes")))
+        let reading = tokio::io::Interest::READABLE;
+        let count = self.socket.async_io(reading, |socket| take(socket, buffer)).await?;
+        self.decode(count)
+    }
+
+    fn decode(&mut self, count: usize) -> Result<FromVmm, ControlError> {
+        if count > MAX_MESSAGE {
+            let message = format!("control message over {MAX_MESSAGE} bytes");
+            return Err(ControlError::Protocol(message));
+        }
+        if count == 0 {
+            return Err(ControlError::Ended);
+        }
+        match control::decode_from_vmm(&self.buffer[..count]) {
+            Ok(FromVmm::Exited(exit)) => {
+                self.exited = Some(exit);
+                Err(ControlError::Ended)
             }
-            n => control::decode_from_vmm(&self.buffer[..n])
-                .map_err(|e| ControlError::Protocol(format!("control message: {e}"))),
+            Ok(message) => Ok(message),
+            Err(e) => Err(ControlError::Protocol(format!("control message: {e}"))),
         }
     }
+}
+
+/// Reads one message, if there is one. There is no room for descriptors: the VMM has none to give, and
+/// the kernel drops what it sends all the same.
+fn take(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(rustix::net::recv(socket.as_fd(), buffer, RecvFlags::DONTWAIT)?.1)
 }
 
 /// A message's name, for errors.
@@ -220,13 +250,39 @@ mod tests {
         assert!(matches!(control.unexpected().await, ControlError::Protocol(_)));
         let exit = Exit { reason: ExitReason::TripleFault, detail: String::new() };
         say(&theirs, &FromVmm::Exited(exit.clone()));
-        assert!(matches!(control.unexpected().await, ControlError::Exited(e) if e == exit));
+        assert!(matches!(control.unexpected().await, ControlError::Ended));
+        assert_eq!(control.last_words(), Some(exit.clone()));
         let short = Duration::from_millis(10);
         let error = control.request(&ToVmm::Pause, &[], short).await.unwrap_err();
         assert!(matches!(error, ControlError::TimedOut(_)), "{error:?}");
         drop(theirs);
-        assert!(matches!(control.unexpected().await, ControlError::Closed));
+        assert!(matches!(control.unexpected().await, ControlError::Ended));
         let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
-        assert!(matches!(error, ControlError::Closed), "{error:?}");
+        assert!(matches!(error, ControlError::Ended), "{error:?}");
+        assert_eq!(control.last_words(), Some(exit), "whoever asks, and as often as they ask");
+    }
+
+    #[tokio::test]
+    async fn last_words_are_found_behind_a_closed_socket() {
+        let exit = Exit { reason: ExitReason::GuestPanic, detail: "why".into() };
+        for unread in [false, true] {
+            let (mut control, theirs) = Control::pair().unwrap();
+            if unread {
+                control.send(&ToVmm::Stats, &[]).await.unwrap();
+            }
+            say(&theirs, &FromVmm::Done);
+            rustix::net::send(&theirs, &[0xff; 9], SendFlags::empty()).unwrap();
+            say(&theirs, &FromVmm::Exited(exit.clone()));
+            drop(theirs);
+            // A request fails at once, before anything is read.
+            let second = Duration::from_secs(1);
+            let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
+            assert!(matches!(error, ControlError::Ended), "{error:?}");
+            assert_eq!(control.last_words(), Some(exit.clone()));
+        }
+        let (mut control, theirs) = Control::pair().unwrap();
+        assert_eq!(control.last_words(), None);
+        drop(theirs);
+        assert_eq!(control.last_words(), None);
     }
 }

@@ -231,6 +231,7 @@ impl InstanceError {
                 Self::Refused { operation, kind: failure.kind, message: failure.message }
             }
             Trouble::Protocol(message) => Self::Protocol { operation, message },
+            Trouble::Request(message) => Self::Request(message),
             Trouble::Io(source) => Self::Io { operation, source },
         }
     }
@@ -404,7 +405,7 @@ impl Instance {
             code: spec.code.is_some(),
             endpoints: spec.endpoints.clone(),
         });
-        self.queue(&load, "load")?;
+        self.vm.queue(&load).await.map_err(&trouble)?;
         watch.mark("sent");
         let within = spec.init_timeout + GRACE * self.vm.patience;
         match self.vm.frame(within).await.map_err(&trouble)? {
@@ -428,11 +429,9 @@ impl Instance {
         let trouble = InstanceError::from_trouble("invoke");
         let mut watch = Stopwatch::start();
         // Initialisation has all the CPU time there is; from the first event on it is limited.
-        if self.inner.config.cpu_limits
-            && let Some(group) = &self.vm.group
-        {
-            let limited = group.set_cpu(self.function_memory_mb);
-            limited.map_err(|source| InstanceError::Io { operation: "limit CPU time", source })?;
+        if self.inner.config.cpu_limits {
+            let limited = self.vm.limit_cpu(self.function_memory_mb).await;
+            limited.map_err(InstanceError::from_trouble("limit CPU time"))?;
         }
         if self.fresh {
             return self.invoke_fresh(invocation).await;
@@ -441,7 +440,7 @@ impl Instance {
         if let Some(stream) = &mut self.vm.stream {
             stream.expect_first_byte();
         }
-        self.queue(&message, "invoke")?;
+        self.vm.queue(&message).await.map_err(&trouble)?;
         watch.mark("sent");
         let done = await_done(&mut self.vm, invocation).await.map_err(&trouble)?;
         if let Some(ns) = self.vm.stream.as_ref().and_then(Stream::first_byte_ns) {
@@ -500,20 +499,6 @@ impl Instance {
     /// [`Host::shutdown`]: crate::Host::shutdown
     pub async fn retire(self) {
         drop(self);
-    }
-
-    pub(crate) fn queue(
-        &mut self,
-        message: &ToGuest,
-        operation: &'static str,
-    ) -> Result<(), InstanceError> {
-        let trouble = InstanceError::from_trouble(operation);
-        let stream = self.vm.stream().map_err(&trouble)?;
-        stream.queue(message).map_err(|error| match error {
-            // It is our own message that the protocol does not allow.
-            crate::stream::StreamError::Protocol(message) => InstanceError::Request(message),
-            other => trouble(other.into()),
-        })
     }
 }
 

@@ -59,7 +59,7 @@ pub use instance::{
 pub use open::OpenError;
 pub use outlets::{LogLine, LogSink, Outlets, Services};
 pub use phases::Phases;
-pub use reset::ResetReport;
+pub use reset::{RENEWAL, ResetReport};
 pub use response::{ResponsePart, ResponseSink};
 pub use shell::{Shell, ShellError};
 pub use snapshot::{ResidentSnapshot, Snapshot, SnapshotError, SnapshotMeta, WorkingSetReport};

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::{
+    event::{PollFd, PollFlags},
+    process::{PidfdFlags, Signal, WaitId, WaitIdOptions},
+};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::watch,
@@ -111,8 +114,12 @@ impl Process {
         self.pid
     }
 
+    /// Whether it runs now; the reaper learns of its end a little later.
     pub(crate) fn is_alive(&self) -> bool {
-        self.end.borrow().is_none()
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        // A poll that fails says nothing; then the reaper does.
+        rustix::event::poll(&mut poll, Some(&now)).map_or(self.end.borrow().is_none(), |n| n == 0)
     }
 
     /// Kills it; nothing can be sent to another process by mistake, however late this comes.
@@ -120,13 +127,15 @@ impl Process {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// Waits for its end.
-    pub(crate) async fn ended(&mut self) -> End {
-        match self.end.wait_for(Option::is_some).await {
-            Ok(end) => end.clone().unwrap_or_default(),
-            // The runtime is shutting down and has dropped the reaper, which has killed it.
-            Err(_) => End::default(),
-        }
+    /// Waits until it has ended and been reaped.
+    pub(crate) async fn ended(&mut self) {
+        // Fails only if the runtime is shutting down and has dropped the reaper, which has killed it.
+        let _ = self.end.wait_for(Option::is_some).await;
+    }
+
+    /// How it ended, if that is known by now.
+    pub(crate) fn end(&self) -> End {
+        self.end.borrow().clone().unwrap_or_default()
     }
 }
 
@@ -222,7 +231,7 @@ pub(crate) fn kill_stranger(pid: i32, start_ticks: u64, within: Duration) -> io:
         return Ok(());
     }
     rustix::process::pidfd_send_signal(&pidfd, Signal::KILL)?;
-    let mut poll = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+    let mut poll = [PollFd::new(&pidfd, PollFlags::IN)];
     let within = rustix::event::Timespec::try_from(within)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     if rustix::event::poll(&mut poll, Some(&within))? == 0 {

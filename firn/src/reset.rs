@@ -15,6 +15,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -35,6 +36,10 @@ use crate::{
 
 /// Time from a renewal until the guest has renewed itself, without its hooks.
 pub(crate) const RENEW: Duration = Duration::from_secs(5);
+
+/// The part of an invocation that makes someone else of a guest that was reset, where
+/// [`InstanceError::Unresponsive`] and its like name what failed.
+pub const RENEWAL: &str = "renew";
 
 /// Time that restore hooks may take.
 pub(crate) const HOOKS: Duration = Duration::from_secs(10);
@@ -112,7 +117,6 @@ impl Instance {
     /// since its thaw: its snapshot is not what it runs.
     pub async fn reset(&mut self) -> Result<ResetReport, InstanceError> {
         let trouble = InstanceError::from_trouble("reset");
-        let io = |operation| move |source| InstanceError::Io { operation, source };
         if !matches!(self.origin, Origin::Thawed { .. }) || self.loaded {
             return Err(InstanceError::Refused {
                 operation: "reset",
@@ -126,24 +130,24 @@ impl Instance {
         }
         let mut watch = Stopwatch::start();
         if self.vm.pagemap.is_none() {
-            self.vm.pagemap = Some(open_pagemap(self.pid()).map_err(io("open a pagemap"))?);
+            let pagemap = self.vm.step(open_pagemap(self.pid())).await;
+            let pagemap = pagemap.map_err(InstanceError::from_trouble("open a pagemap"))?;
+            self.vm.pagemap = Some(Arc::new(pagemap));
         }
-        let pagemap = self
-            .vm
-            .pagemap
-            .as_ref()
-            .ok_or_else(|| InstanceError::Request("there is no pagemap".into()))?;
-        let (mut stream, theirs) = Stream::pair().map_err(io("make the invoke connection"))?;
+        let pagemap = self.vm.pagemap.clone();
+        let (mut stream, theirs) = Stream::pair().map_err(|source| InstanceError::Io {
+            operation: "make the invoke connection",
+            source,
+        })?;
         let within =
             RESET + Duration::from_secs(self.vm.class.memory_bytes() >> 20) / MIB_PER_SECOND as u32;
         watch.mark("sent");
-        let descriptors = [theirs.as_fd(), pagemap.as_fd()];
-        let answer =
-            self.vm.control.request(&ToVmm::Reset, &descriptors, within * self.vm.patience);
-        let report = match answer.await {
-            Ok(FromVmm::Reset(report)) => report,
-            Ok(other) => return Err(trouble(unexpected("Reset", message_name(&other)))),
-            Err(error) => return Err(trouble(self.vm.trouble(error).await)),
+        let mut descriptors = vec![theirs.as_fd()];
+        descriptors.extend(pagemap.as_ref().map(|pagemap| pagemap.as_fd()));
+        let answer = self.vm.request_within(&ToVmm::Reset, &descriptors, within).await;
+        let report = match answer.map_err(&trouble)? {
+            FromVmm::Reset(report) => report,
+            other => return Err(trouble(unexpected("Reset", message_name(&other)))),
         };
         watch.stamps(&report.stamps);
         stream.set_outlets(self.vm.stream.take().map(Stream::into_outlets).unwrap_or_default());
@@ -169,10 +173,11 @@ impl Instance {
             .map_err(|source| InstanceError::Io { operation: "make an identity", source })?;
         // Whatever happens from here on, this is no longer the snapshot's guest.
         self.fresh = false;
-        self.queue(&renew, "invoke")?;
-        self.queue(&invoke, "invoke")?;
+        self.vm.queue(&renew).await.map_err(&trouble)?;
+        self.vm.queue(&invoke).await.map_err(&trouble)?;
         watch.mark("sent");
-        let renewed = await_renewed(&mut self.vm).await.map_err(&trouble)?;
+        let renewed = await_renewed(&mut self.vm).await;
+        let renewed = renewed.map_err(InstanceError::from_trouble(RENEWAL))?;
         if let Some(ns) = self.vm.stream.as_ref().and_then(Stream::first_byte_ns) {
             watch.at("first byte", ns);
         }

@@ -101,7 +101,7 @@ impl From<Trouble> for ShellError {
             Trouble::Refused(failure) => {
                 Self::Refused { kind: failure.kind, message: failure.message }
             }
-            Trouble::Protocol(message) => Self::Protocol(message),
+            Trouble::Protocol(message) | Trouble::Request(message) => Self::Protocol(message),
             Trouble::Io(source) => Self::Spawn { step: "talk to the VMM", source },
         }
     }

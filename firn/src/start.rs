@@ -119,6 +119,7 @@ impl StartError {
             }
             Trouble::Refused(Failure { kind, message }) => Self::Refused { kind, message },
             Trouble::Protocol(message) => Self::Protocol(message),
+            Trouble::Request(message) => Self::Request(message),
             Trouble::Io(source) => Self::Io { operation: waiting_for, source },
         }
     }
@@ -216,10 +217,9 @@ impl Host {
         let invoke = first.map(instance::invoke_message).transpose();
         let invoke = invoke.map_err(StartError::Request)?;
         let (id, renew) = reset::renewal().map_err(io_at("make an identity"))?;
-        let queueing = |e: crate::stream::StreamError| awaiting("Thawed")(e.into());
-        stream.queue(&renew).map_err(queueing)?;
+        vm.queue(&renew).await.map_err(awaiting("Thawed"))?;
         if let Some(invoke) = &invoke {
-            stream.queue(invoke).map_err(queueing)?;
+            vm.queue(invoke).await.map_err(awaiting("Thawed"))?;
         }
 
         let delta =
@@ -248,18 +248,9 @@ impl Host {
         descriptors.extend(code.map(|disk| disk.file().as_fd()));
         descriptors.extend([tmp.as_fd(), snapshot.delta(), delta.as_fd()]);
         watch.mark("sent");
-        if let Err(error) = vm.control.send(&message, &descriptors).await {
-            return Err(awaiting("Thawed")(vm.trouble(error).await));
-        }
-        let patience = inner.config.patience;
-        let thawed = tokio::time::timeout(RENEW * patience, vm.control.answer()).await;
-        match thawed {
-            Ok(Ok(FromVmm::Thawed(stamps))) => watch.stamps(&stamps),
-            Ok(Ok(other)) => {
-                return Err(awaiting("Thawed")(unexpected("Thawed", message_name(&other))));
-            }
-            Ok(Err(error)) => return Err(awaiting("Thawed")(vm.trouble(error).await)),
-            Err(_) => return Err(awaiting("Thawed")(Trouble::TimedOut(RENEW * patience))),
+        match vm.request_within(&message, &descriptors, RENEW).await.map_err(awaiting("Thawed"))? {
+            FromVmm::Thawed(stamps) => watch.stamps(&stamps),
+            other => return Err(awaiting("Thawed")(unexpected("Thawed", message_name(&other)))),
         }
         drop(theirs);
 
@@ -274,10 +265,9 @@ impl Host {
         if let Some(first) = first {
             // From here on the function works. The thaw itself had all the CPU time there is: it
             // is our overhead, not the function's.
-            if inner.config.cpu_limits
-                && let Some(group) = &vm.group
-            {
-                group.set_cpu(snapshot.function_memory_mb()).map_err(io_at("limit CPU time"))?;
+            if inner.config.cpu_limits {
+                let limited = vm.limit_cpu(snapshot.function_memory_mb()).await;
+                limited.map_err(awaiting("limit CPU time"))?;
             }
             let done = {
                 let mut done = std::pin::pin!(instance::await_done(&mut vm, first));

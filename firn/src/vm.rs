@@ -9,8 +9,8 @@ use std::{
 };
 
 use firn_proto::{
-    control::{Exit, Failure, FromVmm, ToVmm},
-    guest::FromGuest,
+    control::{Failure, FromVmm, ToVmm},
+    guest::{FromGuest, ToGuest},
 };
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -27,24 +27,30 @@ use crate::{
 /// Time for one request to the VMM that only takes ioctls.
 const REQUEST: Duration = Duration::from_secs(5);
 
-/// Time between a VMM's last message and its end.
+/// Time between a VMM's last message, or the first trace of its end, and its end.
 const DYING: Duration = Duration::from_secs(1);
 
-/// Why a conversation failed; each operation makes its own error of it.
+/// Time until the kernel has taken a process apart that was killed.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// Why a step failed; each operation makes its own error of it. Only [`Vm::trouble`] tells an error of
+/// the kernel's from what the end of a VMM looks like, so only this module makes one of such an error.
 #[derive(Debug)]
 pub(crate) enum Trouble {
     Died(VmmExit),
     TimedOut(Duration),
     Refused(Failure),
     Protocol(String),
+    /// What was to be sent is not allowed.
+    Request(String),
     Io(io::Error),
 }
 
-impl From<StreamError> for Trouble {
+impl From<StreamError> for ControlError {
     fn from(error: StreamError) -> Self {
         match error {
             StreamError::Protocol(message) => Self::Protocol(message),
-            StreamError::Io(error) => Self::Io(error),
+            StreamError::Io(error) => error.into(),
         }
     }
 }
@@ -60,7 +66,7 @@ pub(crate) struct Vm {
     /// The empty private delta of `/tmp`, until the guest is given it.
     pub(crate) delta: Option<OwnedFd>,
     /// Its page tables as the kernel tells them, once it has been reset.
-    pub(crate) pagemap: Option<OwnedFd>,
+    pub(crate) pagemap: Option<Arc<OwnedFd>>,
     /// The invoke connection, once there is a guest.
     pub(crate) stream: Option<Stream>,
     pub(crate) patience: u32,
@@ -84,9 +90,42 @@ impl Vm {
         within: Duration,
     ) -> Result<FromVmm, Trouble> {
         let within = within * self.patience;
-        match self.control.request(request, descriptors, within).await {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.trouble(error).await),
+        let answer = self.control.request(request, descriptors, within).await;
+        self.step(answer).await
+    }
+
+    /// Every step of a VMM's life that can fail goes through here, whether it is a message, a write to its
+    /// control group, or a look at its files in `/proc`: all of them fail in a way of their own when it
+    /// ends. Whoever takes the step learns how it ended then.
+    pub(crate) async fn step<T>(
+        &mut self,
+        result: Result<T, impl Into<ControlError>>,
+    ) -> Result<T, Trouble> {
+        match result {
+            Ok(done) => Ok(done),
+            Err(error) => Err(self.trouble(error.into()).await),
+        }
+    }
+
+    /// Limits its CPU time to what a function of `memory_mb` has.
+    pub(crate) async fn limit_cpu(&mut self, memory_mb: u32) -> Result<(), Trouble> {
+        let limited = self.group.as_ref().map_or(Ok(()), |group| group.set_cpu(memory_mb));
+        self.step(limited).await
+    }
+
+    /// Limits its memory.
+    pub(crate) async fn limit_memory(&mut self, bytes: u64) -> Result<(), Trouble> {
+        let limited = self.group.as_ref().map_or(Ok(()), |group| group.set_memory(bytes));
+        self.step(limited).await
+    }
+
+    /// Sends the guest a message: as much as the socket takes at once, the rest while its answer is
+    /// waited for.
+    pub(crate) async fn queue(&mut self, message: &ToGuest) -> Result<(), Trouble> {
+        match self.stream()?.queue(message) {
+            // It is our own message that the protocol does not allow.
+            Err(StreamError::Protocol(message)) => Err(Trouble::Request(message)),
+            other => self.step(other).await,
         }
     }
 
@@ -133,33 +172,21 @@ impl Vm {
         let Some(stream) = self.stream.as_mut() else {
             return Err(Trouble::Protocol("there is no guest yet".into()));
         };
-        let ended = tokio::select! {
+        let error = tokio::select! {
             biased;
             message = timeout_at(end, stream.next()) => match message {
                 Ok(Ok(Some(message))) => return Ok(message),
-                Ok(Ok(None)) => None,
-                Ok(Err(error)) => {
-                    self.process.kill();
-                    return Err(error.into());
-                }
-                Err(_) => {
-                    self.process.kill();
-                    return Err(Trouble::TimedOut(within));
-                }
+                Ok(Ok(None)) => ControlError::Ended,
+                Ok(Err(error)) => error.into(),
+                Err(_) => ControlError::TimedOut(within),
             },
-            error = self.control.unexpected() => Some(error),
-        };
-        let error = match ended {
-            Some(error) => {
+            error = self.control.unexpected() => {
                 // Its last words, and maybe even the answer, may still be on their way.
                 if let Ok(Ok(Some(message))) = timeout(DYING, stream.next()).await {
                     return Ok(message);
                 }
                 error
             }
-            None => timeout(DYING * self.patience, self.control.unexpected())
-                .await
-                .unwrap_or(ControlError::Closed),
         };
         Err(self.trouble(error).await)
     }
@@ -175,39 +202,47 @@ impl Vm {
         Trouble::Protocol(violation)
     }
 
-    /// What a failed conversation means; for a VMM that ended, waits for how.
-    pub(crate) async fn trouble(&mut self, error: ControlError) -> Trouble {
-        match error {
-            ControlError::Exited(exit) => Trouble::Died(self.obituary(Some(exit)).await),
-            ControlError::Closed => Trouble::Died(self.obituary(None).await),
-            ControlError::Refused(failure) => Trouble::Refused(failure),
-            ControlError::Protocol(message) => {
-                self.process.kill();
-                Trouble::Protocol(message)
+    /// What a failed step means. Whatever failed, the first question is whether the VMM has ended, or is
+    /// about to: then it is how, and no more is known of why the step failed. One that lives is killed,
+    /// unless it only refused.
+    async fn trouble(&mut self, error: ControlError) -> Trouble {
+        let trouble = match error {
+            ControlError::Ended => return Trouble::Died(self.obituary().await),
+            // Whoever answers lives.
+            ControlError::Refused(failure) => return Trouble::Refused(failure),
+            ControlError::Protocol(message) => Trouble::Protocol(message),
+            ControlError::TimedOut(_) if !self.process.is_alive() => {
+                return Trouble::Died(self.obituary().await);
             }
-            ControlError::TimedOut(after) => {
-                self.process.kill();
-                Trouble::TimedOut(after)
-            }
-            ControlError::Io(error) => Trouble::Io(error),
-        }
+            ControlError::TimedOut(after) => Trouble::TimedOut(after),
+            // Its files go before it does.
+            ControlError::Io(error) => match self.ended_within(DYING).await {
+                true => return Trouble::Died(self.obituary().await),
+                false => Trouble::Io(error),
+            },
+        };
+        self.process.kill();
+        trouble
     }
 
     /// Waits for the end of a process that is ending, and helps if it does not.
-    async fn obituary(&mut self, exit: Option<Exit>) -> VmmExit {
-        let end = match timeout(DYING * self.patience, self.process.ended()).await {
-            Ok(end) => end,
-            Err(_) => {
-                self.process.kill();
-                self.process.ended().await
-            }
-        };
-        let (reason, detail) = match exit {
+    async fn obituary(&mut self) -> VmmExit {
+        if !self.ended_within(DYING).await {
+            self.process.kill();
+            self.ended_within(KILLED).await;
+        }
+        let end = self.process.end();
+        let (reason, detail) = match self.control.last_words() {
             Some(exit) => (Some(exit.reason), exit.detail),
             None => (None, String::new()),
         };
         let detail = if detail.is_empty() { end.stderr } else { detail };
         VmmExit { reason, code: end.code, signal: end.signal, detail }
+    }
+
+    /// Whether the process ends in this time; how is in [`Process::end`] then.
+    async fn ended_within(&mut self, within: Duration) -> bool {
+        timeout(within * self.patience, self.process.ended()).await.is_ok()
     }
 }
 

@@ -127,7 +127,7 @@ impl Instance {
     /// Brings guest and VMM to a stop between two frames.
     async fn freeze(&mut self) -> Result<(), InstanceError> {
         let trouble = InstanceError::from_trouble("freeze");
-        self.queue(&ToGuest::Freeze, "freeze")?;
+        self.vm.queue(&ToGuest::Freeze).await.map_err(&trouble)?;
         match self.vm.frame(FREEZE * self.vm.patience).await.map_err(&trouble)? {
             FromGuest::Frozen => {}
             other => return Err(trouble(self.vm.violated("Frozen", &other))),
@@ -147,12 +147,11 @@ impl Instance {
     async fn save(&mut self, files: &Files) -> Result<SaveReport, SnapshotError> {
         // What the VMM writes counts as its memory until it is on disk, and for ever where the
         // files lie in memory.
-        if let Some(group) = &self.vm.group {
-            let limit = shell::memory_limit(&self.inner, self.vm.class)
-                + self.vm.class.memory_bytes()
-                + self.inner.artifacts.tmp_bytes;
-            group.set_memory(limit).map_err(at("raise the memory limit"))?;
-        }
+        let limit = shell::memory_limit(&self.inner, self.vm.class)
+            + self.vm.class.memory_bytes()
+            + self.inner.artifacts.tmp_bytes;
+        let limited = self.vm.limit_memory(limit).await;
+        limited.map_err(InstanceError::from_trouble("raise the memory limit"))?;
         let base = match &self.origin {
             Origin::Thawed { snapshot } => Some(snapshot.clone()),
             Origin::Booted { .. } => None,

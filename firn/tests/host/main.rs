@@ -9,6 +9,7 @@
 //! that.
 
 mod attackers;
+mod ends;
 mod install;
 mod jail;
 mod life;
@@ -43,6 +44,8 @@ const TESTS: &[Test] = tests![
     attackers::figures_that_lie_stay_within_what_is_possible,
     attackers::output_without_end_ends_at_the_deadline,
     attackers::noise_from_an_init_ends_nothing_but_its_guest,
+    ends::whoever_asks_a_vmm_that_is_gone_learns_how_it_ended,
+    ends::a_vmm_that_dies_in_a_thaw_says_how,
     jail::a_stand_in_lives_in_a_whole_cage,
     jail::a_real_shell_lives_in_a_whole_cage,
     jail::a_step_of_the_jailer_that_fails_is_named,

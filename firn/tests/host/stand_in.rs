@@ -8,6 +8,7 @@
 //! | `write TEXT` | writes that page, then answers |
 //! | `keep identity` | answers, and never takes another identity, not even after a reset |
 //! | `die` | ends with `GuestPanic` |
+//! | `die later` | answers, and then does |
 //! | `hang` | never answers |
 //! | `wrong id`, `garbage` | breaks the protocol |
 //! | anything else | answers with it |
@@ -279,11 +280,7 @@ impl Guest {
     fn invoke(&mut self, invoke: guest::Invoke) {
         let mut payload = invoke.payload;
         match &payload[..] {
-            b"die" => {
-                let exit = Exit { reason: ExitReason::GuestPanic, detail: "as asked".into() };
-                send(&self.control, &FromVmm::Exited(exit));
-                std::process::exit(ExitReason::GuestPanic.code());
-            }
+            b"die" => self.die(),
             b"hang" => return,
             b"flood" => {
                 let line = vec![b'x'; guest::MAX_LOG];
@@ -329,6 +326,7 @@ impl Guest {
                 }
             }
         }
+        let dies = payload == b"die later";
         self.say(&FromGuest::Done(Done {
             request_id: invoke.request_id,
             outcome: Outcome::Response { payload, content_type: "application/json".into() },
@@ -337,5 +335,14 @@ impl Guest {
             max_memory_bytes: 6,
             tsc: (1, 2),
         }));
+        if dies {
+            self.die();
+        }
+    }
+
+    fn die(&self) -> ! {
+        let exit = Exit { reason: ExitReason::GuestPanic, detail: "as asked".into() };
+        send(&self.control, &FromVmm::Exited(exit));
+        std::process::exit(ExitReason::GuestPanic.code());
     }
 }
