@@ -241,7 +241,7 @@ pub async fn a_guest_that_hangs_is_killed() {
             let invocation = event(b"hang");
             tokio::time::pause();
             match instance.invoke(&invocation).await {
-                Err(InstanceError::Unresponsive { operation: "invoke", after }) => {
+                Err(InstanceError::Unresponsive { operation: "invoke", after, .. }) => {
                     assert_eq!(after, Duration::from_secs(15), "3 + 2 of grace + 10 to restart");
                 }
                 other => panic!("{other:?}"),
