@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use firn::{Disk, InstanceError, Invocation, InvokeReport, ShellClass, StartError, guest};
+use firn::{Disk, InstanceError, Invocation, InvokeReport, RENEWAL, ShellClass, StartError, guest};
 
 use super::{Isolation, Refusal, Request, Scheduler, Served, StartKind, Trace, Worker};
 use crate::{
@@ -221,16 +221,23 @@ impl<B: Backend> Scheduler<B> {
                 );
                 (Answer::of(outcome, id), Some(report))
             }
-            Err(InstanceError::Died { exit }) => {
-                (Answer::machine_died(id, &exit.to_string()), None)
-            }
-            Err(InstanceError::Protocol { message, .. }) => {
-                (Answer::machine_died(id, &message), None)
-            }
-            Err(InstanceError::Unresponsive { .. }) => (timed_out(&request.function, id), None),
             Err(error) => {
-                self.retire(worker);
-                return Err(Refusal::Failed(error.to_string()));
+                let function = &worker.function;
+                tracing::warn!(function, %error, "an instance ended under an invocation");
+                let answer = match error {
+                    InstanceError::Died { exit } => Answer::machine_died(id, &exit.to_string()),
+                    InstanceError::Protocol { message, .. } => Answer::machine_died(id, &message),
+                    // A guest that does not renew itself has not begun with the event: its function
+                    // has not had its time.
+                    InstanceError::Unresponsive { operation, .. } if operation != RENEWAL => {
+                        timed_out(&request.function, id)
+                    }
+                    error => {
+                        self.retire(worker);
+                        return Err(Refusal::Failed(error.to_string()));
+                    }
+                };
+                (answer, None)
             }
         };
         let output = &mut worker.output;
@@ -243,7 +250,6 @@ impl<B: Backend> Scheduler<B> {
         if report.is_some() {
             self.give_back(worker);
         } else {
-            tracing::warn!(function = worker.function, "an instance ended under an invocation");
             self.retire(worker);
         }
         let segments = report.as_mut().map(|r| std::mem::take(&mut r.segments));
