@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -20,6 +21,12 @@ use crate::{
 };
 
 const STREAMED: &str = "2021-11-15/functions/f/response-streaming-invocations";
+
+/// Answers with status 200 that all clients together wait for.
+const SERVED: usize = 200;
+
+/// A daemon that takes longer than this has come to a stand.
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// What clients saw.
 #[derive(Debug, Default)]
@@ -53,9 +60,14 @@ impl Seen {
     }
 }
 
-/// A client with one connection, which asks again as soon as it has an answer. One that is turned away
-/// waits as long as `back_off` says.
-async fn client(address: SocketAddr, event: &Value, until: Instant, back_off: Duration) -> Seen {
+/// A client with one connection, which asks again as soon as it has an answer, as long as `goes_on` says
+/// of its status. One that is turned away waits as long as `back_off` says.
+async fn client(
+    address: SocketAddr,
+    event: &Value,
+    goes_on: impl Fn(u16) -> bool,
+    back_off: Duration,
+) -> Seen {
     let mut stream = BufReader::new(TcpStream::connect(address).await.unwrap());
     let event = event.to_string();
     let request = format!(
@@ -63,7 +75,7 @@ async fn client(address: SocketAddr, event: &Value, until: Instant, back_off: Du
         event.len()
     );
     let mut seen = Seen::default();
-    while Instant::now() < until {
+    loop {
         let begun = Instant::now();
         stream.write_all(request.as_bytes()).await.unwrap();
         let (mut status, mut length) = (0, 0);
@@ -85,44 +97,44 @@ async fn client(address: SocketAddr, event: &Value, until: Instant, back_off: Du
             200 => seen.latencies.push(begun.elapsed()),
             _ => tokio::time::sleep(back_off).await,
         }
+        if !goes_on(status) {
+            return seen;
+        }
     }
-    seen
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_overloaded_daemon_serves_as_many_as_it_may_and_turns_the_rest_away() {
-    const TIME: Duration = Duration::from_secs(1);
+    // Where turning away takes all CPU time there is, those that are served get what is left: how much
+    // that is depends on the machine, so none of it is measured by the clock.
     let (_dir, d) = daemon().await;
     d.create("f", json!({})).await;
     d.snapshot_is("f", "ready").await;
     let limit = limits().concurrency as usize;
     let event = json!({"do": "sleep", "ms": 10});
-    let mut least = 0;
     println!("clients  served/s  p50 ms  p99 ms  turned away");
     for (times, back_off) in [(1, 0), (2, 5), (10, 5), (10, 0)] {
-        let until = Instant::now() + TIME;
+        let (begun, count) = (Instant::now(), AtomicUsize::new(0));
         let back_off = Duration::from_millis(back_off);
-        let clients = (0..limit * times).map(|_| client(d.address, &event, until, back_off));
-        let seen = Seen::join(join_all(clients.collect()).await);
+        let goes_on = |status| {
+            count.fetch_add(usize::from(status == 200), Ordering::Relaxed);
+            count.load(Ordering::Relaxed) < SERVED
+        };
+        let clients = (0..limit * times).map(|_| client(d.address, &event, goes_on, back_off));
+        let all = tokio::time::timeout(LONGEST, join_all(clients.collect())).await;
+        let seen = Seen::join(all.unwrap_or_else(|_| panic!("{count:?} in {LONGEST:?}")));
         let (served, refused) = (seen.of(200), seen.of(429));
         let all: usize = seen.statuses.values().sum();
         println!(
             "{:>7}  {:>8.0}  {:>6.1}  {:>6.1}  {:>10.1}%",
             limit * times,
-            served as f64 / TIME.as_secs_f64(),
+            served as f64 / begun.elapsed().as_secs_f64(),
             seen.quantile(0.5).as_secs_f64() * 1e3,
             seen.quantile(0.99).as_secs_f64() * 1e3,
             100.0 * refused as f64 / all as f64,
         );
         assert_eq!(served + refused, all, "{:?}", seen.statuses);
-        match times {
-            1 => {
-                assert_eq!(refused, 0);
-                // Clients that don't back off take CPU time from those that are served.
-                least = served / 4;
-            }
-            _ => assert!(refused > 0 && served >= least, "{:?}, not {least}", seen.statuses),
-        }
+        assert_eq!(refused > 0, times > 1, "{:?}", seen.statuses);
     }
     // Nothing of it stays.
     let answer = d.invoke("f", &[], &json!(1)).await;
@@ -136,23 +148,27 @@ async fn updates_under_load_fail_no_call() {
     d.create("f", json!({})).await;
     d.snapshot_is("f", "ready").await;
     let event = json!({"do": "sleep", "ms": 1});
-    let until = Instant::now() + Duration::from_secs(2);
-    let clients = (0..4).map(|_| client(d.address, &event, until, Duration::ZERO));
+    let (answers, updated) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let goes_on = |_| {
+        answers.fetch_add(1, Ordering::Relaxed);
+        !updated.load(Ordering::Relaxed)
+    };
+    let clients = (0..4).map(|_| client(d.address, &event, goes_on, Duration::ZERO));
     let updates = async {
         let path = format!("{FUNCTIONS}/f/code");
         let mut count = 0;
-        while Instant::now() < until {
+        while count < 50 || answers.load(Ordering::Relaxed) < 100 {
             let code = json!({"ZipFile": zip(&count.to_string())});
             assert_eq!(d.send("PUT", &path, &code).await.status, 200);
             count += 1;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        count
+        updated.store(true, Ordering::Relaxed);
     };
-    let (seen, updates) = tokio::join!(join_all(clients.collect()), updates);
-    let seen = Seen::join(seen);
+    let both = async { tokio::join!(join_all(clients.collect()), updates).0 };
+    let seen = tokio::time::timeout(LONGEST, both).await;
+    let seen = Seen::join(seen.unwrap_or_else(|_| panic!("{answers:?} in {LONGEST:?}")));
     let all: usize = seen.statuses.values().sum();
-    assert!(updates > 5 && all > 100, "{updates} updates, {:?}", seen.statuses);
     assert_eq!(seen.of(200), all, "{:?}", seen.statuses);
     assert_eq!(d.get(&format!("{FUNCTIONS}/f")).await.status, 200);
 }
