@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{cargo, images, kernel, packages, step};
+use crate::cargo::{self, Binaries};
+use crate::{images, kernel, packages, step};
 
 /// Packages whose programs belong to an installation, and the programs.
 const PROGRAMS: [(&str, &str); 5] = [
@@ -47,8 +48,7 @@ pub fn build() -> Result<PathBuf> {
             links.push((format!("images/{runtime}/{name}"), image.join(name)));
         }
     }
-    step::say("building the programs …");
-    let built = cargo::build_release(&PROGRAMS.map(|(package, _)| package))?;
+    let built = programs()?;
     for (_, program) in PROGRAMS {
         links.push((format!("bin/{program}"), built.binary(program)?));
     }
@@ -57,6 +57,13 @@ pub fn build() -> Result<PathBuf> {
         links.push((format!("kernel/{name}"), kernel.join(name)));
     }
     place(&cargo::target_directory()?.join("artifacts"), &links)
+}
+
+/// Builds the programs: always all of them, for a part would need its dependencies with other features, and they would
+/// be built twice.
+pub fn programs() -> Result<Binaries> {
+    step::say("building the programs …");
+    cargo::build_release(&PROGRAMS.map(|(package, _)| package))
 }
 
 /// Replaces the directory's content by these links.

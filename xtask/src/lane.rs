@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::host_vm::{HostVm, Options};
 use crate::step::Outcome;
-use crate::{cargo, daemon, step};
+use crate::{artifacts, daemon, step};
 
 /// Memory of the host VM for the daemon and a handful of small functions.
 const HOST_VM_MIB: u32 = 3072;
@@ -136,7 +136,7 @@ impl Choice {
                 _ => bail!("FIRN_LANE is {name:?}; it must be native or host-vm"),
             };
         }
-        let doctor = cargo::build_release(&["firn-cli"])?.binary("firn")?;
+        let doctor = artifacts::programs()?.binary("firn")?;
         // Its exit code says the same as its report.
         let output = Command::new(&doctor)
             .args(["doctor", "--json"])

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::lane::{Choice, Lane, Site};
 use crate::test::results::{self, Test};
-use crate::{artifacts, bench, cargo, packages, scratch, step, test};
+use crate::{artifacts, bench, cargo, clients, packages, scratch, step, test};
 
 /// Scenarios of `firn bench run` that rows name.
 const SCENARIOS: &str = "boot,thaw,warm,density";
@@ -390,7 +390,8 @@ impl Rig {
         if end_to_end.is_empty() {
             return Ok(());
         }
-        let run = test::end_to_end(sites, &self.artifacts, &end_to_end, &test::NIGHTLY)?;
+        let clients = clients::prepare()?;
+        let run = test::end_to_end(sites, &self.artifacts, &clients, &end_to_end, &test::NIGHTLY)?;
         self.keep(run.outcome.lines.iter().filter_map(|line| results::pytest(line)));
         run.left_behind.into_iter().collect()
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::results;
-use crate::clients::{self, Clients};
+use crate::clients::Clients;
 use crate::daemon::{self, Daemon, Settings};
 use crate::lane::{self, Lane, Site};
 use crate::step::Outcome;
@@ -34,16 +34,16 @@ pub fn sites(lane: Lane, asked: Option<usize>) -> usize {
 pub fn end_to_end(
     sites: Vec<Site>,
     artifacts: &Path,
+    clients: &Clients,
     more: &[String],
     environment: &[(&str, &str)],
 ) -> Result<Run> {
-    let clients = clients::prepare()?;
     let settings = Settings { restart: true, ..Settings::default() };
     let runners = sites.iter().map(Site::runner).collect::<Result<Vec<_>>>()?;
     let start = |site| Daemon::start(site, artifacts, &settings);
     let daemons = sites.into_iter().map(start).collect::<Result<Vec<_>>>()?;
     let places = runners.iter().zip(&daemons).map(|(runner, daemon)| place(daemon, runner));
-    let mut pytest = pytest(&clients, places.collect());
+    let mut pytest = pytest(clients, places.collect());
     pytest.envs(environment.iter().copied()).args(more);
     let counts = |line: &str| results::pytest(line).is_some();
     let outcome = step::watch("end-to-end tests", &mut pytest, counts, 0)?;

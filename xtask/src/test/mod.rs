@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use anyhow::{Error, Result, anyhow};
 
+use crate::clients::{self, Clients};
 use crate::lane::{Choice, Site};
 use crate::step::Outcome;
 use crate::{artifacts, cargo, packages, step};
@@ -100,7 +101,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     // keep one CPU busy. End-to-end tests need both, and look for processes that were left behind.
     thread::scope(|scope| -> Result<()> {
         let unit_tests = scope.spawn(|| run_unit(&unit, arguments));
-        let sites = match in_lane {
+        let ready = match in_lane {
             true => linux_stage(&mut summary, &stages, arguments),
             false => Ok(None),
         };
@@ -111,7 +112,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
                 summary.none(&part.which.to_string());
             }
         }
-        if let (Some(lane), true) = (sites?, stages.contains(&Stage::E2e)) {
+        if let Some(lane) = ready? {
             end_to_end_stage(&mut summary, lane, arguments);
         }
         Ok(())
@@ -172,24 +173,35 @@ fn run_unit(parts: &[Unit], arguments: &Arguments) -> Result<Vec<Outcome>> {
     parts.iter().map(run).collect()
 }
 
-/// A lane that is ready.
+/// A lane that is ready for end-to-end tests.
 struct Ready {
     artifacts: PathBuf,
+    clients: Clients,
     sites: Vec<Site>,
 }
 
-/// Makes the lane and runs the VMM's tests with Linux there, if they are to run.
+/// Makes the lane and runs the VMM's tests with Linux there, if they are to run. Returns it if end-to-end tests are to
+/// follow.
 fn linux_stage(
     summary: &mut Summary,
     stages: &BTreeSet<Stage>,
     arguments: &Arguments,
 ) -> Result<Option<Ready>> {
-    let built = summary.stage("building Firn", |summary| {
-        let lane = arguments.lane.decide()?;
-        Ok::<_, Error>((lane, summary.must("building Firn", artifacts::build())))
-    })?;
-    let (lane, Some(artifacts)) = built else { return Ok(None) };
     let end_to_end = stages.contains(&Stage::E2e);
+    let what = "building Firn and clients";
+    let built = summary.stage(what, |summary| {
+        let lane = arguments.lane.decide()?;
+        let build = || {
+            let artifacts = artifacts::build()?;
+            // All that takes a compiler, now: unit tests run meanwhile.
+            if stages.contains(&Stage::Linux) {
+                rust::build_linux()?;
+            }
+            Ok((artifacts, if end_to_end { Some(clients::prepare()?) } else { None }))
+        };
+        Ok::<_, Error>((lane, summary.must(what, build())))
+    })?;
+    let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
     let count = if end_to_end { sites(lane, arguments.host_vms) } else { 1 };
     let sites = summary.stage("booting host VMs", |summary| {
         let sites = (0..count).map(|_| Site::start(lane, &artifacts)).collect::<Result<Vec<_>>>();
@@ -211,7 +223,7 @@ fn linux_stage(
             summary.none(&names.join(", "));
         }
     }
-    Ok(Some(Ready { artifacts, sites }))
+    Ok(clients.map(|clients| Ready { artifacts, clients, sites }))
 }
 
 fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
@@ -222,8 +234,9 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
     pytest.extend_from_slice(&arguments.pytest);
     let what = "end-to-end tests";
     let result = summary.stage(what, |summary| {
-        let run = end_to_end(lane.sites, &lane.artifacts, &pytest, arguments.environment());
-        summary.must(what, run)
+        let Ready { artifacts, clients, sites } = lane;
+        let environment = arguments.environment();
+        summary.must(what, end_to_end(sites, &artifacts, &clients, &pytest, environment))
     });
     let Some(run) = result else { return };
     if summary.pytest(what, choice::END_TO_END, &run.outcome) == 0 {
