@@ -14,6 +14,12 @@ use rustix::net::{
 };
 use tokio::io::unix::AsyncFd;
 
+/// Time for a diagnosis. It is asked for when time is up already, so it is short.
+const DIAGNOSIS: Duration = Duration::from_millis(500);
+
+/// Most characters of a diagnosis that are passed on.
+const MOST_OF_A_DIAGNOSIS: usize = 4096;
+
 /// Messages that a closed socket may still hold: more than its buffer has room for.
 const MOST_UNREAD: usize = 4096;
 
@@ -122,6 +128,22 @@ impl Control {
         }
     }
 
+    /// Where the microVM stands, in the VMM's words; `None`: it does not say, or not in time. Answers to what
+    /// was asked before are dropped.
+    pub(crate) async fn diagnose(&mut self) -> Option<String> {
+        let exchange = async {
+            self.send(&ToVmm::Diagnose, &[]).await?;
+            loop {
+                if let FromVmm::Diagnosis(text) = self.receive().await? {
+                    return Ok::<_, ControlError>(text);
+                }
+            }
+        };
+        let text = tokio::time::timeout(DIAGNOSIS, exchange).await.ok()?.ok()?;
+        // Nothing that a VMM writes is trusted, and this goes to logs and terminals.
+        Some(text.chars().filter(|c| !c.is_control()).take(MOST_OF_A_DIAGNOSIS).collect())
+    }
+
     /// What the VMM has said of its end, if it has said anything. To be asked when its process has ended:
     /// nothing is on its way then, and answers that nobody waits for any more are dropped.
     pub(crate) fn last_words(&mut self) -> Option<Exit> {
@@ -186,6 +208,7 @@ pub(crate) fn name(message: &FromVmm) -> &'static str {
         FromVmm::Stats(_) => "Stats",
         FromVmm::Failed(_) => "Failed",
         FromVmm::Exited(_) => "Exited",
+        FromVmm::Diagnosis(_) => "Diagnosis",
         _ => "an unknown message",
     }
 }
@@ -260,6 +283,24 @@ mod tests {
         let error = control.request(&ToVmm::Pause, &[], second).await.unwrap_err();
         assert!(matches!(error, ControlError::Ended), "{error:?}");
         assert_eq!(control.last_words(), Some(exit), "whoever asks, and as often as they ask");
+    }
+
+    #[tokio::test]
+    async fn a_diagnosis_comes_behind_late_answers_or_not_at_all() {
+        let (mut control, theirs) = Control::pair().unwrap();
+        say(&theirs, &FromVmm::Done);
+        say(&theirs, &FromVmm::Diagnosis("RIP 1\n\x1b[2J".to_owned() + &"x".repeat(5000)));
+        let text = control.diagnose().await.unwrap();
+        assert!(text.starts_with("RIP 1[2Jxxx") && text.len() == MOST_OF_A_DIAGNOSIS, "{text}");
+        let begun = std::time::Instant::now();
+        assert_eq!(control.diagnose().await, None);
+        assert!(begun.elapsed() >= DIAGNOSIS);
+        let exit = Exit { reason: ExitReason::GuestPanic, detail: String::new() };
+        say(&theirs, &FromVmm::Exited(exit.clone()));
+        assert_eq!(control.diagnose().await, None);
+        assert_eq!(control.last_words(), Some(exit));
+        drop(theirs);
+        assert_eq!(control.diagnose().await, None);
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ use crate::{
     shell::CODE_SLOT,
     snapshot::{self, PAGE, Sample},
     stream::Stream,
-    vm::{Trouble, Vm, unexpected},
+    vm::{Trouble, Vm, diagnosed, unexpected},
 };
 
 /// What a guest gets beyond a function's own time limit to say that it has passed.
@@ -176,12 +176,14 @@ pub enum InstanceError {
         exit: VmmExit,
     },
     /// It did not answer in time and was killed.
-    #[error("no answer to {operation} within {after:?}")]
+    #[error("no answer to {operation} within {after:?}{}", diagnosed(diagnosis))]
     Unresponsive {
         /// What it was asked.
         operation: &'static str,
         /// How long it was given.
         after: Duration,
+        /// Where its vCPUs, interrupts and queues stood then, if its VMM could tell.
+        diagnosis: Option<String>,
     },
     /// The VMM refused.
     #[error("the VMM refused {operation}: {message}")]
@@ -226,7 +228,9 @@ impl InstanceError {
     pub(crate) fn from_trouble(operation: &'static str) -> impl Fn(Trouble) -> Self {
         move |trouble| match trouble {
             Trouble::Died(exit) => Self::Died { exit },
-            Trouble::TimedOut(after) => Self::Unresponsive { operation, after },
+            Trouble::TimedOut { after, diagnosis } => {
+                Self::Unresponsive { operation, after, diagnosis }
+            }
             Trouble::Refused(failure) => {
                 Self::Refused { operation, kind: failure.kind, message: failure.message }
             }

@@ -97,7 +97,7 @@ impl From<Trouble> for ShellError {
     fn from(trouble: Trouble) -> Self {
         match trouble {
             Trouble::Died(exit) => Self::Died { exit },
-            Trouble::TimedOut(after) => Self::TimedOut { after },
+            Trouble::TimedOut { after, .. } => Self::TimedOut { after },
             Trouble::Refused(failure) => {
                 Self::Refused { kind: failure.kind, message: failure.message }
             }

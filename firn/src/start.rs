@@ -32,7 +32,7 @@ use crate::{
     reset::{self, RENEW, new_identity},
     snapshot::Use,
     stream::Stream,
-    vm::{Trouble, Vm, unexpected},
+    vm::{Trouble, Vm, diagnosed, unexpected},
 };
 
 /// Time from the boot request until the guest's init is ready.
@@ -70,12 +70,14 @@ pub enum StartError {
         exit: VmmExit,
     },
     /// It took too long.
-    #[error("no {waiting_for} within {after:?}")]
+    #[error("no {waiting_for} within {after:?}{}", diagnosed(diagnosis))]
     TimedOut {
         /// What it should have said.
         waiting_for: &'static str,
         /// How long it was given.
         after: Duration,
+        /// Where its vCPUs, interrupts and queues stood then, if its VMM could tell.
+        diagnosis: Option<String>,
     },
     /// The guest speaks another version of the protocol.
     #[error("the guest speaks protocol version {found}, this host {supported}")]
@@ -113,7 +115,9 @@ impl StartError {
     fn from_trouble(trouble: Trouble, waiting_for: &'static str) -> Self {
         match trouble {
             Trouble::Died(exit) => Self::Died { exit },
-            Trouble::TimedOut(after) => Self::TimedOut { waiting_for, after },
+            Trouble::TimedOut { after, diagnosis } => {
+                Self::TimedOut { waiting_for, after, diagnosis }
+            }
             Trouble::Refused(Failure { kind: FailureKind::SnapshotCpu, message }) => {
                 Self::Snapshot(SnapshotError::Cpu { difference: message })
             }

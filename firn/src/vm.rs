@@ -38,7 +38,11 @@ const KILLED: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) enum Trouble {
     Died(VmmExit),
-    TimedOut(Duration),
+    TimedOut {
+        after: Duration,
+        /// Where the microVM stood then, if the VMM could tell.
+        diagnosis: Option<String>,
+    },
     Refused(Failure),
     Protocol(String),
     /// What was to be sent is not allowed.
@@ -214,7 +218,9 @@ impl Vm {
             ControlError::TimedOut(_) if !self.process.is_alive() => {
                 return Trouble::Died(self.obituary().await);
             }
-            ControlError::TimedOut(after) => Trouble::TimedOut(after),
+            ControlError::TimedOut(after) => {
+                Trouble::TimedOut { after, diagnosis: self.control.diagnose().await }
+            }
             // Its files go before it does.
             ControlError::Io(error) => match self.ended_within(DYING).await {
                 true => return Trouble::Died(self.obituary().await),
@@ -244,6 +250,11 @@ impl Vm {
     async fn ended_within(&mut self, within: Duration) -> bool {
         timeout(within * self.patience, self.process.ended()).await.is_ok()
     }
+}
+
+/// How an error that says that time is up goes on.
+pub(crate) fn diagnosed(diagnosis: &Option<String>) -> String {
+    diagnosis.as_ref().map(|text| format!("; it stands at: {text}")).unwrap_or_default()
 }
 
 /// An answer to something else.

@@ -1,14 +1,17 @@
 //! A VMM that is gone: whatever is asked next, the answer is how it ended, and not what the asker came
 //! across (a control group, a file of `/proc`, a pipe or a socket that is no more).
 
+use std::time::Duration;
+
 use firn::{
-    Host, Instance, InstanceError, Invocation, Outlets, SnapshotError, SnapshotMeta, StartError,
-    VmmExit, control::ExitReason,
+    Host, Instance, InstanceError, Invocation, LogLine, Outlets, SnapshotError, SnapshotMeta,
+    StartError, VmmExit, control::ExitReason,
 };
+use tokio::sync::mpsc;
 
 use crate::{
     install::{Install, eventually},
-    life::{answer, event, spec},
+    life::{answer, boot, event, spec},
     resets::resident,
 };
 
@@ -137,6 +140,63 @@ pub async fn a_vmm_that_dies_in_a_thaw_says_how() {
             other => panic!("{other:?}"),
         }
     }
+    host.shutdown().await;
+    install.assert_nothing_left();
+}
+
+/// Runs `wait` on a clock that stands until the guest prints that it is asleep, and then jumps over all
+/// that is given to a renewal.
+async fn sleeping<T>(wait: impl Future<Output = T>, mut lines: mpsc::Receiver<LogLine>) -> T {
+    // While something blocks, the clock does not go on by itself.
+    let (release, blocked) = std::sync::mpsc::channel::<()>();
+    let blocking = tokio::task::spawn_blocking(move || blocked.recv());
+    tokio::time::pause();
+    let jump = async {
+        assert_eq!(lines.recv().await.unwrap().line, b"asleep");
+        tokio::time::advance(Duration::from_secs(16)).await;
+    };
+    let (result, ()) = tokio::join!(wait, jump);
+    tokio::time::resume();
+    drop(release);
+    assert!(blocking.await.unwrap().is_err());
+    result
+}
+
+pub async fn a_guest_that_does_not_renew_itself_is_killed_with_a_diagnosis() {
+    // Time that jumps needs a runtime with one thread.
+    let test = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(never_renewed());
+    };
+    tokio::task::spawn_blocking(test).await.unwrap();
+}
+
+async fn never_renewed() {
+    let install = Install::stand_in();
+    let mut config = install.config();
+    // None is made beside what is waited for.
+    config.shells = 0;
+    let host = Host::open(config).await.unwrap();
+    let snapshot = resident(&host, &install).await;
+    let (log, lines) = mpsc::channel(4);
+    let (mut instance, _) = host.thaw(&snapshot, None, log.into()).await.unwrap();
+    assert_eq!(answer(&mut instance, b"sleep").await, "sleep");
+    instance.reset().await.unwrap();
+    let error = sleeping(instance.invoke(&event(b"{}")), lines).await.unwrap_err();
+    let expected = "no answer to renew within 15s; it stands at: in the stand-in";
+    assert_eq!(error.to_string(), expected);
+    eventually("it is killed", || !instance.is_alive()).await;
+
+    let mut booted = boot(&host).await;
+    let (mut spec, _lines) = spec(3, "x", None);
+    spec.environment.push(("SLEEPS".into(), "1".into()));
+    booted.load(&spec, true).await.unwrap();
+    let snapshot = booted.snapshot(&install.path("asleep"), SnapshotMeta::default()).await.unwrap();
+    let snapshot = snapshot.make_resident(&host, None, None).await.unwrap();
+    let (log, lines) = mpsc::channel(4);
+    let thaw = host.thaw(&snapshot, None, log.into());
+    let error = sleeping(thaw, lines).await.map(drop).unwrap_err();
+    assert_eq!(error.to_string(), "no Renewed within 15s; it stands at: in the stand-in");
     host.shutdown().await;
     install.assert_nothing_left();
 }

@@ -46,6 +46,7 @@ const TESTS: &[Test] = tests![
     attackers::noise_from_an_init_ends_nothing_but_its_guest,
     ends::whoever_asks_a_vmm_that_is_gone_learns_how_it_ended,
     ends::a_vmm_that_dies_in_a_thaw_says_how,
+    ends::a_guest_that_does_not_renew_itself_is_killed_with_a_diagnosis,
     jail::a_stand_in_lives_in_a_whole_cage,
     jail::a_real_shell_lives_in_a_whole_cage,
     jail::a_step_of_the_jailer_that_fails_is_named,

@@ -7,6 +7,7 @@
 //! | `page` | answers with the first bytes of the page that `load` wrote, as they are in memory now |
 //! | `write TEXT` | writes that page, then answers |
 //! | `keep identity` | answers, and never takes another identity, not even after a reset |
+//! | `sleep` | answers, and never renews itself again, not even after a reset |
 //! | `die` | ends with `GuestPanic` |
 //! | `die later` | answers, and then does |
 //! | `hang` | never answers |
@@ -41,6 +42,8 @@ const PAGE: usize = 4096;
 struct Memory {
     pages: BTreeMap<u64, Vec<u8>>,
     keeps_identity: bool,
+    /// Says so when it is to renew itself, and no more.
+    sleeps: bool,
 }
 
 struct Vmm {
@@ -151,11 +154,16 @@ impl Vmm {
                 assert_eq!((entry >> 63, entry & ((1 << 55) - 1)), (1, 0));
                 // A guest of its own: what the last one still does, it does to another memory.
                 let mut memory = self.origin.clone().unwrap();
-                memory.keeps_identity |= self.memory.lock().unwrap().keeps_identity;
+                {
+                    let before = self.memory.lock().unwrap();
+                    memory.keeps_identity |= before.keeps_identity;
+                    memory.sleeps |= before.sleeps;
+                }
                 self.memory = Arc::new(Mutex::new(memory));
                 self.start(stream, false);
                 FromVmm::Reset(control::ResetReport { stamps: stamps(), pages: 1, duration_ns: 2 })
             }
+            ToVmm::Diagnose => FromVmm::Diagnosis("in the stand-in".into()),
             ToVmm::Stats => FromVmm::Stats(control::Stats::default()),
             _ => FromVmm::Done,
         })
@@ -174,9 +182,9 @@ impl Vmm {
             pages.insert(data / PAGE as u64, page);
             offset = data + PAGE as u64;
         }
-        let mut keeps = [0; 1];
-        state.read_exact_at(&mut keeps, 0)?;
-        let memory = Memory { pages, keeps_identity: keeps[0] == b'k' };
+        let mut head = [0; 1];
+        state.read_exact_at(&mut head, 0)?;
+        let memory = Memory { pages, keeps_identity: head[0] == b'k', sleeps: head[0] == b'a' };
         *self.memory.lock().unwrap() = memory.clone();
         self.origin = Some(memory);
         Ok(())
@@ -198,7 +206,11 @@ impl Vmm {
                 pages_written += 1;
             }
         }
-        let head: &[u8] = if own.keeps_identity { b"keeps" } else { b"state" };
+        let head: &[u8] = match (own.keeps_identity, own.sleeps) {
+            (true, _) => b"keeps",
+            (_, true) => b"asleep",
+            _ => b"state",
+        };
         state.write_all_at(head, 0)?;
         state.write_all_at(&bitmap, head.len() as u64)?;
         Ok(SaveReport {
@@ -215,6 +227,11 @@ impl Vmm {
         let guest = Guest { control: self.control.clone(), memory: self.memory.clone(), stream };
         std::thread::spawn(move || guest.run(booted));
     }
+}
+
+fn log(line: String) -> FromGuest {
+    let line = line.into_bytes();
+    FromGuest::Log(Log { stream: guest::Stream::Stdout, line, partial: false })
 }
 
 struct Guest {
@@ -252,6 +269,7 @@ impl Guest {
                         page.resize(PAGE, 0);
                         match key.as_str() {
                             "KEEPS_IDENTITY" => memory.keeps_identity = true,
+                            "SLEEPS" => memory.sleeps = true,
                             "LIES" => init_us = u64::MAX,
                             key => drop(memory.pages.insert(key.parse().unwrap(), page)),
                         }
@@ -262,7 +280,16 @@ impl Guest {
                 ToGuest::Freeze => self.say(&FromGuest::Frozen),
                 ToGuest::Renew(renew) => {
                     assert!(renew.entropy.iter().any(|b| *b != 0));
-                    let keeps = self.memory.lock().unwrap().keeps_identity;
+                    let (keeps, sleeps) = {
+                        let memory = self.memory.lock().unwrap();
+                        (memory.keeps_identity, memory.sleeps)
+                    };
+                    if sleeps {
+                        self.say(&log("asleep".into()));
+                        loop {
+                            std::thread::park();
+                        }
+                    }
                     let instance_id = if keeps { "old".into() } else { renew.instance_id };
                     self.say(&FromGuest::Renewed(Renewed {
                         instance_id,
@@ -303,6 +330,7 @@ impl Guest {
                 payload = page.iter().copied().take_while(|b| *b != 0).collect();
             }
             b"keep identity" => self.memory.lock().unwrap().keeps_identity = true,
+            b"sleep" => self.memory.lock().unwrap().sleeps = true,
             other => {
                 if let Some(bytes) = other.strip_prefix(b"say ") {
                     let _ = self.stream.write_all(bytes);
@@ -317,11 +345,7 @@ impl Guest {
                 if let Some(count) = other.strip_prefix(b"log ") {
                     let count = std::str::from_utf8(count).unwrap().parse().unwrap();
                     for line in 0..count {
-                        self.say(&FromGuest::Log(Log {
-                            stream: guest::Stream::Stdout,
-                            line: format!("line {line}").into_bytes(),
-                            partial: false,
-                        }));
+                        self.say(&log(format!("line {line}")));
                     }
                 }
             }
