@@ -1,8 +1,9 @@
 //! The dev host VM: a small Linux server under QEMU whose `/dev/kvm` is KVM on (emulated) SVM.
 //!
 //! It is how Firn runs where KVM is missing or emulates guest kernel code (`firn doctor` tells).
-//! QEMU's TCG needs no rights and no hardware support. The machine has one CPU, a root file system
-//! in memory, and a user network: only forwarded ports lead in, and to one port at most it leads out.
+//! QEMU's TCG needs no rights and no hardware support. The machine has two CPUs (one in virtual time),
+//! a root file system in memory, and a user network: only forwarded ports lead in, and to one port at
+//! most it leads out.
 //!
 //! ```text
 //! this machine:  xtask ──TCP 127.0.0.1:<free>──▶ QEMU ──▶ host-vm-agent (PID 1) ──▶ firnd ──▶ microVM

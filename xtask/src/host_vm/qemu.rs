@@ -167,12 +167,15 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
             more.extend(["-netdev".into(), network]);
             more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
             more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
-            more.extend(["-accel".into(), "tcg,thread=multi".into()]);
+            // Two CPUs show races that one hides.
+            more.extend(["-accel", "tcg,thread=multi", "-smp", "2"].map(String::from));
         }
         Mode::Measure { seed, output } => {
             // With ERMS `rep movsb` counts once a byte, which doubles the price of every copy.
             cpu.push_str(",-erms,-fsrm");
+            // With a second CPU the kernel never reaches user space.
             more.extend(["-accel", "tcg", "-icount", "shift=0,sleep=off"].map(String::from));
+            more.extend(["-smp", "1"].map(String::from));
             more.extend(["-rtc", "base=2026-01-01T00:00:00,clock=vm"].map(String::from));
             more.extend(["-seed".into(), seed.to_string()]);
             let output = output.to_str().context("the temporary directory is not UTF-8")?;
@@ -181,9 +184,9 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
         }
     }
     let path = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
-    let mut all: Vec<String> = ["-M", "microvm", "-smp", "1", "-nodefaults", "-no-user-config"]
+    let mut all: Vec<String> = ["-M", "microvm", "-nodefaults", "-no-user-config", "-no-reboot"]
         .into_iter()
-        .chain(["-display", "none", "-serial", "stdio", "-no-reboot"])
+        .chain(["-display", "none", "-serial", "stdio"])
         .map(String::from)
         .collect();
     all.extend(["-cpu".into(), cpu, "-m".into(), memory_mib.to_string()]);
