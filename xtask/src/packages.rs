@@ -1,10 +1,11 @@
 //! Debian packages that a task needs: installed as root, named otherwise.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::step;
 
@@ -35,9 +36,8 @@ pub const IMAGES: &[&str] = &[
     "util-linux",
 ];
 
-/// Runs the host VM. Its kernel is downloaded and unpacked, not installed: installed, it would
-/// become the kernel that a developer's own machine boots next.
-pub const HOST_VM: &[&str] = &["busybox-static", "erofs-utils", "kmod", "qemu-system-x86"];
+/// Runs the host VM. Its kernel and its QEMU are downloaded and unpacked, not installed.
+pub const HOST_VM: &[&str] = &["busybox-static", "erofs-utils", "kmod", "xz-utils"];
 
 /// What the daemon runs.
 pub const RUN: &[&str] = &["erofs-utils"];
@@ -47,6 +47,10 @@ pub const CLIENTS: &[&str] = &["python3-venv"];
 
 /// Version 2 of the AWS CLI, which is on no other registry, for the tests.
 pub const AWS_CLI: &[&str] = &["awscli"];
+
+/// What to do when a package is not found or can't be downloaded, for who is not root.
+pub const UPDATE_HINT: &str =
+    "the package lists may be missing or old. Run `sudo apt-get update`, then try again";
 
 /// Makes sure that the packages are installed.
 pub fn ensure(lists: &[&[&str]]) -> Result<()> {
@@ -85,6 +89,17 @@ pub fn apt_get() -> Command {
 /// Brings the package lists up to date.
 pub fn update_lists() -> Result<()> {
     step::run("updating the package lists", apt_get().arg("update"))
+}
+
+/// Unpacks all packages that lie in a directory.
+pub fn extract(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).with_context(|| format!("{}", from.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            step::output(Command::new("dpkg-deb").arg("--extract").arg(path).arg(to))?;
+        }
+    }
+    Ok(())
 }
 
 /// Version of an installed package.

@@ -13,6 +13,7 @@
 
 pub mod client;
 pub mod command;
+mod emulator;
 mod modules;
 mod qemu;
 mod root;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,9 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use firn_host_vm_agent::{FAILED_MARK, READY_MARK};
 
-use super::{OUTSIDE, root::Initrd};
-
-const PROGRAM: &str = "qemu-system-x86_64";
+use super::{OUTSIDE, emulator, root::Initrd};
 
 /// Lines of the console that are kept for error messages.
 const CONSOLE_LINES: usize = 60;
@@ -54,13 +52,13 @@ impl Qemu {
     /// Starts QEMU. It is killed when the calling *thread* ends: call this from one that lives as
     /// long as the process.
     pub fn start(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Self> {
-        let mut command = Command::new(PROGRAM);
+        let mut command = emulator::command()?;
         command.args(arguments(initrd, memory_mib, mode)?);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for this process, which then ends QEMU.
         command.process_group(0);
         crate::step::die_with_us(&mut command);
-        let mut child = command.spawn().with_context(|| format!("cannot run {PROGRAM}"))?;
+        let mut child = command.spawn().context("cannot run QEMU")?;
         let console = Console::default();
         let (sender, marks) = mpsc::channel();
         if let Some(stdout) = child.stdout.take() {
@@ -94,7 +92,7 @@ impl Qemu {
                 if status.success() {
                     return Ok(());
                 }
-                bail!("{PROGRAM} failed ({status}):\n{}", self.console);
+                bail!("QEMU failed ({status}):\n{}", self.console);
             }
             if Instant::now() > end {
                 bail!("the host VM still ran after {} s", limit.as_secs());
