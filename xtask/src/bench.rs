@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use firn_host_vm_agent::Exec;
 use serde_json::Value;
 
-use crate::host_vm::{self, Options};
+use crate::host_vm::{self, Options, Series};
 use crate::lane::{Choice, Lane};
 use crate::{artifacts, cargo, functions, packages, scratch, step};
 
@@ -62,6 +62,10 @@ pub struct Peers {
     /// Measure this Firecracker too, side by side. It is no part of Firn: build it yourself, static.
     #[arg(long, value_name = "PROGRAM")]
     pub firecracker: Option<PathBuf>,
+
+    /// Linux that the host VM runs.
+    #[arg(long, value_enum, value_name = "SERIES", default_value_t)]
+    pub kernel: Series,
 
     /// Mount the host VM's cgroup v2 without `favordynmods`, as most distributions do.
     #[arg(long)]
@@ -152,7 +156,9 @@ impl Run<'_> {
                 step::say(&format!("measuring in virtual time, seed {seed}; this takes minutes …"));
                 let cgroups =
                     if self.peers.plain_cgroups { "plain cgroups" } else { "favordynmods" };
-                let rig = format!("dev host VM, virtual time, {cgroups}, seed {seed}");
+                let kernel = self.peers.kernel;
+                let rig =
+                    format!("dev host VM, Linux {kernel}, virtual time, {cgroups}, seed {seed}");
                 let more = ["--artifacts", "/firn", "--patience", "2", "--virtual-time", "--rig"];
                 argv.extend(more.map(String::from));
                 argv.extend([rig, "--seed".into(), seed.to_string()]);
@@ -168,6 +174,7 @@ impl Run<'_> {
                 }
                 let options = Options {
                     memory_mib: self.memory_mib,
+                    kernel,
                     artifacts: Some(self.artifacts.to_owned()),
                     files,
                     plain_cgroups: self.peers.plain_cgroups,

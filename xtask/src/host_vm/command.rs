@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use firn_host_vm_agent::Exec;
 
 use super::client::Client;
-use super::{HostVm, Options, measure};
+use super::{HostVm, Options, Series, measure};
 use crate::artifacts;
 
 /// Boot the dev host VM, run a command in it, end it.
@@ -40,6 +40,10 @@ pub struct Arguments {
     /// for RCU.
     #[arg(long, conflicts_with = "at")]
     plain_cgroups: bool,
+
+    /// Linux that the host VM runs.
+    #[arg(long, value_enum, value_name = "SERIES", default_value_t, conflicts_with = "at")]
+    kernel: Series,
 
     /// Memory of the host VM.
     #[arg(long, value_name = "MiB", default_value_t = 2048)]
@@ -83,6 +87,7 @@ pub struct Arguments {
 pub fn run(arguments: Arguments) -> Result<i32> {
     let mut options = Options {
         memory_mib: arguments.memory,
+        kernel: arguments.kernel,
         modules: arguments.module,
         plain_cgroups: arguments.plain_cgroups,
         artifacts: match arguments.artifacts {

@@ -14,6 +14,7 @@
 pub mod client;
 pub mod command;
 mod emulator;
+mod kernel;
 mod modules;
 mod qemu;
 mod root;
@@ -28,6 +29,7 @@ use firn_host_vm_agent::{AGENT_PORT, Event, Exec, Request};
 
 use crate::scratch;
 use client::Client;
+pub use kernel::Series;
 use qemu::{Console, Qemu};
 
 /// Longest time from starting QEMU to the agent's mark; it takes 3 s on the slowest rig known.
@@ -41,6 +43,8 @@ pub const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 100)
 pub struct Options {
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// The kernel that it runs.
+    pub kernel: Series,
     /// An artifacts directory; it appears as `/firn`.
     pub artifacts: Option<PathBuf>,
     /// Further files: here, and where they appear.
@@ -59,6 +63,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory_mib: 2048,
+            kernel: Series::default(),
             artifacts: None,
             files: Vec::new(),
             modules: Vec::new(),

@@ -19,7 +19,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::Options;
-use super::modules::Kernel;
+use super::kernel::Kernel;
 use crate::cargo;
 use crate::cpio::Archive;
 use crate::{packages, scratch};
@@ -47,7 +47,7 @@ impl Drop for Initrd {
 pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
     packages::ensure(&[packages::HOST_VM])?;
     let agent = cargo::build_release(&["firn-host-vm-agent"])?.binary("firn-host-vm-agent")?;
-    let kernel = Kernel::find()?;
+    let kernel = Kernel::find(options.kernel)?;
     let path = scratch::directory()?.join("initrd");
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     let initrd = Initrd { path, kernel };
