@@ -19,6 +19,8 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// A snapshot in memory, ready to thaw.
     type Resident: Debug + Clone + Send + Sync + 'static;
 
+    /// Interrupts that were raised again since the start.
+    fn interrupts_raised_again(&self) -> u64;
     /// Names of the runtimes that there are, sorted.
     fn runtimes(&self) -> Vec<String>;
     /// Hash of a runtime's image, if there is one of that name.
@@ -94,6 +96,10 @@ pub trait Machine: Debug + Send + Sync + 'static {
 impl Backend for Host {
     type Machine = Instance;
     type Resident = ResidentSnapshot;
+
+    fn interrupts_raised_again(&self) -> u64 {
+        Host::interrupts_raised_again(self)
+    }
 
     fn runtimes(&self) -> Vec<String> {
         self.images()

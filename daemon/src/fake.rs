@@ -95,6 +95,10 @@ impl Backend for Fake {
     type Machine = FakeMachine;
     type Resident = String;
 
+    fn interrupts_raised_again(&self) -> u64 {
+        0
+    }
+
     fn runtimes(&self) -> Vec<String> {
         vec!["python3.11".into()]
     }

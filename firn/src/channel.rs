@@ -209,6 +209,7 @@ pub(crate) fn name(message: &FromVmm) -> &'static str {
         FromVmm::Failed(_) => "Failed",
         FromVmm::Exited(_) => "Exited",
         FromVmm::Diagnosis(_) => "Diagnosis",
+        FromVmm::Paused(_) => "Paused",
         _ => "an unknown message",
     }
 }

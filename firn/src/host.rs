@@ -54,6 +54,7 @@ pub(crate) struct Inner {
     copied: Mutex<HashMap<ShellClass, VecDeque<u16>>>,
     closed: AtomicBool,
     names: AtomicU64,
+    raised_again: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +96,7 @@ impl Host {
                 copied: Mutex::default(),
                 closed: AtomicBool::new(false),
                 names: AtomicU64::new(0),
+                raised_again: AtomicU64::new(0),
                 config,
             };
             Ok(Self(Arc::new(Handle(Arc::new(inner)))))
@@ -118,6 +120,13 @@ impl Host {
     /// Names of all runtimes, sorted.
     pub fn images(&self) -> Vec<String> {
         self.inner().artifacts.images.keys().cloned().collect()
+    }
+
+    /// How many interrupts were raised again since this host was opened, because a guest had not
+    /// acknowledged them though it ran. Any one of them is a fault of the machine's KVM, of a guest,
+    /// or of ours.
+    pub fn interrupts_raised_again(&self) -> u64 {
+        self.inner().raised_again.load(Ordering::Relaxed)
     }
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
@@ -183,6 +192,18 @@ impl Host {
 }
 
 impl Inner {
+    /// So many interrupts were raised again in this VM.
+    pub(crate) fn raised_again(&self, vm: &str, count: u64) {
+        if count > 0 {
+            tracing::warn!(
+                vm,
+                count,
+                "interrupts that a guest had not acknowledged were raised again"
+            );
+            self.raised_again.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }

@@ -460,7 +460,10 @@ impl Instance {
     /// Any [`InstanceError`].
     pub async fn pause(&mut self) -> Result<(), InstanceError> {
         let trouble = InstanceError::from_trouble("pause");
-        self.vm.order(&ToVmm::Pause, &[]).await.map_err(trouble)?;
+        match self.vm.request(&ToVmm::Pause, &[]).await.map_err(&trouble)? {
+            FromVmm::Paused(again) => self.inner.raised_again(&self.vm.name, again),
+            other => return Err(trouble(unexpected("Paused", message_name(&other)))),
+        }
         if let Some(watched) = self.watched.take() {
             let (pid, address) = (self.pid(), self.stats().await?.memory_address);
             let looking = tokio::task::spawn_blocking(move || watched.look(pid, address));

@@ -149,6 +149,7 @@ impl Instance {
             FromVmm::Reset(report) => report,
             other => return Err(trouble(unexpected("Reset", message_name(&other)))),
         };
+        self.inner.raised_again(&self.vm.name, report.interrupts_raised_again);
         watch.stamps(&report.stamps);
         stream.set_outlets(self.vm.stream.take().map(Stream::into_outlets).unwrap_or_default());
         self.vm.stream = Some(stream);

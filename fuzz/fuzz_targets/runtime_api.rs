@@ -16,10 +16,23 @@ use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
 enum Step<'a> {
-    Call { connection: u8, call: Call, id: Id, fields: Fields<'a>, body: &'a [u8] },
-    Raw { connection: u8, bytes: &'a [u8] },
+    Call {
+        connection: u8,
+        call: Call,
+        id: Id,
+        fields: Fields<'a>,
+        body: &'a [u8],
+    },
+    Raw {
+        connection: u8,
+        bytes: &'a [u8],
+    },
     /// The head of a response that is streamed, its end, or that it was too long.
-    Begin { connection: u8, call: Call, id: Id },
+    Begin {
+        connection: u8,
+        call: Call,
+        id: Id,
+    },
     End,
     Cut(u64),
     HandOut(Id),

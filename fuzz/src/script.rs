@@ -10,7 +10,7 @@ use std::{
 
 use arbitrary::Arbitrary;
 use firn_vmm::{
-    handover::Lapics,
+    Lapics,
     memory::GuestMemory,
     virtio::{
         Device, DeviceError, Interrupt,

@@ -9,7 +9,7 @@ use std::{
 use arbitrary::Arbitrary;
 use firn_proto::control::INVOKE_PORT;
 use firn_vmm::{
-    handover::Lapics,
+    Lapics,
     devices::vsock::{GUEST_CID, HOST_CID, Vsock},
     virtio::DeviceError,
 };

@@ -167,7 +167,7 @@ pub enum ToVmm {
         /// The new medium.
         source: DiskSource,
     },
-    /// Stop all vCPUs. Bytes on the invoke connection resume them. Answer: [`FromVmm::Done`].
+    /// Stop all vCPUs. Bytes on the invoke connection resume them. Answer: [`FromVmm::Paused`].
     Pause,
     /// Give back memory that the paused microVM holds without need: pages that a [`MemoryPlan`]
     /// had copied and the guest has not changed. Answer: [`FromVmm::Reclaimed`].
@@ -225,6 +225,9 @@ pub enum FromVmm {
     Reset(ResetReport),
     /// Where the guest stands, in one line of text: registers, interrupts on their way, queues.
     Diagnosis(String),
+    /// All vCPUs are stopped. So many interrupts were raised again since the last such answer or
+    /// [`FromVmm::Reset`] (see [`Stats::interrupts_raised_again`]).
+    Paused(u64),
 }
 
 /// One moment of the VMM's work.
@@ -292,6 +295,8 @@ pub struct ResetReport {
     pub pages: u64,
     /// From the request to the last vCPU's restored state, in nanoseconds.
     pub duration_ns: u64,
+    /// As in [`FromVmm::Paused`].
+    pub interrupts_raised_again: u64,
 }
 
 /// Counters of a VMM.

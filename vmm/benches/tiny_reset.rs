@@ -52,7 +52,7 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
     let (answer, _stream) = vmm.boot(&elf(&code.0));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(20));
-    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
     let (memory, state) = (memfd(b""), memfd(b""));
     let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
     let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };

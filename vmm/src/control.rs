@@ -227,7 +227,10 @@ impl Server {
             ToVmm::Attach { slot, source } => {
                 vm.attach(slot, source, descriptors).map(|()| FromVmm::Done)
             }
-            ToVmm::Pause => vm.pause().map(|()| FromVmm::Done),
+            ToVmm::Pause => {
+                vm.pause()?;
+                Ok(FromVmm::Paused(vm.raised_again_since()))
+            }
             ToVmm::Reclaim => vm.reclaim().map(FromVmm::Reclaimed),
             ToVmm::Resume => vm.resume().map(|()| FromVmm::Done),
             ToVmm::Save { base } => vm.save(base, descriptors).map(FromVmm::Saved),

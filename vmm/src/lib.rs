@@ -12,7 +12,7 @@
 //! | [`virtio`], [`devices`] | the MMIO transport and what hangs behind it |
 //! | [`machine`] | the fixed plan of devices and the dispatch of exits to them |
 //! | [`vcpu`] | the vCPU threads |
-//! | [`handover`] | what device thread and vCPU threads hand over |
+//! | `handover` | what device thread and vCPU threads hand over |
 //! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
@@ -26,7 +26,7 @@ pub mod arch;
 pub mod control;
 pub mod descriptors;
 pub mod devices;
-pub mod handover;
+mod handover;
 pub mod hold;
 pub mod machine;
 pub mod memory;
@@ -38,6 +38,8 @@ pub mod stats;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+pub use handover::Lapics;
 
 /// What [`handover`] is made of; its proof has another.
 mod sync {

@@ -117,6 +117,8 @@ pub struct Vm {
     /// What this VM was thawed from.
     origin: Option<Origin>,
     deaf: Deaf,
+    /// Interrupts raised again that the host knows of.
+    deaf_told: u64,
 }
 
 impl Vm {
@@ -201,6 +203,7 @@ impl Vm {
             state: State::Empty,
             origin: None,
             deaf: Deaf::default(),
+            deaf_told: 0,
         })
     }
 

@@ -420,7 +420,7 @@ fn attack_a_guest_that_resets_its_devices_for_ever_can_be_stopped() {
     attack.code.0.extend([0xeb, (-(back as i64)) as u8]);
     let (vmm, _stream) = attack.boot(&kvm, |code| code);
     std::thread::sleep(Duration::from_millis(200));
-    assert!(matches!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done));
+    assert!(matches!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0)));
     assert!(matches!(vmm.request(&ToVmm::Resume, &[]), FromVmm::Done));
     let FromVmm::Exited(exit) = vmm.request(&ToVmm::Stop, &[]) else { panic!("no exit") };
     assert_eq!(exit.reason, ExitReason::Stopped);

@@ -142,7 +142,7 @@ impl Guest {
         code: DiskSource,
         first: Option<&ToGuest>,
     ) -> Self {
-        assert_eq!(self.vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        assert_eq!(self.vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
         let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
         let answer = self.vmm.request(
             &ToVmm::Save { base: false },

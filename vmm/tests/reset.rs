@@ -165,7 +165,7 @@ fn snapshot(kvm: &File) -> (File, File, usize) {
     let (answer, _stream) = vmm.boot(&elf(&code.0));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
     let (memory, state) = save(&vmm);
     memory.write_all_at(&[1], FLAG.into()).unwrap();
     (memory, state, printed)
@@ -280,7 +280,7 @@ fn messages_between_vcpus_do_not_outlive_a_reset() {
     let (answer, _stream) = vmm.boot(&elf(&code.0));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
     let (memory, state) = save(&vmm);
     memory.write_all_at(&[1], FLAG.into()).unwrap();
     memory.write_all_at(&SECOND, 0x8_0000).unwrap();

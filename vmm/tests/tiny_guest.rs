@@ -139,7 +139,7 @@ fn a_count_goes_on_without_gap_or_repeat_over_two_generations() {
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     let mut next = follow(vmm.stderr.as_mut().unwrap(), 300, None);
     for generation in 0..2 {
-        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
         let (memory, state) = save(&vmm);
         // The rest of what this generation wrote before it stopped.
         assert!(matches!(vmm.request(&ToVmm::Stop, &[]), FromVmm::Exited(_)));
@@ -162,7 +162,7 @@ fn pause_and_resume_lose_nothing() {
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     let mut next = follow(vmm.stderr.as_mut().unwrap(), 10, None);
     for _ in 0..50 {
-        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
         assert_eq!(vmm.request(&ToVmm::Resume, &[]), FromVmm::Done);
         next = follow(vmm.stderr.as_mut().unwrap(), 100, Some(next));
     }
@@ -177,7 +177,7 @@ fn snapshots_that_are_not_whole_are_refused_by_name() {
     let vmm = Vmm::shell(&kvm, &config(1, true));
     let (answer, _stream) = vmm.boot(&elf(COUNTER));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+    assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
     let (memory, state) = save(&vmm);
     let mut bytes = Vec::new();
     std::io::Seek::rewind(&mut &state).unwrap();

@@ -92,7 +92,7 @@ impl Race {
         // The answer to its request for a connection has come as an interrupt, too.
         guest.says(&[UP, BYTES], "boot");
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(guest.vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        assert_eq!(guest.vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
         let (memory, state) = (memfd(b""), memfd(b""));
         let save = ToVmm::Save { base: false };
         let answer = guest.vmm.request(&save, &[memory.as_fd(), state.as_fd()]);
@@ -269,7 +269,7 @@ fn no_resume_is_lost() {
             if round % 3 == 0 {
                 guest.send();
             }
-            assert_eq!(guest.vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+            assert_eq!(guest.vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
             if round % 3 == 1 {
                 guest.send();
             }

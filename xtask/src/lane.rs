@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::host_vm::{HostVm, Options};
+use crate::host_vm::{HostVm, Options, Series};
 use crate::step::Outcome;
 use crate::{artifacts, daemon, step};
 
@@ -45,8 +45,8 @@ pub enum Site {
 }
 
 impl Site {
-    /// Prepares it: boots the host VM, forwarding the ports of daemons, with a way to one port of this machine.
-    pub fn start(lane: Lane, artifacts: &Path) -> Result<Self> {
+    /// Prepares it: boots the host VM with this Linux, forwarding the ports of daemons, with a way to one port of this machine.
+    pub fn start(lane: Lane, kernel: Series, artifacts: &Path) -> Result<Self> {
         match lane {
             Lane::Native => {
                 ensure!(
@@ -57,9 +57,10 @@ impl Site {
                 Ok(Self::Native)
             }
             Lane::HostVm => {
-                step::say("booting the dev host VM …");
+                step::say(&format!("booting the dev host VM with Linux {kernel} …"));
                 let options = Options {
                     memory_mib: HOST_VM_MIB,
+                    kernel,
                     artifacts: Some(artifacts.to_owned()),
                     forward: daemon::PORTS.to_vec(),
                     outside: true,

@@ -69,6 +69,7 @@ pub async fn metrics<B: Backend>(
     }
     let usage = app.events.usage().await?;
     now.events = (usage.events, usage.bytes);
+    now.interrupts_raised_again = app.scheduler.interrupts_raised_again();
     now.traces = app.traces.counts();
     let mut response = Response::new(Body::from(prometheus::text(app.metrics.totals(), now)));
     let value = HeaderValue::from_static(prometheus::CONTENT_TYPE);

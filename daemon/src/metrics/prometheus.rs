@@ -130,6 +130,8 @@ pub struct Now {
     pub instances: BTreeMap<&'static str, u64>,
     /// Events that wait, and their bytes.
     pub events: (u64, u64),
+    /// Interrupts that guests had not acknowledged, and that were raised again.
+    pub interrupts_raised_again: u64,
     /// Traced invocations, if there is a collector.
     pub traces: Option<traces::export::Counts>,
 }
@@ -179,6 +181,11 @@ impl Collector for Scrape {
         encoder
             .encode_descriptor(name, help, None, MetricType::Counter)?
             .encode_counter::<NoLabelSet, _, u64>(&totals.failures, None)?;
+        let name = "firn_interrupts_raised_again";
+        let help = "Interrupts that guests had not acknowledged though they ran";
+        encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&now.interrupts_raised_again, None)?;
         let histograms = [
             ("firn_invocation_duration_seconds", "Time in functions", &totals.durations),
             ("firn_thaw_seconds", "From thaw to readiness", &totals.thaws),

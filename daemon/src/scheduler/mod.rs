@@ -327,6 +327,11 @@ impl<B: Backend> Scheduler<B> {
         self.preparer.status(&function.qualified_name(), function.fingerprint(&self.workshop.place))
     }
 
+    /// Interrupts of microVMs that were raised again since the start.
+    pub fn interrupts_raised_again(&self) -> u64 {
+        self.workshop.backend.interrupts_raised_again()
+    }
+
     /// All live instances by id.
     pub fn instances(&self) -> BTreeMap<String, Listed> {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -161,8 +161,14 @@ impl Vmm {
                 }
                 self.memory = Arc::new(Mutex::new(memory));
                 self.start(stream, false);
-                FromVmm::Reset(control::ResetReport { stamps: stamps(), pages: 1, duration_ns: 2 })
+                FromVmm::Reset(control::ResetReport {
+                    stamps: stamps(),
+                    pages: 1,
+                    duration_ns: 2,
+                    interrupts_raised_again: 0,
+                })
             }
+            ToVmm::Pause => FromVmm::Paused(1),
             ToVmm::Diagnose => FromVmm::Diagnosis("in the stand-in".into()),
             ToVmm::Stats => FromVmm::Stats(control::Stats::default()),
             _ => FromVmm::Done,

@@ -31,7 +31,7 @@ impl Snapshot {
         let (answer, _stream) = vmm.boot(&elf(OUT_FOR_EVER));
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Done);
+        assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
         let (memory, state) = (memfd(b""), memfd(b""));
         let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
         let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };

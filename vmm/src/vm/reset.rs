@@ -126,6 +126,7 @@ impl Vm {
         let stamps = self.clock.stamps();
         let moment = |phase| stamps.get(phase).unwrap_or_default();
         let duration_ns = moment(Phase::VcpuSet).saturating_sub(moment(Phase::Received));
-        Ok(ResetReport { stamps, pages, duration_ns })
+        let interrupts_raised_again = self.raised_again_since();
+        Ok(ResetReport { stamps, pages, duration_ns, interrupts_raised_again })
     }
 }

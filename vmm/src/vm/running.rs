@@ -262,6 +262,12 @@ impl Vm {
         }
     }
 
+    /// Interrupts that were raised again since the last call.
+    pub fn raised_again_since(&mut self) -> u64 {
+        let all = self.shared.raised_again.load(Ordering::Relaxed);
+        all - std::mem::replace(&mut self.deaf_told, all)
+    }
+
     /// Where the guest stands, in one line for people. A running one is stopped for a moment.
     ///
     /// # Errors

@@ -24,7 +24,8 @@ use std::time::Instant;
 use anyhow::{Error, Result, anyhow};
 
 use crate::clients::{self, Clients};
-use crate::lane::{Choice, Site};
+use crate::host_vm::Series;
+use crate::lane::{Choice, Lane, Site};
 use crate::step::Outcome;
 use crate::{artifacts, cargo, packages, step};
 use choice::{Only, Stage};
@@ -43,7 +44,8 @@ pub struct Arguments {
     #[arg(long, value_name = "WHAT")]
     only: Vec<Only>,
 
-    /// Do all rounds of tests that ordinarily do a few: hundreds of kills, a thousand crashes.
+    /// Do all rounds of tests that ordinarily do a few: hundreds of kills, a thousand crashes. What runs in host VMs
+    /// runs a second time with Linux 6.1.
     #[arg(long)]
     nightly: bool,
 
@@ -102,7 +104,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     thread::scope(|scope| -> Result<()> {
         let unit_tests = scope.spawn(|| run_unit(&unit, arguments));
         let ready = match in_lane {
-            true => linux_stage(&mut summary, &stages, arguments),
+            true => linux_stage(&mut summary, &stages, arguments, Series::default()),
             false => Ok(None),
         };
         let outcomes = unit_tests.join().map_err(|_| anyhow!("a thread panicked"))??;
@@ -117,6 +119,13 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         }
         Ok(())
     })?;
+    if in_lane
+        && arguments.nightly
+        && arguments.lane.decide()? == Lane::HostVm
+        && let Some(lane) = linux_stage(&mut summary, &stages, arguments, Series::V6_1)?
+    {
+        end_to_end_stage(&mut summary, lane, arguments);
+    }
     Ok(i32::from(!summary.print(started.elapsed())))
 }
 
@@ -178,6 +187,7 @@ struct Ready {
     artifacts: PathBuf,
     clients: Clients,
     sites: Vec<Site>,
+    kernel: Series,
 }
 
 /// Makes the lane and runs the VMM's tests with Linux there, if they are to run. Returns it if end-to-end tests are to
@@ -186,6 +196,7 @@ fn linux_stage(
     summary: &mut Summary,
     stages: &BTreeSet<Stage>,
     arguments: &Arguments,
+    kernel: Series,
 ) -> Result<Option<Ready>> {
     let end_to_end = stages.contains(&Stage::E2e);
     let what = "building Firn and clients";
@@ -204,7 +215,8 @@ fn linux_stage(
     let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
     let count = if end_to_end { sites(lane, arguments.host_vms) } else { 1 };
     let sites = summary.stage("booting host VMs", |summary| {
-        let sites = (0..count).map(|_| Site::start(lane, &artifacts)).collect::<Result<Vec<_>>>();
+        let sites =
+            (0..count).map(|_| Site::start(lane, kernel, &artifacts)).collect::<Result<Vec<_>>>();
         summary.must("booting the host VM", sites)
     });
     let Some(sites) = sites else { return Ok(None) };
@@ -213,7 +225,7 @@ fn linux_stage(
             Only::Linux(name) => Some(name.as_str()),
             _ => None,
         });
-        let what = "the VMM's tests with Linux";
+        let what = &in_kernel("the VMM's tests with Linux", kernel);
         let result = summary.stage(what, |summary| {
             summary.must(what, linux(&sites[0], &artifacts, &names, arguments.environment()))
         });
@@ -223,7 +235,15 @@ fn linux_stage(
             summary.none(&names.join(", "));
         }
     }
-    Ok(clients.map(|clients| Ready { artifacts, clients, sites }))
+    Ok(clients.map(|clients| Ready { artifacts, clients, sites, kernel }))
+}
+
+/// A stage's name; with another kernel than the ordinary one its, too.
+fn in_kernel(stage: &str, kernel: Series) -> String {
+    match kernel == Series::default() {
+        true => stage.to_owned(),
+        false => format!("{stage}, Linux {kernel}"),
+    }
 }
 
 fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
@@ -232,9 +252,9 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
         _ => None,
     });
     pytest.extend_from_slice(&arguments.pytest);
-    let what = "end-to-end tests";
+    let what = &in_kernel("end-to-end tests", lane.kernel);
     let result = summary.stage(what, |summary| {
-        let Ready { artifacts, clients, sites } = lane;
+        let Ready { artifacts, clients, sites, .. } = lane;
         let environment = arguments.environment();
         summary.must(what, end_to_end(sites, &artifacts, &clients, &pytest, environment))
     });
