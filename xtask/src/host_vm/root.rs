@@ -28,6 +28,8 @@ use crate::{packages, scratch};
 const KVM_MODULES: [&str; 1] = ["kvm-amd"];
 const NETWORK_MODULES: [&str; 2] = ["virtio_mmio", "virtio_net"];
 
+const PAGE: u64 = 4096;
+
 /// Programs of this machine that Firn runs, with their libraries.
 const PROGRAMS: [&str; 1] = ["/usr/bin/mkfs.erofs"];
 
@@ -86,8 +88,19 @@ pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
         send(&mut bytes, job)?;
         archive.file(JOB_PATH, 0o644, &bytes)?;
     }
-    archive.finish()?.into_inner().context("cannot write the initramfs")?;
+    let file = archive.finish()?.into_inner().context("cannot write the initramfs")?;
+    fill_last_page(&file)?;
     Ok(initrd)
+}
+
+/// Makes the file's length a multiple of a page, with zeros, which the kernel skips.
+///
+/// QEMU puts the initramfs as high in memory as whole pages allow, and the firmware has the ACPI
+/// tables in the highest page. An end anywhere within a page would lie in theirs, and could overwrite
+/// them: Linux then adds up a checksum over a gigabyte, for minutes, or does without ACPI.
+fn fill_last_page(file: &File) -> Result<()> {
+    let size = file.metadata()?.len();
+    file.set_len(size.next_multiple_of(PAGE)).context("cannot write the initramfs")
 }
 
 type Root = Archive<BufWriter<File>>;
@@ -193,4 +206,22 @@ fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
         found.push((start, at - start));
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn an_initramfs_ends_with_a_page() {
+        for (written, expected) in [(1, PAGE), (PAGE - 1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)]
+        {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&vec![1; written as usize]).unwrap();
+            fill_last_page(&file).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), expected);
+        }
+    }
 }
