@@ -2,7 +2,9 @@
 //! holds for every subject alike.
 //!
 //! Guest memory is found in `/proc/PID/maps` as adjacent mappings that together are exactly as long
-//! as the guest's memory, and its pages in `/proc/PID/pagemap`:
+//! as the guest's memory. The kernel may merge anonymous memory with what lies beside it (a heap of the C
+//! library has the same flags): where no mappings are so long, guest memory is the one place within longer ones
+//! that is aligned to 2 MiB, as monitors place it. Its pages are in `/proc/PID/pagemap`:
 //!
 //! - **present** pages are mapped into the VMM's address space. A read fault on a file maps up to 16
 //!   pages around it as well ("fault-around"), so this is an upper bound of what the guest touched.
@@ -19,6 +21,9 @@ use std::{
 use crate::error::{Error, Result, io_at};
 
 const PAGE: u64 = 4096;
+
+/// Where guest memory may start: at the bounds of large pages.
+const ALIGNMENT: u64 = 2 << 20;
 
 /// `pagemap`: the page is in memory.
 const PRESENT: u64 = 1 << 63;
@@ -103,8 +108,13 @@ fn hex_range(word: &str) -> Option<Range<u64>> {
     Some(hex(start)?..hex(end)?)
 }
 
-/// The adjacent, writable mappings that are `bytes` long together.
+/// Where `bytes` of guest memory lie in writable mappings.
 fn guest_range(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
+    exact_range(mappings, bytes).or_else(|| aligned_range(mappings, bytes))
+}
+
+/// The adjacent, writable mappings that are `bytes` long together.
+fn exact_range(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
     for (first, mapping) in mappings.iter().enumerate() {
         let start = mapping.range.start;
         let mut end = start;
@@ -119,6 +129,25 @@ fn guest_range(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
         }
     }
     None
+}
+
+/// The aligned place of `bytes` within longer runs of adjacent, writable mappings, if there is just one.
+fn aligned_range(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for mapping in mappings.iter().filter(|mapping| mapping.writable) {
+        match runs.last_mut() {
+            Some(run) if run.end == mapping.range.start => run.end = mapping.range.end,
+            _ => runs.push(mapping.range.clone()),
+        }
+    }
+    let mut places = runs.iter().flat_map(|run| {
+        let first = run.start.checked_next_multiple_of(ALIGNMENT);
+        let second = first.and_then(|first| first.checked_add(ALIGNMENT));
+        let fits = |start: &u64| start.checked_add(bytes).is_some_and(|end| end <= run.end);
+        [first, second].into_iter().flatten().filter(fits).collect::<Vec<_>>()
+    });
+    let start = places.next()?;
+    places.next().is_none().then(|| start..start + bytes)
 }
 
 /// Sums the values of `smaps` (KiB) over the mappings whose start satisfies `wanted`.
@@ -255,6 +284,25 @@ mod tests {
         assert_eq!(guest_range(&maps, 0x4000), Some(0x10000..0x14000));
         assert_eq!(guest_range(&maps, 0x9000), None, "the guard page is no memory");
         assert_eq!(guest_range(&maps, 0x1000), Some(0x3000..0x4000));
+    }
+
+    #[test]
+    fn guest_memory_is_found_where_the_kernel_has_merged_it() {
+        const MIB: u64 = 1 << 20;
+        // 128 MiB of a guest, and the first 132 KiB of a heap of the C library, whose rest is reserved.
+        let heap = "7f3100000000-7f3108021000 rw-p 00000000 00:00 0\n\
+                    7f3108021000-7f310c000000 ---p 00000000 00:00 0\n";
+        let guest = 0x7f31_0000_0000..0x7f31_0800_0000;
+        assert_eq!(guest_range(&mappings(heap), 128 * MIB), Some(guest.clone()));
+        // Merged with what lies below, and beside a mapping with other flags.
+        let below = "7f30fffdf000-7f3104000000 rw-p 00000000 00:00 0\n\
+                     7f3104000000-7f3108000000 rw-p 00000000 00:00 0\n\
+                     7f3108000000-7f3108001000 r--p 00000000 00:00 0\n";
+        assert_eq!(guest_range(&mappings(below), 128 * MIB), Some(guest));
+        // Two places are none.
+        let wide = "7f3100000000-7f3108200000 rw-p 00000000 00:00 0\n";
+        assert_eq!(guest_range(&mappings(wide), 128 * MIB), None);
+        assert_eq!(guest_range(&mappings(heap), 129 * MIB), None);
     }
 
     #[test]
