@@ -35,18 +35,20 @@ def handler(event, context):
 
 
 def rounds():
-    """Each way from each start; a quarter of them, another one each time, in the larger size."""
+    """Each way from each start; nightly a quarter of them, another one each time, in the larger size: one that
+    is thawed takes more of its host's memory than it should, and its VMM may be killed."""
     for cycle in itertools.count():
         for start in STARTS:
             for number, way in enumerate(WAYS):
-                size = 512 if (number + STARTS.index(start) + cycle) % 4 == 0 else 128
+                larger = ROUNDS > 12 and (number + STARTS.index(start) + cycle) % 4 == 0
+                size = 512 if larger else 128
                 yield size, start, way
 
 
 def test_whoever_takes_more_memory_than_it_has_is_killed_in_time(client, endpoint):
     functions = {
         size: create(client, endpoint, f"greedy-{size}", {"index.py": GREEDY}, MemorySize=size, Timeout=170)
-        for size in (128, 512)
+        for size in ((128, 512) if ROUNDS > 12 else (128,))
     }
     try:
         times = collections.defaultdict(list)

@@ -36,8 +36,9 @@ pub const IMAGES: &[&str] = &[
     "util-linux",
 ];
 
-/// Runs the host VM. Its kernel and its QEMU are downloaded and unpacked, not installed.
-pub const HOST_VM: &[&str] = &["busybox-static", "erofs-utils", "kmod", "xz-utils"];
+/// Runs the host VM. Its kernel, and QEMU where a newer one is needed, are downloaded and unpacked, not installed.
+pub const HOST_VM: &[&str] =
+    &["busybox-static", "erofs-utils", "kmod", "qemu-system-x86", "xz-utils"];
 
 /// What the daemon runs.
 pub const RUN: &[&str] = &["erofs-utils"];

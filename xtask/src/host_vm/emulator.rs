@@ -1,5 +1,5 @@
-//! QEMU, not older than [`OLDEST`]: this machine's own, else that of Debian's backports, unpacked
-//! into the cache with the libraries and the firmware that it needs.
+//! QEMU, for Linux 6.12 not older than [`OLDEST`]: this machine's own, else that of Debian's backports,
+//! unpacked into the cache with the libraries and the firmware that it needs.
 //!
 //! It takes no rights, and leaves the system's QEMU alone. Whatever version the backports have when
 //! the cache is filled stays: figures of this machine are of one QEMU.
@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::Series;
 use crate::cache::{self, Key};
 use crate::{packages, scratch, step};
 
@@ -30,9 +31,10 @@ const RECIPE: &str = "qemu 1";
 const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
 
-/// A command that runs it; its arguments follow.
-pub fn command() -> Result<Command> {
-    if major_version(&mut Command::new(PROGRAM)).is_some_and(|version| version >= OLDEST) {
+/// A command that runs it for this Linux; its arguments follow.
+pub fn command(kernel: Series) -> Result<Command> {
+    let oldest = if kernel == Series::V6_1 { 7 } else { OLDEST };
+    if major_version(&mut Command::new(PROGRAM)).is_some_and(|version| version >= oldest) {
         return Ok(Command::new(PROGRAM));
     }
     let mut key = Key::new(RECIPE);

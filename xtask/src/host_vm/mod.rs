@@ -45,6 +45,8 @@ pub struct Options {
     pub memory_mib: u32,
     /// The kernel that it runs.
     pub kernel: Series,
+    /// CPUs; in virtual time it has one.
+    pub cpus: u8,
     /// An artifacts directory; it appears as `/firn`.
     pub artifacts: Option<PathBuf>,
     /// Further files: here, and where they appear.
@@ -64,6 +66,7 @@ impl Default for Options {
         Self {
             memory_mib: 2048,
             kernel: Series::default(),
+            cpus: 2,
             artifacts: None,
             files: Vec::new(),
             modules: Vec::new(),
@@ -93,7 +96,7 @@ impl HostVm {
         let mut ports = free_ports(&forward)?;
         let outside = options.outside.then(|| ports.remove(&OUTSIDE.port())).flatten();
         let mode = qemu::Mode::Interactive { forward: &ports, outside };
-        let mut qemu = Qemu::start(&initrd, options.memory_mib, &mode)?;
+        let mut qemu = Qemu::start(&initrd, options, &mode)?;
         qemu.wait_until_ready(BOOT_LIMIT)?;
         // QEMU has read it, and it is large.
         drop(initrd);
@@ -152,7 +155,7 @@ pub fn measure(options: &Options, seed: u32, exec: &Exec, limit: Duration) -> Re
     let initrd = root::build(options, Some(exec))?;
     let output = scratch::directory()?.join("events");
     let mode = qemu::Mode::Measure { seed, output: &output };
-    let mut qemu = Qemu::start(&initrd, options.memory_mib, &mode)?;
+    let mut qemu = Qemu::start(&initrd, options, &mode)?;
     qemu.wait_until_ready(BOOT_LIMIT * 4)?;
     qemu.wait(limit)?;
     let bytes = std::fs::read(&output).context("the host VM gave no output")?;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use firn_host_vm_agent::{FAILED_MARK, READY_MARK};
 
-use super::{OUTSIDE, emulator, root::Initrd};
+use super::{OUTSIDE, Options, emulator, root::Initrd};
 
 /// Lines of the console that are kept for error messages.
 const CONSOLE_LINES: usize = 60;
@@ -51,9 +51,9 @@ enum Mark {
 impl Qemu {
     /// Starts QEMU. It is killed when the calling *thread* ends: call this from one that lives as
     /// long as the process.
-    pub fn start(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Self> {
-        let mut command = emulator::command()?;
-        command.args(arguments(initrd, memory_mib, mode)?);
+    pub fn start(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Self> {
+        let mut command = emulator::command(options.kernel)?;
+        command.args(arguments(initrd, options, mode)?);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for this process, which then ends QEMU.
         command.process_group(0);
@@ -141,7 +141,7 @@ impl fmt::Display for Console {
 }
 
 /// `microvm` is QEMU's smallest machine: it boots in three quarters of a q35's time.
-fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String>> {
+fn arguments(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Vec<String>> {
     // la57, mpx and pku only cost: longer page walks and state that KVM saves.
     let mut cpu = "max,+svm,+npt,-la57,-mpx,-pku".to_owned();
     let mut kernel = "console=ttyS0 panic=-1 quiet reboot=t no_timer_check".to_owned();
@@ -166,7 +166,8 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
             more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
             more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
             // Two CPUs show races that one hides.
-            more.extend(["-accel", "tcg,thread=multi", "-smp", "2"].map(String::from));
+            more.extend(["-accel", "tcg,thread=multi", "-smp"].map(String::from));
+            more.push(options.cpus.to_string());
         }
         Mode::Measure { seed, output } => {
             // With ERMS `rep movsb` counts once a byte, which doubles the price of every copy.
@@ -187,7 +188,7 @@ fn arguments(initrd: &Initrd, memory_mib: u32, mode: &Mode) -> Result<Vec<String
         .chain(["-display", "none", "-serial", "stdio"])
         .map(String::from)
         .collect();
-    all.extend(["-cpu".into(), cpu, "-m".into(), memory_mib.to_string()]);
+    all.extend(["-cpu".into(), cpu, "-m".into(), options.memory_mib.to_string()]);
     all.extend(["-kernel".into(), path(&initrd.kernel.image)?]);
     all.extend(["-initrd".into(), path(&initrd.path)?, "-append".into(), kernel]);
     all.extend(more);
