@@ -9,6 +9,7 @@ use std::{
 use arbitrary::Arbitrary;
 use firn_proto::control::DiskKind;
 use firn_vmm::{
+    Lapics,
     devices::block::{Block, Medium},
     memory::GuestMemory,
     virtio::DeviceError,
@@ -134,7 +135,7 @@ impl Subject for Block {
     fn extra(driver: &mut Driver<Self>, host: &mut Host, step: Extra) -> Result<(), DeviceError> {
         match step {
             Extra::Replace(choice) => {
-                if driver.device.replace(medium(choice)).is_ok() {
+                if driver.device.replace(medium(choice), Some(Lapics::of_power_on())).is_ok() {
                     host.medium = choice;
                 }
                 Ok(())
