@@ -2,7 +2,9 @@
 //!
 //! Builds with debug assertions, as tests are, read `FIRN_HOLD` at their start: `vcpu0=2000` holds
 //! the thread of vCPU 0 back for 2,000 µs between a restore message and the restore, `device=2000`
-//! the device thread behind it. Other builds have nothing of this.
+//! the device thread behind it. `swallow=1` loses the first interrupt, and with `again=0` none is
+//! raised again: what was lost stays lost, however slow the machine is. A comma separates several.
+//! Other builds have nothing of this.
 
 use crate::seccomp::Thread;
 
@@ -18,15 +20,22 @@ pub fn swallows_interrupt() -> bool {
     false
 }
 
+/// Whether interrupts that are not acknowledged are raised again.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn raises_again() -> bool {
+    true
+}
+
 #[cfg(debug_assertions)]
-pub use debug::{back, configure, swallows_interrupt};
+pub use debug::{back, configure, raises_again, swallows_interrupt};
 
 #[cfg(debug_assertions)]
 mod debug {
     use std::{
         sync::{
             Condvar, Mutex, OnceLock, PoisonError,
-            atomic::{AtomicU64, Ordering},
+            atomic::{AtomicBool, AtomicU64, Ordering},
         },
         time::Duration,
     };
@@ -38,18 +47,24 @@ mod debug {
     /// Interrupts that are still to be lost.
     static SWALLOWED: AtomicU64 = AtomicU64::new(0);
 
+    static NEVER_AGAIN: AtomicBool = AtomicBool::new(false);
+
     #[derive(Debug, PartialEq)]
     enum Hold {
         Thread(Thread, Duration),
         Interrupts(u64),
+        Again(bool),
     }
 
     /// Reads `FIRN_HOLD`, before any thread is confined.
     pub fn configure() {
-        match std::env::var("FIRN_HOLD").ok().and_then(|text| parse(&text)) {
-            Some(Hold::Thread(thread, time)) => drop(HELD.set((thread, time))),
-            Some(Hold::Interrupts(count)) => SWALLOWED.store(count, Ordering::Relaxed),
-            None => {}
+        let text = std::env::var("FIRN_HOLD").unwrap_or_default();
+        for hold in text.split(',').filter_map(parse) {
+            match hold {
+                Hold::Thread(thread, time) => drop(HELD.set((thread, time))),
+                Hold::Interrupts(count) => SWALLOWED.store(count, Ordering::Relaxed),
+                Hold::Again(again) => NEVER_AGAIN.store(!again, Ordering::Relaxed),
+            }
         }
     }
 
@@ -60,6 +75,7 @@ mod debug {
             Some(id) => Thread::Vcpu(id.parse().ok()?),
             None if what == "device" => Thread::Device,
             None if what == "swallow" => return Some(Hold::Interrupts(number)),
+            None if what == "again" => return Some(Hold::Again(number != 0)),
             None => return None,
         };
         Some(Hold::Thread(thread, Duration::from_micros(number)))
@@ -82,6 +98,11 @@ mod debug {
         SWALLOWED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
     }
 
+    /// Whether interrupts that are not acknowledged are raised again.
+    pub fn raises_again() -> bool {
+        !NEVER_AGAIN.load(Ordering::Relaxed)
+    }
+
     #[cfg(test)]
     mod tests {
         use super::*;
@@ -92,6 +113,7 @@ mod debug {
             assert_eq!(parse("vcpu3=2000"), held(Thread::Vcpu(3)));
             assert_eq!(parse("device=2000"), held(Thread::Device));
             assert_eq!(parse("swallow=2"), Some(Hold::Interrupts(2)));
+            assert_eq!(parse("again=0"), Some(Hold::Again(false)));
             assert_eq!((parse("vcpu=1"), parse("rng=1"), parse("device")), (None, None, None));
         }
     }

@@ -1,7 +1,8 @@
 //! The VMM against Linux with `firn-init`. Needs a KVM that runs kernels, and names of files:
 //! `FIRN_TEST_KERNELS` (ELF and bzImage, separated by colons), `FIRN_TEST_INITRAMFS` (firn-init as
 //! `/init`), `FIRN_TEST_ROOTFS` (the Python image), `FIRN_TEST_TMP` and `FIRN_TEST_CODE` (a disk of
-//! `tests/guests/busy`). Skipped without them.
+//! `tests/guests/busy`). Skipped without them. `FIRN_HELD_VMM` is a `firn-vmm` that reads `FIRN_HOLD`
+//! (`firn_vmm::hold`): one with debug assertions.
 
 mod common;
 
@@ -17,6 +18,9 @@ use firn_proto::{
     control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, MemoryPlan, ShellConfig, ToVmm},
     guest::{self, FromGuest, FunctionError, Invoke, Load, Outcome, Renew, ToGuest},
 };
+
+/// Longer than any answer takes on a busy machine whose CPUs are emulated.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Files {
     kvm: File,
@@ -47,6 +51,14 @@ fn files() -> Option<Files> {
     })
 }
 
+fn held_vmm() -> Option<String> {
+    let name = std::env::var("FIRN_HELD_VMM").ok();
+    if name.is_none() {
+        eprintln!("skipped: FIRN_HELD_VMM is not set");
+    }
+    name
+}
+
 fn shell(vcpus: u8) -> ShellConfig {
     ShellConfig {
         version: control::VERSION,
@@ -71,7 +83,7 @@ impl Guest {
         let mut vmm = Vmm::shell(&files.kvm, &config);
         drain(&mut vmm);
         let (stream, theirs) = UnixStream::pair().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let console = if config.serial { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
         let message = ToVmm::Boot {
             cmdline: format!("{console} panic=-1"),
@@ -121,17 +133,50 @@ impl Guest {
     fn move_on(mut self, files: &Files, vcpus: u8, generation: u32) -> Self {
         self.say(&ToGuest::Freeze);
         assert_eq!(self.hear(), FromGuest::Frozen);
-        let id = format!("generation-{generation}");
-        let renew = ToGuest::Renew(Renew {
-            wall_clock_ns: 1_800_000_000_000_000_000,
-            entropy: vec![generation as u8; guest::ENTROPY_BYTES],
-            instance_id: id.clone(),
-            hook_timeout_ms: 10_000,
-        });
+        let renew = renew(generation);
         let mut guest = self.carry_over(files, vcpus, DiskSource::Empty, Some(&renew));
-        let FromGuest::Renewed(renewed) = guest.hear() else { panic!("not renewed") };
-        assert_eq!(renewed.instance_id, id);
+        guest.is_renewed(generation);
         guest
+    }
+
+    fn is_renewed(&mut self, generation: u32) {
+        let FromGuest::Renewed(renewed) = self.hear() else { panic!("not renewed") };
+        assert_eq!(renewed.instance_id, instance(generation));
+    }
+
+    /// Stops it; how many interrupts were raised again is for people to see. A CPU that is emulated
+    /// may take longer to acknowledge one than a driver that is awake should.
+    fn pause(&self) -> u64 {
+        let answer = self.vmm.request(&ToVmm::Pause, &[]);
+        let FromVmm::Paused(again) = answer else { panic!("{answer:?}") };
+        if again > 0 {
+            eprintln!("interrupts raised again: {again}");
+        }
+        again
+    }
+
+    /// Pause and save.
+    fn save(self) -> Saved {
+        self.pause();
+        let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
+        let answer = self.vmm.request(
+            &ToVmm::Save { base: false },
+            &[memory.as_fd(), state.as_fd(), frozen.as_fd()],
+        );
+        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
+        state.set_len(report.state_bytes).unwrap();
+        Saved { memory, state, frozen }
+    }
+
+    /// Puts the guest back to where it was thawed; returns once it is there.
+    fn reset(&mut self, first: &ToGuest) {
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.vmm.pid())).unwrap();
+        let (stream, theirs) = UnixStream::pair().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.stream = stream;
+        self.say(first);
+        let answer = self.vmm.request(&ToVmm::Reset, &[theirs.as_fd(), pagemap.as_fd()]);
+        assert!(matches!(answer, FromVmm::Reset(_)), "{answer:?}");
     }
 
     /// Pause, save, and thaw into a new process, whatever the guest is doing.
@@ -142,21 +187,31 @@ impl Guest {
         code: DiskSource,
         first: Option<&ToGuest>,
     ) -> Self {
-        assert_eq!(self.vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-        let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
-        let answer = self.vmm.request(
-            &ToVmm::Save { base: false },
-            &[memory.as_fd(), state.as_fd(), frozen.as_fd()],
-        );
-        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-        state.set_len(report.state_bytes).unwrap();
-        drop(self);
+        let saved = self.save();
+        saved.thaw(files, Vmm::shell(&files.kvm, &shell(vcpus)), code, first)
+    }
+}
 
-        let mut vmm = Vmm::shell(&files.kvm, &shell(vcpus));
+/// A guest in files.
+struct Saved {
+    memory: File,
+    state: File,
+    frozen: File,
+}
+
+impl Saved {
+    /// Thaws it into this shell, with `first` in its stream.
+    fn thaw(
+        &self,
+        files: &Files,
+        mut vmm: Vmm,
+        code: DiskSource,
+        first: Option<&ToGuest>,
+    ) -> Guest {
         drain(&mut vmm);
         let (stream, theirs) = UnixStream::pair().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
-        let mut guest = Self { vmm, stream };
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut guest = Guest { vmm, stream };
         if let Some(first) = first {
             guest.say(first);
         }
@@ -167,15 +222,28 @@ impl Guest {
             plan: MemoryPlan::default(),
         };
         let mut descriptors =
-            vec![memory.as_fd(), state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];
+            vec![self.memory.as_fd(), self.state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];
         if code == DiskSource::ReadOnly {
             descriptors.push(files.code.as_fd());
         }
-        descriptors.extend([files.tmp.as_fd(), frozen.as_fd(), delta.as_fd()]);
+        descriptors.extend([files.tmp.as_fd(), self.frozen.as_fd(), delta.as_fd()]);
         let answer = guest.vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
         guest
     }
+}
+
+fn instance(generation: u32) -> String {
+    format!("generation-{generation}")
+}
+
+fn renew(generation: u32) -> ToGuest {
+    ToGuest::Renew(Renew {
+        wall_clock_ns: 1_800_000_000_000_000_000,
+        entropy: vec![generation as u8; guest::ENTROPY_BYTES],
+        instance_id: instance(generation),
+        hook_timeout_ms: 10_000,
+    })
 }
 
 /// Passes on what the VMM says, so that it never blocks on a full pipe.
@@ -271,6 +339,69 @@ fn two_busy_vcpus_survive_a_snapshot() {
     assert!(answer.contains("\"cpus\": 2"), "{answer}");
     assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
     assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
+}
+
+/// Which of a VMM's threads comes first does not matter to Linux either: each is held back in turn,
+/// and nothing that is lost is raised again.
+#[test]
+fn no_wake_up_of_linux_is_lost() {
+    let Some(files) = files() else { return };
+    let Some(program) = held_vmm() else { return };
+    let races = [
+        (1, "again=0"),
+        (1, "again=0,vcpu0=3000"),
+        (1, "again=0,device=3000"),
+        (2, "again=0"),
+        (2, "again=0,vcpu0=3000"),
+        (2, "again=0,vcpu1=3000"),
+        (2, "again=0,device=3000"),
+    ];
+    // Of thaws, resets and resumes each.
+    let rounds = firn_nightly::rounds(100_u32.div_ceil(races.len() as u32), 143);
+    let mut saved = None;
+    for (vcpus, hold) in races {
+        if saved.as_ref().is_none_or(|(of, _)| *of != vcpus) {
+            let mut guest = Guest::boot(&files, &files.kernels[0], vcpus);
+            ready(&mut guest);
+            guest.say(&ToGuest::Freeze);
+            assert_eq!(guest.hear(), FromGuest::Frozen);
+            saved = Some((vcpus, guest.save()));
+        }
+        let (_, saved) = saved.as_ref().unwrap();
+        let begun = Instant::now();
+        for round in 0..rounds {
+            let vmm = Vmm::spawn_in(&files.kvm, &program, Some(("FIRN_HOLD", hold)), || Ok(()));
+            let vmm = vmm.build(&shell(vcpus));
+            let mut guest = saved.thaw(&files, vmm, DiskSource::Empty, Some(&renew(3 * round)));
+            guest.is_renewed(3 * round);
+            guest.reset(&renew(3 * round + 1));
+            guest.is_renewed(3 * round + 1);
+            guest.say(&ToGuest::Freeze);
+            assert_eq!(guest.hear(), FromGuest::Frozen);
+            guest.pause();
+            guest.say(&renew(3 * round + 2));
+            guest.is_renewed(3 * round + 2);
+        }
+        let elapsed = begun.elapsed();
+        eprintln!("{vcpus} vCPUs, {hold}: {rounds} thaws, resets, resumes each: {elapsed:?}");
+    }
+}
+
+/// A Linux guest sleeps in HLT, its only interrupt is lost, and it hears of it all the same.
+#[test]
+fn linux_is_woken_though_its_interrupt_was_lost() {
+    let Some(files) = files() else { return };
+    let Some(program) = held_vmm() else { return };
+    let mut guest = Guest::boot(&files, &files.kernels[0], 1);
+    ready(&mut guest);
+    guest.say(&ToGuest::Freeze);
+    assert_eq!(guest.hear(), FromGuest::Frozen);
+    let saved = guest.save();
+    let swallow = Some(("FIRN_HOLD", "swallow=1"));
+    let vmm = Vmm::spawn_in(&files.kvm, &program, swallow, || Ok(())).build(&shell(1));
+    let mut guest = saved.thaw(&files, vmm, DiskSource::Empty, Some(&renew(1)));
+    guest.is_renewed(1);
+    assert!(guest.pause() > 0);
 }
 
 /// The first snapshot is taken as soon as init is up, where KVM would still "synchronise" writes to

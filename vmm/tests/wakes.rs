@@ -30,21 +30,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, Copy)]
 struct Race {
     vcpus: u8,
-    /// Value of `FIRN_HOLD`.
-    hold: Option<&'static str>,
+    /// Value of `FIRN_HOLD`. Whoever names a thread to hold also has nothing raised again.
+    hold: &'static str,
     /// All threads on one CPU.
     pinned: bool,
 }
 
 /// Calls `test` with all races, and how many rounds of `all` each of them gets.
 fn races(all: usize, test: impl Fn(Race, usize)) {
-    let holds = [None, Some("vcpu0=2000"), Some("device=2000")];
+    // Nothing that is lost is made good again: then the guest says nothing, and the test fails.
+    let holds = ["again=0", "again=0,vcpu0=2000", "again=0,device=2000"];
     let races = [1, 4].into_iter().flat_map(|vcpus| {
         let pinned = [false, true].into_iter();
         pinned.flat_map(move |pinned| holds.map(|hold| Race { vcpus, hold, pinned }))
     });
-    let races: Vec<_> =
-        races.chain([Race { vcpus: 4, hold: Some("vcpu3=2000"), pinned: false }]).collect();
+    let last = Race { vcpus: 4, hold: "again=0,vcpu3=2000", pinned: false };
+    let races: Vec<_> = races.chain([last]).collect();
     let rounds = firn_nightly::rounds(all.div_ceil(races.len()), all);
     for race in races {
         test(race, rounds);
@@ -76,8 +77,8 @@ impl Race {
             one.set(rustix::thread::sched_getcpu());
             Ok(rustix::thread::sched_setaffinity(None, &one)?)
         };
-        let environment = self.hold.map(|hold| ("FIRN_HOLD", hold));
-        Vmm::spawn_in(kvm, &common::program(), environment, prepare).build(&self.config())
+        let environment = ("FIRN_HOLD", self.hold);
+        Vmm::spawn_in(kvm, &common::program(), Some(environment), prepare).build(&self.config())
     }
 
     /// A guest that waits.
@@ -147,14 +148,6 @@ impl Guest {
         let attach = ToVmm::Attach { slot: 0, source: DiskSource::ReadOnly };
         assert_eq!(self.vmm.request(&attach, &[medium.as_fd()]), FromVmm::Done);
     }
-
-    /// Nothing that was lost was made good again.
-    fn is_sound(&self, when: &str) {
-        let FromVmm::Stats(stats) = self.vmm.request(&ToVmm::Stats, &[]) else {
-            panic!("no stats")
-        };
-        assert_eq!(stats.interrupts_raised_again, 0, "{when}");
-    }
 }
 
 #[test]
@@ -173,7 +166,6 @@ fn no_thaw_is_lost() {
                 guest.send();
             }
             guest.says(&[BYTES], &when);
-            guest.is_sound(&when);
         }
     });
 }
@@ -198,7 +190,6 @@ fn no_thaw_that_waits_is_lost() {
                 }
             }
             guest.says(&[BYTES], &when);
-            guest.is_sound(&when);
         }
     });
 }
@@ -215,7 +206,6 @@ fn no_disk_that_is_attached_is_missed() {
             guest.attach();
             guest.send();
             guest.says(&[BYTES, CHANGED], &when);
-            guest.is_sound(&when);
         }
     });
 }
@@ -246,7 +236,6 @@ fn no_reset_is_lost() {
             }
             guest.says(&[BYTES], &when);
         }
-        guest.is_sound(&format!("{race:?}"));
     });
 }
 
@@ -281,7 +270,6 @@ fn no_resume_is_lost() {
             }
             guest.says(&[BYTES], &when);
         }
-        lives.iter().for_each(|guest| guest.is_sound(&format!("{race:?}")));
     });
 }
 
@@ -290,7 +278,7 @@ fn no_resume_is_lost() {
 #[test]
 fn what_a_guest_did_not_hear_is_said_again() {
     let Some(kvm) = kvm() else { return };
-    let race = Race { vcpus: 1, hold: None, pinned: false };
+    let race = Race { vcpus: 1, hold: "", pinned: false };
     let vmm = race.shell(&kvm);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: empty(1) };
@@ -323,7 +311,7 @@ fn what_a_guest_did_not_hear_is_said_again() {
 #[test]
 fn a_guest_that_does_not_want_to_hear_is_left_alone() {
     let Some(kvm) = kvm() else { return };
-    let race = Race { vcpus: 1, hold: None, pinned: false };
+    let race = Race { vcpus: 1, hold: "", pinned: false };
     let vmm = race.shell(&kvm);
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: empty(1) };

@@ -219,7 +219,7 @@ impl Vm {
         if interrupts != self.deaf.interrupts {
             self.deaf = Deaf { interrupts, ..Deaf::default() };
         }
-        if interrupts.lines == 0 || self.deaf.looks == Deaf::MOST {
+        if interrupts.lines == 0 || self.deaf.looks == Deaf::MOST || !hold::raises_again() {
             return None;
         }
         let now = crate::stats::monotonic_ns();

@@ -4,11 +4,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use serde::Deserialize;
 
 use super::choice::Rust;
 use super::results;
+use crate::cargo::Binaries;
 use crate::cpio::Archive;
 use crate::lane::Site;
 use crate::step::Outcome;
@@ -63,8 +64,14 @@ pub fn build_unit(which: &Rust) -> Result<PathBuf> {
     let mut command = cargo::cargo();
     command.args(["test", "--no-run"]).args(which.targets());
     step::run("building unit tests", &mut command)?;
-    let jailer = cargo::build("dev", &["firn-vmm", "firn-jailer"])?.binary("firn-jailer")?;
+    let jailer = held_programs()?.binary("firn-jailer")?;
     jailer.parent().map(Path::to_owned).context("a program lies nowhere")
+}
+
+/// The programs of a jail with debug assertions: threads of such a VMM can be held back.
+fn held_programs() -> Result<Binaries> {
+    // Always both, for one alone would need its dependencies with other features, and they would be built twice.
+    cargo::build("dev", &["firn-vmm", "firn-jailer"])
 }
 
 /// Runs them.
@@ -86,7 +93,7 @@ pub fn linux(
     names: &[&str],
     environment: &[(&str, &str)],
 ) -> Result<Outcome> {
-    let test = build_linux()?;
+    let Linux { test, held_vmm } = build_linux()?;
     let mut archive = Archive::new(Vec::new());
     archive.copy("init", 0o755, &artifacts.join("bin/firn-init"))?;
     let initramfs = scratch::directory()?.join("firn-init.cpio");
@@ -95,17 +102,21 @@ pub fn linux(
     let mut mkfs = Command::new("mkfs.erofs");
     mkfs.args(["-T0", "--all-root"]).arg(&code).arg(code_tree("busy")?);
     step::output(&mut mkfs)?;
-    let (root, initramfs, code) = match site {
-        Site::Native => (
-            artifacts.display().to_string(),
-            initramfs.display().to_string(),
-            code.display().to_string(),
-        ),
+    // Where the tests find a file of this machine's.
+    let place = |file: &Path, name: &str| match site {
+        Site::Native => Ok(file.display().to_string()),
         Site::HostVm(vm) => {
-            vm.client().put(&initramfs, "/root/firn-init.cpio")?;
-            vm.client().put(&code, "/root/busy.erofs")?;
-            ("/firn".into(), "/root/firn-init.cpio".into(), "/root/busy.erofs".into())
+            let there = format!("/root/{name}");
+            vm.client().put(file, &there)?;
+            Ok::<_, Error>(there)
         }
+    };
+    let initramfs = place(&initramfs, "firn-init.cpio")?;
+    let code = place(&code, "busy.erofs")?;
+    let held_vmm = place(&held_vmm, "firn-vmm-held")?;
+    let root = match site {
+        Site::Native => artifacts.display().to_string(),
+        Site::HostVm(_) => "/firn".into(),
     };
     let mut variables = vec![
         ("FIRN_TEST_KERNELS", format!("{root}/kernel/vmlinux:{root}/kernel/bzImage")),
@@ -114,6 +125,7 @@ pub fn linux(
         ("FIRN_TEST_TMP", format!("{root}/images/tmp.ext4")),
         ("FIRN_TEST_CODE", code),
         ("FIRN_VMM", format!("{root}/bin/firn-vmm")),
+        ("FIRN_HELD_VMM", held_vmm),
         // Emulated CPUs: side by side, each would run into the others' time limits.
         ("RUST_TEST_THREADS", "1".into()),
         (UNSTABLE.0, UNSTABLE.1.into()),
@@ -136,13 +148,22 @@ fn code_tree(guest: &str) -> Result<PathBuf> {
     Ok(tree)
 }
 
-/// Builds them, in release mode.
-pub fn build_linux() -> Result<PathBuf> {
+/// The VMM's tests with Linux, built.
+pub struct Linux {
+    /// The program of the tests, in release mode.
+    test: PathBuf,
+    /// A `firn-vmm` with debug assertions, whose threads can be held back.
+    held_vmm: PathBuf,
+}
+
+/// Builds them.
+pub fn build_linux() -> Result<Linux> {
     let (package, name) = ("firn-vmm", "linux");
     #[derive(Deserialize)]
     struct Message {
         executable: Option<PathBuf>,
     }
+    let held_vmm = held_programs()?.binary(package)?;
     let mut command = cargo::cargo();
     command.args(["test", "--release", "--quiet", "--no-run", "--package", package]);
     command.args(["--test", name, "--message-format", "json-render-diagnostics"]);
@@ -152,7 +173,8 @@ pub fn build_linux() -> Result<PathBuf> {
         .filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable)
         // The package's own programs are built too.
         .filter(|path| path.parent().is_some_and(|parent| parent.ends_with("deps")));
-    paths.next().with_context(|| format!("cargo built no test {name} of {package}"))
+    let test = paths.next().with_context(|| format!("cargo built no test {name} of {package}"))?;
+    Ok(Linux { test, held_vmm })
 }
 
 /// Whether a line is the result of a Rust test.
