@@ -174,21 +174,12 @@ impl Daemon {
                 left
             }
             Place::HostVm { vm, ended } => {
-                let client = vm.client();
-                client.output(&shell(&format!("kill -TERM $(cat {PID_FILE})")))?;
-                if ended.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
-                    bail!("the daemon did not stop; its log:\n{}", self.log.text());
-                }
-                let mut left = &inventory(&client)? - &self.before;
-                let run = client.output(&shell("ls -A /var/lib/firn/run 2>/dev/null"))?;
-                let names = String::from_utf8_lossy(&run.stdout).into_owned();
-                left.extend(names.lines().map(|name| format!("file run/{name}")));
-                left
+                let stopped = stop_in_host_vm(&vm.client(), ended, &self.log);
+                let there = stopped.with_context(|| vm.describe())?;
+                vm.power_off().with_context(|| vm.describe())?;
+                &there - &self.before
             }
         };
-        if let Place::HostVm { vm, .. } = &mut self.place {
-            vm.power_off()?;
-        }
         if !left.is_empty() {
             let list: Vec<String> = left.into_iter().collect();
             bail!(
@@ -199,6 +190,19 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+/// Stops the daemon; returns what of Firn there is then.
+fn stop_in_host_vm(client: &Client, ended: &Receiver<()>, log: &Log) -> Result<BTreeSet<String>> {
+    client.output(&shell(&format!("kill -TERM $(cat {PID_FILE})")))?;
+    if ended.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        bail!("the daemon did not stop; its log:\n{}", log.text());
+    }
+    let mut there = inventory(client)?;
+    let run = client.output(&shell("ls -A /var/lib/firn/run 2>/dev/null"))?;
+    let names = String::from_utf8_lossy(&run.stdout).into_owned();
+    there.extend(names.lines().map(|name| format!("file run/{name}")));
+    Ok(there)
 }
 
 type Started = (Place, SocketAddr, BTreeSet<String>);

@@ -41,7 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let environment = python::environment("the clients", REQUIREMENTS)?;
-    let site = Site::start(lane, Series::V6_1, 1, &artifacts)?;
+    let site = Site::start(lane, Series::default(), &artifacts)?;
     let daemon = Daemon::start(site, &artifacts, &Settings::default())?;
 
     let workspace = cargo::workspace();

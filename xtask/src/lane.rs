@@ -45,8 +45,9 @@ pub enum Site {
 }
 
 impl Site {
-    /// Prepares it: boots the host VM with this Linux and so many CPUs, forwarding the ports of daemons, with a way to one port of this machine.
-    pub fn start(lane: Lane, kernel: Series, cpus: u8, artifacts: &Path) -> Result<Self> {
+    /// Prepares it: boots the host VM with this Linux, forwarding the ports of daemons, with a way to one port of this
+    /// machine.
+    pub fn start(lane: Lane, kernel: Series, artifacts: &Path) -> Result<Self> {
         match lane {
             Lane::Native => {
                 ensure!(
@@ -61,7 +62,6 @@ impl Site {
                 let options = Options {
                     memory_mib: HOST_VM_MIB,
                     kernel,
-                    cpus,
                     artifacts: Some(artifacts.to_owned()),
                     forward: daemon::PORTS.to_vec(),
                     outside: true,

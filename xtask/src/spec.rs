@@ -382,7 +382,7 @@ impl Rig {
             return Ok(());
         }
         let count = if end_to_end.is_empty() { 1 } else { test::sites(self.lane, None) };
-        let start = |_| Site::start(self.lane, Series::V6_1, 1, &self.artifacts);
+        let start = |_| Site::start(self.lane, Series::default(), &self.artifacts);
         let sites = (0..count).map(start).collect::<Result<Vec<_>>>()?;
         if linux {
             let outcome = test::linux(&sites[0], &self.artifacts, &[], &test::NIGHTLY)?;

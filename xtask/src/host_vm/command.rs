@@ -146,8 +146,7 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         vm.power_off()?;
         return Ok(0);
     }
-    run_and_get(vm.client(), &exec, &wanted)
-        .with_context(|| format!("the host VM's console:\n{}", vm.console()))
+    run_and_get(vm.client(), &exec, &wanted).with_context(|| vm.describe())
 }
 
 fn run_and_get(client: Client, exec: &Exec, wanted: &[(&str, &str)]) -> Result<i32> {

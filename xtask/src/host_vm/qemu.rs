@@ -41,7 +41,7 @@ pub struct Qemu {
 
 /// What the console said so far, its last lines.
 #[derive(Debug, Clone, Default)]
-pub struct Console(Arc<Mutex<VecDeque<String>>>);
+struct Console(Arc<Mutex<VecDeque<String>>>);
 
 enum Mark {
     Ready,
@@ -101,9 +101,14 @@ impl Qemu {
         }
     }
 
-    /// The console so far.
-    pub fn console(&self) -> Console {
-        self.console.clone()
+    /// Whether it runs, and the end of its console.
+    pub fn describe(&mut self) -> String {
+        let state = match self.child.try_wait() {
+            Ok(None) => "runs".to_owned(),
+            Ok(Some(status)) => format!("ended ({status})"),
+            Err(error) => error.to_string(),
+        };
+        format!("QEMU {state}; the end of the host VM's console:\n{}", self.console)
     }
 }
 
@@ -166,8 +171,7 @@ fn arguments(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Vec<Stri
             more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
             more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
             // Two CPUs show races that one hides.
-            more.extend(["-accel", "tcg,thread=multi", "-smp"].map(String::from));
-            more.push(options.cpus.to_string());
+            more.extend(["-accel", "tcg,thread=multi", "-smp", "2"].map(String::from));
         }
         Mode::Measure { seed, output } => {
             // With ERMS `rep movsb` counts once a byte, which doubles the price of every copy.

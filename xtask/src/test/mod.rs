@@ -188,7 +188,6 @@ struct Ready {
     clients: Clients,
     lane: Lane,
     kernel: Series,
-    cpus: u8,
 }
 
 /// Makes the lane and runs the VMM's tests with Linux there, if they are to run. Returns it if end-to-end tests are to
@@ -215,7 +214,7 @@ fn linux_stage(
     })?;
     let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
     if stages.contains(&Stage::Linux) {
-        let site = summary.must("booting the host VM", Site::start(lane, kernel, 2, &artifacts));
+        let site = summary.must("booting the host VM", Site::start(lane, kernel, &artifacts));
         let Some(site) = site else { return Ok(None) };
         let names = arguments.parts(Stage::Linux, |only| match only {
             Only::Linux(name) => Some(name.as_str()),
@@ -231,12 +230,7 @@ fn linux_stage(
             summary.none(&names.join(", "));
         }
     }
-    // Not yet what the VMM's tests have: a host VM with Linux 6.12 and two CPUs ended, once, in the middle of these.
-    let (kernel, cpus) = match kernel {
-        Series::V6_12 => (Series::V6_1, 1),
-        Series::V6_1 => (Series::V6_12, 2),
-    };
-    Ok(clients.map(|clients| Ready { artifacts, clients, lane, kernel, cpus }))
+    Ok(clients.map(|clients| Ready { artifacts, clients, lane, kernel }))
 }
 
 /// A stage's name; with another kernel than the ordinary one its, too.
@@ -255,8 +249,8 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
     pytest.extend_from_slice(&arguments.pytest);
     let what = &in_kernel("end-to-end tests", lane.kernel);
     let result = summary.stage(what, |summary| {
-        let Ready { artifacts, clients, lane, kernel, cpus } = lane;
-        let start = |_| Site::start(lane, kernel, cpus, &artifacts);
+        let Ready { artifacts, clients, lane, kernel } = lane;
+        let start = |_| Site::start(lane, kernel, &artifacts);
         let sites = (0..sites(lane, arguments.host_vms)).map(start).collect::<Result<Vec<_>>>();
         let sites = summary.must("booting the host VMs", sites)?;
         let environment = arguments.environment();
