@@ -234,7 +234,7 @@ mod tests {
         let files =
             ["a", "b", "c"].map(|text| crate::memfile::sealed("x", text.as_bytes()).unwrap());
         let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        let request = ToVmm::Save { base: false };
+        let request = ToVmm::Save;
         control.send(&request, &borrowed).await.unwrap();
         let mut bytes = [0; 512];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];

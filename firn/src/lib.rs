@@ -36,6 +36,7 @@ mod launch;
 mod memfile;
 mod open;
 mod outlets;
+mod pagemap;
 mod phases;
 mod process;
 mod reset;

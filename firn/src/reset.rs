@@ -11,19 +11,12 @@
 //! The reset happens after the answer, off any request's path; while it waits, an instance holds
 //! nothing of the request that it served.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use firn_proto::{
     control::{FailureKind, FromVmm, ToVmm},
     guest::{self, FromGuest, Renew, Renewed, ToGuest},
 };
-use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::{
     Instance, InstanceError, Invocation, InvokeReport, Phases,
@@ -129,12 +122,8 @@ impl Instance {
             self.pause().await?;
         }
         let mut watch = Stopwatch::start();
-        if self.vm.pagemap.is_none() {
-            let pagemap = self.vm.step(open_pagemap(self.pid())).await;
-            let pagemap = pagemap.map_err(InstanceError::from_trouble("open a pagemap"))?;
-            self.vm.pagemap = Some(Arc::new(pagemap));
-        }
-        let pagemap = self.vm.pagemap.clone();
+        let pagemap = self.vm.pagemap().await;
+        let pagemap = pagemap.map_err(InstanceError::from_trouble("open a pagemap"))?;
         let (mut stream, theirs) = Stream::pair().map_err(|source| InstanceError::Io {
             operation: "make the invoke connection",
             source,
@@ -142,8 +131,7 @@ impl Instance {
         let within =
             RESET + Duration::from_secs(self.vm.class.memory_bytes() >> 20) / MIB_PER_SECOND as u32;
         watch.mark("sent");
-        let mut descriptors = vec![theirs.as_fd()];
-        descriptors.extend(pagemap.as_ref().map(|pagemap| pagemap.as_fd()));
+        let descriptors = [theirs.as_fd(), pagemap.as_fd()];
         let answer = self.vm.request_within(&ToVmm::Reset, &descriptors, within).await;
         let report = match answer.map_err(&trouble)? {
             FromVmm::Reset(report) => report,
@@ -195,37 +183,8 @@ impl Instance {
     }
 }
 
-/// Opens a VMM's pagemap for it to read. The kernel tells whoever reads it physical addresses if
-/// the opener could know them; a VMM must not.
-fn open_pagemap(pid: u32) -> io::Result<OwnedFd> {
-    let path = format!("/proc/{pid}/pagemap");
-    let _without = WithoutAdmin::new()?;
-    Ok(File::open(path)?.into())
-}
-
-/// This thread lacks CAP_SYS_ADMIN until it is dropped.
-struct WithoutAdmin(CapabilitySets);
-
-impl WithoutAdmin {
-    fn new() -> io::Result<Self> {
-        let before = rustix::thread::capabilities(None)?;
-        let effective = before.effective - CapabilitySet::SYS_ADMIN;
-        rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for WithoutAdmin {
-    fn drop(&mut self) {
-        // Taking back what is still permitted is always allowed.
-        let _ = rustix::thread::set_capabilities(None, self.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     #[test]
@@ -233,20 +192,5 @@ mod tests {
         let (a, b) = (new_identity().unwrap(), new_identity().unwrap());
         assert_eq!(a.len(), 32);
         assert_ne!(a, b);
-    }
-
-    #[test]
-    fn a_pagemap_tells_no_physical_addresses_and_capabilities_come_back() {
-        let before = rustix::thread::capabilities(None).unwrap();
-        let pagemap = File::from(open_pagemap(std::process::id()).unwrap());
-        let after = rustix::thread::capabilities(None).unwrap();
-        assert_eq!(before.effective, after.effective);
-        let witness = 1u8;
-        let address = (&raw const witness) as u64;
-        let mut entry = [0; 8];
-        pagemap.read_exact_at(&mut entry, address / 4096 * 8).unwrap();
-        let entry = u64::from_ne_bytes(entry);
-        assert_eq!(entry >> 63, 1, "the page is in memory");
-        assert_eq!(entry & ((1 << 55) - 1), 0, "its frame is not told");
     }
 }

@@ -231,20 +231,16 @@ impl Host {
         let tmp = &inner.artifacts.tmp;
         let code = snapshot.code();
         let code_source = if code.is_some() { DiskSource::ReadOnly } else { DiskSource::Empty };
-        let (plan, watch_clone) = match snapshot.next_use(first.is_some()) {
-            Use::Plan { plan, regions } => {
-                // A thaw to be loaded has no plan, and says nothing of what those with one need.
-                if first.is_some() || regions > 0 {
-                    inner.copies(snapshot.class(), regions);
-                }
-                (MemoryPlan::clone(&plan), None)
-            }
-            Use::Watch => (MemoryPlan::default(), Some(Watched::new(snapshot))),
-        };
+        let Use { plan, watch: watched, regions } = snapshot.next_use(first.is_some());
+        let watch_clone = watched.then(|| Watched::new(snapshot));
+        // A thaw to be loaded copies nothing, and says nothing of what those that do need.
+        if !watched && (first.is_some() || regions > 0) {
+            inner.copies(snapshot.class(), regions);
+        }
         let message = ToVmm::Thaw {
             disks: vec![DiskSource::ReadOnly, code_source, DiskSource::CopyOnWriteThawed],
             resume: true,
-            plan,
+            plan: MemoryPlan::clone(&plan),
         };
         let mut descriptors = Vec::with_capacity(8);
         descriptors.extend([snapshot.memory(), snapshot.state(), theirs.as_fd()]);

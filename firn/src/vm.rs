@@ -19,6 +19,7 @@ use crate::{
     cgroup::Group,
     channel::{self, Control, ControlError},
     host::Inner,
+    pagemap,
     phases::Stopwatch,
     process::Process,
     stream::{Stream, StreamError},
@@ -69,7 +70,7 @@ pub(crate) struct Vm {
     pub(crate) group: Option<Arc<Group>>,
     /// The empty private delta of `/tmp`, until the guest is given it.
     pub(crate) delta: Option<OwnedFd>,
-    /// Its page tables as the kernel tells them, once it has been reset.
+    /// Its page tables as the kernel tells them, once it has needed them.
     pub(crate) pagemap: Option<Arc<OwnedFd>>,
     /// The invoke connection, once there is a guest.
     pub(crate) stream: Option<Stream>,
@@ -96,6 +97,16 @@ impl Vm {
         let within = within * self.patience;
         let answer = self.control.request(request, descriptors, within).await;
         self.step(answer).await
+    }
+
+    /// Its own page tables, for it to read.
+    pub(crate) async fn pagemap(&mut self) -> Result<Arc<OwnedFd>, Trouble> {
+        if let Some(pagemap) = &self.pagemap {
+            return Ok(pagemap.clone());
+        }
+        let opened = pagemap::open(self.process.pid());
+        let opened = Arc::new(self.step(opened).await?);
+        Ok(self.pagemap.insert(opened).clone())
     }
 
     /// Every step of a VMM's life that can fail goes through here, whether it is a message, a write to its

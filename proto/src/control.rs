@@ -73,11 +73,15 @@ pub struct PageRun {
     pub pages: u32,
 }
 
-/// How a thaw treats pages of guest memory that the guest is known to write soon. All else is
-/// mapped from the snapshot and copied page by page when it is written. Contents are the same
-/// whatever the plan says; only the time of copying differs.
+/// How a thaw treats pages of guest memory that the snapshot does not hold, or that the guest is
+/// known to write soon. All else is mapped from the snapshot and copied page by page when it is
+/// written.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
+    /// In ascending order and disjoint: pages that are holes in the snapshot's file. The guest gets
+    /// memory of its own there: a hole that it reads or writes through a mapping would become a page
+    /// of the file, which nobody gives back.
+    pub holes: Vec<PageRun>,
     /// In ascending order and disjoint: all pages that are not zero in those regions of
     /// [`REGION`] bytes which are to be copied whole, each into a huge page.
     pub copied: Vec<PageRun>,
@@ -174,14 +178,11 @@ pub enum ToVmm {
     Reclaim,
     /// Let the vCPUs run again. Answer: [`FromVmm::Done`].
     Resume,
-    /// Write the paused microVM down; it stays paused. Descriptors: an empty file for guest
-    /// memory, an empty file for the VMM's state; if `base`, the memory of the snapshot that this
-    /// microVM was thawed from; then an empty file for the delta of each copy-on-write disk, in
-    /// slot order. Answer: [`FromVmm::Saved`].
-    Save {
-        /// Write only the pages that differ from the base's memory.
-        base: bool,
-    },
+    /// Write the paused microVM down; it stays paused. Of guest memory only what differs from the
+    /// snapshot that it was thawed from, if it was. Descriptors: an empty file for guest memory, an
+    /// empty file for the VMM's state, the VMM's own pagemap as for [`ToVmm::Reset`], then an empty
+    /// file for the delta of each copy-on-write disk, in slot order. Answer: [`FromVmm::Saved`].
+    Save,
     /// Report counters. Answer: [`FromVmm::Stats`].
     Stats,
     /// End the process. Answer: [`FromVmm::Exited`].

@@ -24,7 +24,7 @@ use std::{
 };
 
 use assembler::Code;
-use common::{Vmm, config, elf, empty, kvm, memfd};
+use common::{Vmm, config, elf, empty, kvm};
 use firn_proto::control::{FromVmm, MemoryPlan, Phase, ShellConfig, Stamps, ToVmm};
 use firn_vmm::stats::monotonic_ns;
 
@@ -53,10 +53,7 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-    let (memory, state) = (memfd(b""), memfd(b""));
-    let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
-    let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-    state.set_len(report.state_bytes).unwrap();
+    let (memory, state) = vmm.save(None, &[]);
     memory.write_all_at(&[1], FLAG.into()).unwrap();
     // What the guest writes is in the snapshot, too: copies, not zeroes, go back.
     for page in 0..pages {
@@ -68,7 +65,7 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
     let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
-    let pagemap = File::open(format!("/proc/{}/pagemap", vmm.pid())).unwrap();
+    let pagemap = vmm.pagemap();
     let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
     first_exit(&vmm);
     let mut samples: Vec<[f64; 6]> = Vec::new();

@@ -233,7 +233,7 @@ impl Server {
             }
             ToVmm::Reclaim => vm.reclaim().map(FromVmm::Reclaimed),
             ToVmm::Resume => vm.resume().map(|()| FromVmm::Done),
-            ToVmm::Save { base } => vm.save(base, descriptors).map(FromVmm::Saved),
+            ToVmm::Save => vm.save(descriptors).map(FromVmm::Saved),
             ToVmm::Reset => vm.reset(descriptors, watch_stream).map(FromVmm::Reset),
             ToVmm::Stats => Ok(FromVmm::Stats(vm.stats())),
             ToVmm::Diagnose => vm.diagnose().map(FromVmm::Diagnosis),

@@ -15,6 +15,8 @@
 //! it (`MAP_PRIVATE|MAP_FIXED`), which changes contents but no address, so neither KVM's memslots
 //! nor any device's view of memory has to change.
 
+pub mod save;
+pub mod source;
 pub mod written;
 
 use std::{

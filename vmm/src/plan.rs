@@ -1,4 +1,9 @@
-//! Carrying out a [`MemoryPlan`]: pages that the guest is known to write are copied before it runs.
+//! Carrying out a [`MemoryPlan`]: memory of the guest's own where the snapshot has holes, and pages
+//! that the guest is known to write are copied before it runs.
+//!
+//! A hole that is read or written through a mapping becomes a page of the file, which belongs to all
+//! clones and stays for ever; a write takes a second page, the clone's copy. So large holes are not
+//! mapped from the file.
 //!
 //! A page that the guest writes while it is mapped from a snapshot costs an exit, a fault in the
 //! host's page tables with a copy, and, if it had been read before, one exit more. A huge page that
@@ -15,7 +20,7 @@ use std::{
 
 use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
 
-use crate::memory::{Memory, MemoryError, PAGE, written::Source};
+use crate::memory::{Memory, MemoryError, PAGE, source::Source};
 
 const REGION_BYTES: usize = REGION as usize;
 const REGION_PAGES: u64 = REGION / PAGE;
@@ -162,8 +167,8 @@ pub fn furnish(
     Ok(())
 }
 
-/// Copies what `plan` names. `file` is the snapshot's memory, which is mapped over `memory`. Returns
-/// the ranges of regions that were copied whole.
+/// Carries out `plan`. `file` is the snapshot's memory, which is mapped over `memory`. Returns the
+/// ranges of regions that were copied whole.
 ///
 /// # Errors
 /// Any [`PlanError`]. Some pages may have been copied then.
@@ -173,31 +178,35 @@ pub fn carry_out(
     file: BorrowedFd<'_>,
     spares: &mut Spares,
 ) -> Result<Vec<Range<u64>>, PlanError> {
+    check(&plan.holes, memory.bytes())?;
     check(&plan.copied, memory.bytes())?;
     check(&plan.populated, memory.bytes())?;
     let copied = groups(&plan.copied, memory.bytes())?;
-    if !copied.is_empty() {
-        let source = View::of(file, memory.bytes())?;
-        for group in &copied {
-            let target = memory.host_pointer(group.start * REGION);
-            let count = (group.end - group.start) as usize;
-            // SAFETY: whole regions within guest memory, as `groups` has checked, which is aligned
-            // to them; no vCPU runs, and devices hold addresses, not contents.
-            unsafe {
-                if !spares.move_to(target, count)? {
-                    map_zeroes(target, count)?;
-                }
+    for run in &plan.holes {
+        let (offset, bytes) = extent(run);
+        // Clones wait in large numbers, and most touch a page here and there: a huge page for each
+        // would be most of what they hold.
+        // SAFETY: whole pages within guest memory, as just checked; no vCPU runs, and devices hold
+        // addresses, not contents.
+        unsafe { map_zeroes(memory.host_pointer(offset), bytes, libc::MADV_NOHUGEPAGE)? };
+    }
+    for group in &copied {
+        let target = memory.host_pointer(group.start * REGION);
+        let count = (group.end - group.start) as usize;
+        // SAFETY: whole regions within guest memory, as `groups` has checked, which is aligned
+        // to them; no vCPU runs, and devices hold addresses, not contents.
+        unsafe {
+            if !spares.move_to(target, count)? {
+                map_zeroes(target, count * REGION_BYTES, libc::MADV_HUGEPAGE)?;
             }
         }
-        for run in &plan.copied {
-            let (offset, bytes) = extent(run);
-            let target = memory.host_pointer(offset);
-            // SAFETY: both ranges have been checked against the size of guest memory, which is the
-            // view's too; they are different mappings; nobody else writes either meanwhile.
-            unsafe {
-                std::ptr::copy_nonoverlapping(source.start.add(offset as usize), target, bytes);
-            }
-        }
+    }
+    for run in &plan.copied {
+        let (offset, bytes) = extent(run);
+        // SAFETY: the range has been checked against the size of guest memory, which nobody else
+        // uses meanwhile: no vCPU runs and no device works.
+        let target = unsafe { std::slice::from_raw_parts_mut(memory.host_pointer(offset), bytes) };
+        read_exact_at(file, target, offset)?;
     }
     for run in &plan.populated {
         let (offset, bytes) = extent(run);
@@ -298,12 +307,35 @@ fn groups(runs: &[PageRun], memory_bytes: u64) -> Result<Vec<Range<u64>>, PlanEr
     Ok(groups)
 }
 
-/// Maps fresh zeroes, when the reserve is used up.
+/// Reads through no mapping: holes give zeroes and stay holes.
+fn read_exact_at(
+    file: BorrowedFd<'_>,
+    mut to: &mut [u8],
+    mut offset: u64,
+) -> Result<(), PlanError> {
+    let what = "reading the snapshot";
+    while !to.is_empty() {
+        match rustix::io::pread(file, &mut *to, offset) {
+            Ok(0) => {
+                let source = std::io::ErrorKind::UnexpectedEof.into();
+                return Err(PlanError::Kernel { what, source });
+            }
+            Ok(count) => {
+                to = &mut to[count..];
+                offset += count as u64;
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(PlanError::Kernel { what, source: error.into() }),
+        }
+    }
+    Ok(())
+}
+
+/// Maps fresh zeroes in place of what is mapped there, with advice on the size of their pages.
 ///
 /// # Safety
-/// As for [`Spares::move_to`].
-unsafe fn map_zeroes(target: *mut u8, count: usize) -> Result<(), PlanError> {
-    let bytes = count * REGION_BYTES;
+/// The range is of whole pages that belong to the caller.
+unsafe fn map_zeroes(target: *mut u8, bytes: usize, advice: i32) -> Result<(), PlanError> {
     // SAFETY: the caller's promise.
     let mapped = unsafe {
         libc::mmap(
@@ -319,62 +351,19 @@ unsafe fn map_zeroes(target: *mut u8, count: usize) -> Result<(), PlanError> {
         return Err(kernel("mmap of zeroes"));
     }
     // SAFETY: advice on the mapping that was just made.
-    unsafe { libc::madvise(target.cast(), bytes, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(target.cast(), bytes, advice) };
     Ok(())
-}
-
-/// A snapshot's memory, mapped for reading.
-pub struct View {
-    start: *const u8,
-    bytes: usize,
-}
-
-impl View {
-    /// Maps the first `bytes` bytes of `file`, which must be sealed against writing and shrinking.
-    ///
-    /// # Errors
-    /// [`MemoryError::FileSize`], [`MemoryError::Map`].
-    pub fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
-        let found = rustix::fs::fstat(file).map_err(|e| MemoryError::Map(e.into()))?.st_size;
-        if (found as u64) < bytes {
-            return Err(MemoryError::FileSize { found: found as u64, expected: bytes });
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice; that the file does not
-        // shrink under it is what the sealed memfd of a resident snapshot is for.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes as usize,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(MemoryError::Map(std::io::Error::last_os_error()));
-        }
-        Ok(Self { start: start.cast(), bytes: bytes as usize })
-    }
-
-    /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
-        // against writing, as the protocol demands.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // SAFETY: the range is this value's own mapping, and no slice of it outlives `self`.
-        unsafe { libc::munmap(self.start.cast_mut().cast(), self.bytes) };
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Write, os::fd::AsFd};
+    use std::{
+        fs::File,
+        os::{
+            fd::AsFd,
+            unix::fs::{FileExt, MetadataExt},
+        },
+    };
 
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
@@ -387,18 +376,33 @@ mod tests {
         PageRun { first, pages }
     }
 
-    /// 16 MiB in which every page holds its own number, but for region 3, which is a hole.
-    fn snapshot() -> File {
+    const HOLE: Range<u64> = 3 * REGION_PAGES..4 * REGION_PAGES;
+
+    /// What [`snapshot`] holds.
+    fn contents() -> Vec<u8> {
         let mut bytes = vec![0; 16 << 20];
-        for (number, page) in bytes.chunks_mut(PAGE as usize).enumerate() {
-            if number as u64 / REGION_PAGES != 3 {
+        for (number, page) in (0..).zip(bytes.chunks_mut(PAGE as usize)) {
+            if !HOLE.contains(&number) {
                 page.fill(number as u8 | 1);
             }
         }
+        bytes
+    }
+
+    /// 16 MiB in which every page holds its own number, but for region 3, which is a hole.
+    fn snapshot() -> File {
         let memfd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let mut file = File::from(memfd);
-        file.write_all(&bytes).unwrap();
+        let file = File::from(memfd);
+        let contents = contents();
+        for range in [0..HOLE.start * PAGE, HOLE.end * PAGE..16 << 20] {
+            let bytes = &contents[range.start as usize..range.end as usize];
+            file.write_all_at(bytes, range.start).unwrap();
+        }
         file
+    }
+
+    fn occupied(file: &File) -> u64 {
+        file.metadata().unwrap().blocks() * 512
     }
 
     fn thawed(plan: &MemoryPlan, spares: u16) -> Result<(Memory, File), PlanError> {
@@ -423,10 +427,9 @@ mod tests {
         assert_eq!(memory.guest().read_obj::<u8>(GuestAddress(6 * REGION + 4095)).unwrap(), 7);
     }
 
-    fn same(memory: &Memory, file: &File) -> bool {
-        let view = View::of(file.as_fd(), memory.bytes()).unwrap();
+    fn same(memory: &Memory) -> bool {
         // SAFETY: there is no guest and no device.
-        unsafe { memory.contents() == view.bytes() }
+        unsafe { memory.contents() == contents() }
     }
 
     #[test]
@@ -436,23 +439,49 @@ mod tests {
         let copied = vec![run(512, 1024), run(2560, 512)];
         for spares in [0, 1, 3, 8] {
             let populated = vec![run(10, 20), run(3000, 1)];
-            let plan = MemoryPlan { copied: copied.clone(), populated };
+            let plan = MemoryPlan { copied: copied.clone(), populated, ..Default::default() };
             let (memory, file) = thawed(&plan, spares).unwrap();
-            assert!(same(&memory, &file));
+            assert!(same(&memory));
             // Writes are private, copied page or not.
             for page in [0u64, 512, 2561, 4095] {
                 memory.guest().write_obj(0u8, GuestAddress(page * PAGE)).unwrap();
             }
-            assert!(!same(&memory, &file));
-            assert!(same(&thawed(&plan, spares).unwrap().0, &file));
+            assert!(!same(&memory));
+            memory.map_file(file.as_fd()).unwrap();
+            assert!(same(&memory), "the file has changed");
         }
+    }
+
+    #[test]
+    fn holes_of_the_snapshot_stay_holes() {
+        let plan = MemoryPlan {
+            holes: vec![run(1536, 512)],
+            // Data with a hole between them, as runs are joined that lie close together.
+            copied: vec![run(1024, 1536)],
+            ..Default::default()
+        };
+        for holes in [vec![run(1536, 512)], vec![run(1536, 100), run(1700, 348)]] {
+            let plan = MemoryPlan { holes, copied: vec![], ..plan.clone() };
+            let (memory, file) = thawed(&plan, 0).unwrap();
+            let before = occupied(&file);
+            for page in (1536u64..1636).chain(1700..2048) {
+                let _ = memory.guest().read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+                memory.guest().write_obj(7u8, GuestAddress(page * PAGE + 8)).unwrap();
+            }
+            assert_eq!(occupied(&file), before);
+            assert_eq!(before, (16 << 20) - REGION);
+        }
+        let (memory, file) = thawed(&plan, 1).unwrap();
+        assert_eq!(occupied(&file), (16 << 20) - REGION);
+        assert!(same(&memory));
     }
 
     #[test]
     fn what_was_not_written_is_shared_again_and_what_was_is_kept() {
         let (memory, file) = (Memory::reserve(16).unwrap(), snapshot());
         memory.map_file(file.as_fd()).unwrap();
-        let plan = MemoryPlan { copied: vec![run(512, 1024), run(1600, 1)], populated: vec![] };
+        let copied = vec![run(512, 1024), run(1600, 1)];
+        let plan = MemoryPlan { copied, ..Default::default() };
         let copied = carry_out(&plan, &memory, file.as_fd(), &mut Spares::make(1).unwrap());
         let copied = copied.unwrap();
         assert_eq!(copied, vec![1..4]);
@@ -469,7 +498,7 @@ mod tests {
         // SAFETY: as above.
         assert!(unsafe { memory.contents() } == before);
         memory.guest().write_obj(1u8, GuestAddress(600 * PAGE)).unwrap();
-        assert_eq!(View::of(file.as_fd(), memory.bytes()).unwrap().bytes()[600 * 4096], 0x59);
+        assert_eq!(source.page(600).unwrap()[0], 0x59);
     }
 
     #[test]
@@ -483,10 +512,14 @@ mod tests {
             vec![run(9, 1), run(5, 1)],
             vec![run(1, 1); MAX_RUNS + 1],
         ] {
-            let plan = MemoryPlan { copied: copied.clone(), populated: vec![] };
-            assert!(matches!(thawed(&plan, 1), Err(PlanError::Malformed(_))), "{copied:?}");
-            let plan = MemoryPlan { copied: vec![], populated: copied.clone() };
-            assert!(matches!(thawed(&plan, 1), Err(PlanError::Malformed(_))), "{copied:?}");
+            let none = MemoryPlan::default();
+            for plan in [
+                MemoryPlan { copied: copied.clone(), ..none.clone() },
+                MemoryPlan { populated: copied.clone(), ..none.clone() },
+                MemoryPlan { holes: copied.clone(), ..none },
+            ] {
+                assert!(matches!(thawed(&plan, 1), Err(PlanError::Malformed(_))), "{plan:?}");
+            }
         }
         assert!(matches!(Spares::make(MAX_SPARES + 1), Err(PlanError::Malformed(_))));
         // 17 MiB end in half a region.
@@ -502,17 +535,17 @@ mod tests {
         ) {
             let runs: Vec<_> = runs.into_iter().map(|(first, pages)| run(first, pages)).collect();
             let plan = match populated {
-                true => MemoryPlan { copied: vec![], populated: runs },
-                false => MemoryPlan { copied: runs, populated: vec![] },
+                true => MemoryPlan { populated: runs, ..Default::default() },
+                false => MemoryPlan { copied: runs, ..Default::default() },
             };
-            if let Ok((memory, file)) = thawed(&plan, 2) {
+            if let Ok((memory, _file)) = thawed(&plan, 2) {
                 // Pages of a copied region that no run names are zero, so compare what is named.
-                let view = View::of(file.as_fd(), memory.bytes()).unwrap();
+                let contents = contents();
                 for run in plan.copied.iter().chain(&plan.populated) {
                     let (offset, bytes) = extent(run);
                     let range = offset as usize..offset as usize + bytes;
                     // SAFETY: there is no guest and no device.
-                    let same = unsafe { memory.contents()[range.clone()] == view.bytes()[range] };
+                    let same = unsafe { memory.contents()[range.clone()] == contents[range] };
                     prop_assert!(same);
                 }
             }

@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 use crate::{
     arch::{cpuid::Signature, vcpu_state::VcpuState, vm_state::VmState},
     machine::MachineState,
-    memory::PAGE,
 };
 
 /// Version of the format. A change of any saved struct changes it.
@@ -135,81 +134,11 @@ impl SavedVm {
     }
 }
 
-/// Which pages of guest memory a snapshot's memory file holds: one bit a page, least significant
-/// bit first.
-#[derive(Debug)]
-pub struct PageBitmap(Vec<u8>);
-
-impl PageBitmap {
-    /// No page of `memory_bytes` bytes.
-    pub fn empty(memory_bytes: u64) -> Self {
-        Self(vec![0; memory_bytes.div_ceil(PAGE).div_ceil(8) as usize])
-    }
-
-    fn set(&mut self, page: usize) {
-        self.0[page / 8] |= 1 << (page % 8);
-    }
-
-    /// The bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-/// Writes guest memory as a sparse linear file: without `base` all pages that are not zero, with
-/// it all pages that differ from it. Returns the pages written.
-///
-/// # Errors
-/// I/O; a full disk is one.
-pub fn write_memory(
-    contents: &[u8],
-    base: Option<&[u8]>,
-    out: &std::fs::File,
-) -> std::io::Result<(u64, PageBitmap)> {
-    use std::os::unix::fs::FileExt;
-    const PAGE_BYTES: usize = PAGE as usize;
-    out.set_len(contents.len() as u64)?;
-    let mut bitmap = PageBitmap::empty(contents.len() as u64);
-    let mut pages = 0;
-    let zero = [0u8; PAGE_BYTES];
-    let differs = |page: usize, bytes: &[u8]| {
-        let same_as = base.and_then(|base| base.get(page * PAGE_BYTES..(page + 1) * PAGE_BYTES));
-        bytes != same_as.unwrap_or(&zero)
-    };
-    // Runs of written pages become one write each.
-    let mut run: Option<usize> = None;
-    let total = contents.len() / PAGE_BYTES;
-    for page in 0..=total {
-        let written =
-            page < total && differs(page, &contents[page * PAGE_BYTES..(page + 1) * PAGE_BYTES]);
-        match (written, run) {
-            (true, None) => run = Some(page),
-            (false, Some(start)) => {
-                let range = start * PAGE_BYTES..page * PAGE_BYTES;
-                out.write_all_at(&contents[range.clone()], range.start as u64)?;
-                run = None;
-            }
-            _ => {}
-        }
-        if written {
-            bitmap.set(page);
-            pages += 1;
-        }
-    }
-    Ok((pages, bitmap))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use proptest::prelude::*;
 
     use super::*;
-
-    fn memfd() -> std::fs::File {
-        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
-    }
 
     #[test]
     fn foreign_short_and_future_bytes_are_named() {
@@ -225,27 +154,6 @@ mod tests {
         future[8] = VERSION as u8;
         future[12] = 9;
         assert!(matches!(SavedVm::decode(&future), Err(DecodeError::Length { .. })));
-    }
-
-    #[test]
-    fn only_pages_that_differ_are_written() {
-        let page = PAGE as usize;
-        let mut contents = vec![0u8; page * 20];
-        contents[page * 3] = 1;
-        contents[page * 4 + 7] = 2;
-        contents[page * 19] = 3;
-        let out = memfd();
-        let (pages, bitmap) = write_memory(&contents, None, &out).unwrap();
-        assert_eq!(pages, 3);
-        assert_eq!(bitmap.as_bytes(), [0b11000, 0, 0b1000]);
-        let mut back = vec![9u8; contents.len()];
-        out.read_exact_at(&mut back, 0).unwrap();
-        assert_eq!(back, contents);
-
-        let base = contents.clone();
-        contents[page * 4 + 7] = 0;
-        let (pages, bitmap) = write_memory(&contents, Some(&base), &memfd()).unwrap();
-        assert_eq!((pages, bitmap.as_bytes()), (1, &[0b10000, 0, 0][..]));
     }
 
     proptest! {

@@ -31,8 +31,8 @@ use crate::{
     descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
     handover::Lapics,
     machine::{Machine, MachineRestoreError},
-    memory::{Memory, MemoryError},
-    plan::{self, PlanError, Spares, View},
+    memory::{Memory, MemoryError, written::Pagemap},
+    plan::{self, PlanError, Spares},
     snapshot::{self, SavedVm},
     stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
     vcpu::{self, Command, Part, Reply, Shared, Vcpu},
@@ -397,20 +397,18 @@ impl Vm {
     ///
     /// # Errors
     /// [`RequestError::Refused`]; the VM stays as it was.
-    pub fn save(&mut self, base: bool, descriptors: Vec<OwnedFd>) -> Result<SaveReport> {
+    pub fn save(&mut self, descriptors: Vec<OwnedFd>) -> Result<SaveReport> {
         if !self.state.is_paused() {
             return Err(self.misplaced("Paused"));
         }
         let started = monotonic_ns();
         let writable: Vec<usize> = Machine::writable_slots(&self.config.disks).collect();
-        let expected = 2 + usize::from(base) + writable.len();
-        let mut descriptors = expect_descriptors(descriptors, expected)?;
+        let mut descriptors = expect_descriptors(descriptors, 3 + writable.len())?;
         let memory_out = File::from(next(&mut descriptors)?);
         let mut state_out = File::from(next(&mut descriptors)?);
-        let base = match base {
-            true => Some(View::of(next(&mut descriptors)?.as_fd(), self.memory.bytes())?),
-            false => None,
-        };
+        let pagemap = Pagemap::new(File::from(next(&mut descriptors)?))?;
+        let origin = self.origin.as_ref();
+        let base = origin.map(|origin| origin.source(self.memory.bytes())).transpose()?;
         self.machine
             .quiescent()
             .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
@@ -444,10 +442,8 @@ impl Vm {
         };
         // SAFETY: every vCPU has answered `Saved` and waits for its next command, and devices
         // only work on vCPU threads or on this one, which is here.
-        let contents = unsafe { self.memory.contents() };
-        let (pages_written, bitmap) =
-            snapshot::write_memory(contents, base.as_ref().map(View::bytes), &memory_out)
-                .map_err(io_error("snapshot memory"))?;
+        let written = unsafe { self.memory.save(&pagemap, base, &memory_out) };
+        let (pages_written, bitmap) = written.map_err(io_error("snapshot memory"))?;
         let state =
             saved.encode().map_err(|error| RequestError::refused(FailureKind::Io, error))?;
         let written = state_out.rewind().and_then(|()| {

@@ -75,6 +75,8 @@ fn shell(vcpus: u8) -> ShellConfig {
 struct Guest {
     vmm: Vmm,
     stream: UnixStream,
+    /// The memory that it was thawed from.
+    base: Option<File>,
 }
 
 impl Guest {
@@ -102,7 +104,7 @@ impl Guest {
         ];
         let answer = vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-        Self { vmm, stream }
+        Self { vmm, stream, base: None }
     }
 
     fn say(&mut self, message: &ToGuest) {
@@ -158,19 +160,14 @@ impl Guest {
     /// Pause and save.
     fn save(self) -> Saved {
         self.pause();
-        let (memory, state, frozen) = (memfd(b""), memfd(b""), memfd(b""));
-        let answer = self.vmm.request(
-            &ToVmm::Save { base: false },
-            &[memory.as_fd(), state.as_fd(), frozen.as_fd()],
-        );
-        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-        state.set_len(report.state_bytes).unwrap();
+        let frozen = memfd(b"");
+        let (memory, state) = self.vmm.save(self.base.as_ref(), &[frozen.as_fd()]);
         Saved { memory, state, frozen }
     }
 
     /// Puts the guest back to where it was thawed; returns once it is there.
     fn reset(&mut self, first: &ToGuest) {
-        let pagemap = File::open(format!("/proc/{}/pagemap", self.vmm.pid())).unwrap();
+        let pagemap = self.vmm.pagemap();
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         self.stream = stream;
@@ -211,7 +208,7 @@ impl Saved {
         drain(&mut vmm);
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut guest = Guest { vmm, stream };
+        let mut guest = Guest { vmm, stream, base: Some(self.memory.try_clone().unwrap()) };
         if let Some(first) = first {
             guest.say(first);
         }

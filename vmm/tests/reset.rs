@@ -16,7 +16,7 @@ use std::{
 };
 
 use assembler::{Code, REGISTERS};
-use common::{Vmm, config, elf, empty, kvm, memfd};
+use common::{Vmm, config, elf, empty, kvm};
 use firn_proto::control::{FailureKind, FromVmm, MemoryPlan, Phase, ResetReport, ToVmm};
 
 /// While this byte is 0 the guest idles: the state that is saved.
@@ -166,17 +166,9 @@ fn snapshot(kvm: &File) -> (File, File, usize) {
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-    let (memory, state) = save(&vmm);
+    let (memory, state) = vmm.save(None, &[]);
     memory.write_all_at(&[1], FLAG.into()).unwrap();
     (memory, state, printed)
-}
-
-fn save(vmm: &Vmm) -> (File, File) {
-    let (memory, state) = (memfd(b""), memfd(b""));
-    let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
-    let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-    state.set_len(report.state_bytes).unwrap();
-    (memory, state)
 }
 
 fn thaw(kvm: &File, memory: &File, state: &File) -> (Vmm, UnixStream) {
@@ -189,7 +181,7 @@ fn thaw(kvm: &File, memory: &File, state: &File) -> (Vmm, UnixStream) {
 }
 
 fn try_reset(vmm: &Vmm) -> (FromVmm, UnixStream) {
-    let pagemap = File::open(format!("/proc/{}/pagemap", vmm.pid())).unwrap();
+    let pagemap = vmm.pagemap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     (vmm.request(&ToVmm::Reset, &[theirs.as_fd(), pagemap.as_fd()]), ours)
 }
@@ -281,7 +273,7 @@ fn messages_between_vcpus_do_not_outlive_a_reset() {
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-    let (memory, state) = save(&vmm);
+    let (memory, state) = vmm.save(None, &[]);
     memory.write_all_at(&[1], FLAG.into()).unwrap();
     memory.write_all_at(&SECOND, 0x8_0000).unwrap();
 

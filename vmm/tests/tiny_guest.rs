@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::{io::Read, os::fd::AsFd, os::unix::net::UnixStream};
+use std::{
+    io::Read,
+    os::{fd::AsFd, unix::fs::MetadataExt, unix::net::UnixStream},
+};
 
 use common::{Vmm, config, elf, empty, kvm, memfd};
 use firn_proto::control::{ExitReason, FailureKind, FromVmm, MemoryPlan, Phase, ToVmm};
@@ -78,7 +81,7 @@ fn a_closed_control_socket_ends_the_process() {
 fn requests_out_of_order_are_refused_and_change_nothing() {
     let Some(kvm) = kvm() else { return };
     let vmm = Vmm::shell(&kvm, &config(1, false));
-    for message in [ToVmm::Pause, ToVmm::Resume, ToVmm::Save { base: false }] {
+    for message in [ToVmm::Pause, ToVmm::Resume, ToVmm::Save] {
         let FromVmm::Failed(failure) = vmm.request(&message, &[]) else { panic!("{message:?}") };
         assert_eq!(failure.kind, FailureKind::BadRequest, "{failure:?}");
     }
@@ -106,17 +109,6 @@ fn follow(from: &mut impl Read, n: usize, next: Option<u8>) -> u8 {
     expected
 }
 
-/// Saves a paused VM; returns memory and state.
-fn save(vmm: &Vmm) -> (std::fs::File, std::fs::File) {
-    let (memory, state) = (memfd(b""), memfd(b""));
-    let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
-    let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-    assert_eq!(report.memory_bytes, 16 << 20);
-    assert!(report.pages_written > 0);
-    state.set_len(report.state_bytes).unwrap();
-    (memory, state)
-}
-
 fn thaw(
     kvm: &std::fs::File,
     memory: &std::fs::File,
@@ -138,9 +130,13 @@ fn a_count_goes_on_without_gap_or_repeat_over_two_generations() {
     let (answer, mut _stream) = vmm.boot(&elf(COUNTER));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     let mut next = follow(vmm.stderr.as_mut().unwrap(), 300, None);
+    let mut base = None;
     for generation in 0..2 {
         assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-        let (memory, state) = save(&vmm);
+        let occupied = |file: &std::fs::File| file.metadata().unwrap().blocks();
+        let before = base.as_ref().map(occupied);
+        let (memory, state) = vmm.save(base.as_ref(), &[]);
+        assert_eq!(base.as_ref().map(occupied), before, "the base's holes are filled");
         // The rest of what this generation wrote before it stopped.
         assert!(matches!(vmm.request(&ToVmm::Stop, &[]), FromVmm::Exited(_)));
         let mut rest = Vec::new();
@@ -150,7 +146,7 @@ fn a_count_goes_on_without_gap_or_repeat_over_two_generations() {
         let FromVmm::Thawed(stamps) = answer else { panic!("generation {generation}: {answer:?}") };
         assert!(stamps.get(Phase::Received) < stamps.get(Phase::Mapped));
         next = follow(thawed.stderr.as_mut().unwrap(), 300, Some(next));
-        (vmm, _stream) = (thawed, stream);
+        (vmm, _stream, base) = (thawed, stream, Some(memory));
     }
 }
 
@@ -178,7 +174,7 @@ fn snapshots_that_are_not_whole_are_refused_by_name() {
     let (answer, _stream) = vmm.boot(&elf(COUNTER));
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-    let (memory, state) = save(&vmm);
+    let (memory, state) = vmm.save(None, &[]);
     let mut bytes = Vec::new();
     std::io::Seek::rewind(&mut &state).unwrap();
     (&state).read_to_end(&mut bytes).unwrap();

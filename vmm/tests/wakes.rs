@@ -94,11 +94,7 @@ impl Race {
         guest.says(&[UP, BYTES], "boot");
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(guest.vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-        let (memory, state) = (memfd(b""), memfd(b""));
-        let save = ToVmm::Save { base: false };
-        let answer = guest.vmm.request(&save, &[memory.as_fd(), state.as_fd()]);
-        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-        state.set_len(report.state_bytes).unwrap();
+        let (memory, state) = guest.vmm.save(None, &[]);
         Snapshot { memory, state }
     }
 
@@ -219,7 +215,7 @@ fn no_reset_is_lost() {
         guest.says(&[BYTES], "thaw");
         for round in 0..rounds {
             let when = format!("{race:?}, round {round}");
-            let pagemap = File::open(format!("/proc/{}/pagemap", guest.vmm.pid())).unwrap();
+            let pagemap = guest.vmm.pagemap();
             let (ours, theirs) = UnixStream::pair().unwrap();
             guest.stream = ours;
             // Bytes that are there before the reset, that come behind it, and that come late.

@@ -81,6 +81,15 @@ impl PageSet {
         Self { bits, pages: self.pages }
     }
 
+    /// Pages that it does not have.
+    pub(crate) fn complement(&self) -> Self {
+        let mut bits: Vec<u8> = self.bits.iter().map(|byte| !byte).collect();
+        if let (Some(last), used @ 1..) = (bits.last_mut(), self.pages % 8) {
+            *last &= (1 << used) - 1;
+        }
+        Self { bits, pages: self.pages }
+    }
+
     /// Number of pages of the set within `range`.
     pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
         range.filter(|page| self.contains(*page)).count() as u64

@@ -152,14 +152,11 @@ impl Instance {
             + self.inner.artifacts.tmp_bytes;
         let limited = self.vm.limit_memory(limit).await;
         limited.map_err(InstanceError::from_trouble("raise the memory limit"))?;
-        let base = match &self.origin {
-            Origin::Thawed { snapshot } => Some(snapshot.clone()),
-            Origin::Booted { .. } => None,
-        };
-        let mut descriptors = vec![files.memory.as_fd(), files.vm_state.as_fd()];
-        descriptors.extend(base.as_ref().map(|base| base.memory()));
-        descriptors.push(files.delta.as_fd());
-        let request = ToVmm::Save { base: base.is_some() };
+        let pagemap = self.vm.pagemap().await;
+        let pagemap = pagemap.map_err(InstanceError::from_trouble("open a pagemap"))?;
+        let descriptors =
+            [files.memory.as_fd(), files.vm_state.as_fd(), pagemap.as_fd(), files.delta.as_fd()];
+        let request = ToVmm::Save;
         let within = SAVE * (1 + self.vm.class.memory_mib / 1024);
         let mut answer = self.vm.request_within(&request, &descriptors, within).await;
         for attempt in 0..QUIET_ATTEMPTS {

@@ -55,7 +55,11 @@ const MOVING: u64 = 256;
 /// Pages that are not worth a run of their own between two that are copied.
 const GAP: u64 = 16;
 
-/// Runs of one list that a plan has at most: two full lists fit a message.
+/// Smallest hole of a snapshot in which clones get memory of their own, in pages. Smaller ones are as
+/// many as they are small: to map each would cost a thaw more than they can hold.
+const HOLE: u64 = REGION_PAGES;
+
+/// Runs of one list that a plan has at most: full lists fit a message.
 const RUNS: usize = MAX_RUNS / 2;
 
 /// How much a snapshot's clones touch, in pages of 4 KiB.
@@ -97,6 +101,8 @@ struct State {
     sets: Option<Sets>,
     /// Clones that are being watched.
     watching: u32,
+    /// For a clone that is watched: it copies nothing.
+    unknown: Arc<MemoryPlan>,
     plan: Arc<MemoryPlan>,
     /// Regions that the plan copies.
     regions: u16,
@@ -111,16 +117,13 @@ pub(crate) struct Sample {
 
 /// What to do with a clone.
 #[derive(Debug)]
-pub(crate) enum Use {
-    /// Map all from the snapshot, and watch what it touches.
-    Watch,
-    /// Go by the plan.
-    Plan {
-        /// What to copy.
-        plan: Arc<MemoryPlan>,
-        /// Regions that it copies whole.
-        regions: u16,
-    },
+pub(crate) struct Use {
+    /// What to copy.
+    pub(crate) plan: Arc<MemoryPlan>,
+    /// Watch what it touches; the plan copies nothing.
+    pub(crate) watch: bool,
+    /// Regions that the plan copies whole.
+    pub(crate) regions: u16,
 }
 
 impl WorkingSet {
@@ -133,9 +136,15 @@ impl WorkingSet {
                 None
             }
         };
-        let (plan, regions) =
-            sets.as_ref().map(|sets| plan(sets, content, dense)).unwrap_or_default();
-        let state = State { sets, watching: 0, plan: Arc::new(plan), regions };
+        let unknown = Arc::new(plan(None, content, dense).0);
+        let (plan, regions) = match &sets {
+            Some(_) => {
+                let (plan, regions) = plan(sets.as_ref(), content, dense);
+                (Arc::new(plan), regions)
+            }
+            None => (unknown.clone(), 0),
+        };
+        let state = State { sets, watching: 0, unknown, plan, regions };
         Self { pages: content.pages(), state: Mutex::new(state) }
     }
 
@@ -151,9 +160,9 @@ impl WorkingSet {
         let known = state.sets.as_ref().map_or(0, |sets| sets.samples);
         if event && known + state.watching < SAMPLES {
             state.watching += 1;
-            return Use::Watch;
+            return Use { plan: state.unknown.clone(), watch: true, regions: 0 };
         }
-        Use::Plan { plan: state.plan.clone(), regions: state.regions }
+        Use { plan: state.plan.clone(), watch: false, regions: state.regions }
     }
 
     /// A watched clone is gone; with a sample if it got that far. The sets to keep on disk, if
@@ -179,7 +188,7 @@ impl WorkingSet {
                 touched: sets.touched.union(&touched),
             },
         };
-        let (plan, regions) = plan(&sets, content, dense);
+        let (plan, regions) = plan(Some(&sets), content, dense);
         (state.plan, state.regions) = (Arc::new(plan), regions);
         let bytes = encode(&sets);
         state.sets = Some(sets);
@@ -268,12 +277,16 @@ fn decode(bytes: &[u8], id: &Id, key: &Key, pages: u64) -> Result<Sets, String> 
     Ok(Sets { samples, written: next()?, always: next()?, touched: next()? })
 }
 
-/// A plan for clones of a snapshot that holds `content`: a region in which pages are written is
-/// copied whole if this saves at least `dense` faults for each 512 pages that it takes; elsewhere
-/// written pages are copied one by one. With it comes how many regions are copied.
-fn plan(sets: &Sets, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
-    let mut plan = MemoryPlan::default();
+/// A plan for clones of a snapshot that holds `content`. Large holes are memory of their own. A
+/// region in which pages are written is copied whole if this saves at least `dense` faults for each
+/// 512 pages that it takes; elsewhere written pages are copied one by one. With it comes how many
+/// regions are copied.
+fn plan(sets: Option<&Sets>, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
+    let large = |run: &std::ops::Range<u64>| run.end - run.start >= HOLE;
+    let holes = content.complement().runs().filter(large).map(page_run).take(RUNS).collect();
+    let mut plan = MemoryPlan { holes, ..MemoryPlan::default() };
     let mut regions = 0;
+    let Some(sets) = sets else { return (plan, regions) };
     for start in (0..content.pages()).step_by(REGION_PAGES as usize) {
         let region = start..start + REGION_PAGES;
         let written = sets.written.count_in(region.clone());
@@ -383,18 +396,19 @@ mod tests {
         let content = set(0..PAGES);
         let sets = fresh(&content);
         let loaded = sets.next(false);
-        assert!(matches!(loaded, Use::Plan { regions: 0, .. }), "not for an event: {loaded:?}");
-        assert!(matches!(sets.next(true), Use::Watch) && matches!(sets.next(true), Use::Watch));
-        let Use::Plan { plan, .. } = sets.next(true) else { panic!("a third clone is watched") };
-        assert_eq!(*plan, MemoryPlan::default());
+        assert_eq!((loaded.watch, loaded.regions), (false, 0), "not for an event");
+        assert!(sets.next(true).watch && sets.next(true).watch);
+        let third = sets.next(true);
+        assert!(!third.watch);
+        assert_eq!(*third.plan, MemoryPlan::default());
         // One of them dies: the next takes its place.
         assert_eq!(sets.watched(None, &content, 8), None);
-        assert!(matches!(sets.next(true), Use::Watch));
+        assert!(sets.next(true).watch);
         let first = set((0..20).chain([600]));
         let second = set((0..18).chain([1100]));
         assert!(sets.watched(Some(sample(&first)), &content, 8).is_some());
         assert!(sets.watched(Some(sample(&second)), &content, 8).is_some());
-        let Use::Plan { plan, .. } = sets.next(true) else { panic!("a fourth clone is watched") };
+        let Use { plan, watch: false, .. } = sets.next(true) else { panic!("a fourth is watched") };
         assert_eq!(plan.copied, [PageRun { first: 0, pages: 512 }]);
         let alone = |first| PageRun { first, pages: 1 };
         assert_eq!(plan.populated, [alone(600), alone(1100)]);
@@ -407,7 +421,7 @@ mod tests {
     fn sets_are_kept_beside_their_snapshot_and_damage_is_ignored() {
         let (dir, content, id) = (tempfile::tempdir().unwrap(), set(0..PAGES), [7; 32]);
         let sets = fresh(&content);
-        assert!(matches!(sets.next(true), Use::Watch));
+        assert!(sets.next(true).watch);
         let bytes = sets.watched(Some(sample(&set(3..90))), &content, 8).unwrap();
         keep(dir.path(), &id, &key(), &bytes).unwrap();
         let load = |id: &Id, content: &PageSet| {
@@ -436,10 +450,10 @@ mod tests {
         let touched = written.union(&set(0..REGION_PAGES)).union(&set(1100..1400));
         let sets = Sets { samples: 1, always: written.clone(), touched, written };
         // One written and 31 times 16 others: 32 faults.
-        let (made, regions) = plan(&sets, &content, 21);
+        let (made, regions) = plan(Some(&sets), &content, 21);
         assert_eq!((made.copied, regions), (vec![PageRun { first: 0, pages: 512 }], 1));
         assert_eq!(made.populated, [PageRun { first: 600, pages: 1 }]);
-        assert_eq!(plan(&sets, &content, 22).1, 0);
+        assert_eq!(plan(Some(&sets), &content, 22).1, 0);
     }
 
     #[test]
@@ -447,9 +461,25 @@ mod tests {
         let content = set((0..100).chain(110..120).chain(300..301));
         let written = set(0..50);
         let sets = Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
-        let (plan, _) = plan(&sets, &content, 16);
+        let (plan, _) = plan(Some(&sets), &content, 16);
         let run = |first, pages| PageRun { first, pages };
         assert_eq!(plan.copied, [run(0, 120), run(300, 1)]);
+    }
+
+    #[test]
+    fn every_clone_has_memory_of_its_own_in_large_holes() {
+        let content = set((0..100).chain([700, 1212]));
+        let run = |first, pages| PageRun { first, pages };
+        let holes = [run(101, 599), run(1213, PAGES as u32 - 1213)];
+        let content = content.union(&set([100]));
+        let sets = fresh(&content);
+        assert_eq!(sets.next(false).plan.holes, holes);
+        let watched = sets.next(true);
+        assert!(watched.watch);
+        assert_eq!(watched.plan.holes, holes);
+        assert!(sets.watched(Some(sample(&set(0..20))), &content, 8).is_some());
+        let later = sets.next(false).plan;
+        assert_eq!((&later.holes[..], &later.copied[..]), (&holes[..], &[run(0, 101)][..]));
     }
 
     #[test]
@@ -491,7 +521,7 @@ mod tests {
             let written = set(written);
             let sets =
                 Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
-            let (plan, regions) = plan(&sets, &content, dense);
+            let (plan, regions) = plan(Some(&sets), &content, dense);
             let mut next = 0;
             for run in &plan.copied {
                 prop_assert!(u64::from(run.first) >= next && run.pages > 0);

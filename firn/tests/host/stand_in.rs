@@ -130,13 +130,11 @@ impl Vmm {
                 FromVmm::Thawed(stamps())
             }
             ToVmm::Reclaim => FromVmm::Reclaimed(7),
-            ToVmm::Save { base } => {
-                let (memory, state) = (next()?, next()?);
-                let base = if base { Some(next()?) } else { None };
-                let delta = next()?;
+            ToVmm::Save => {
+                let (memory, state, _pagemap, delta) = (next()?, next()?, next()?, next()?);
                 delta.set_len(1 << 20)?;
                 delta.write_all_at(b"written to /tmp", 8192)?;
-                FromVmm::Saved(self.save(&memory, &state, base.as_ref())?)
+                FromVmm::Saved(self.save(&memory, &state)?)
             }
             ToVmm::Attach { .. } => {
                 let mut first = [0; 1];
@@ -196,17 +194,14 @@ impl Vmm {
         Ok(())
     }
 
-    fn save(&self, memory: &File, state: &File, base: Option<&File>) -> io::Result<SaveReport> {
+    fn save(&self, memory: &File, state: &File) -> io::Result<SaveReport> {
         let own = self.memory.lock().unwrap();
         memory.set_len(self.bytes())?;
         let mut bitmap = vec![0u8; (self.bytes() / PAGE as u64 / 8) as usize];
         let mut pages_written = 0;
         for (number, page) in &own.pages {
-            let mut before = vec![0; PAGE];
-            if let Some(base) = base {
-                base.read_exact_at(&mut before, number * PAGE as u64)?;
-            }
-            if before != *page {
+            let before = self.origin.as_ref().and_then(|origin| origin.pages.get(number));
+            if before.map_or(&[0; PAGE][..], Vec::as_slice) != page {
                 memory.write_all_at(page, number * PAGE as u64)?;
                 bitmap[(number / 8) as usize] |= 1 << (number % 8);
                 pages_written += 1;

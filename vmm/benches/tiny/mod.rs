@@ -8,7 +8,7 @@ use std::{
 
 use firn_proto::control::{FromVmm, MemoryPlan, Phase, ToVmm};
 
-use super::common::{Vmm, config, elf, empty, memfd};
+use super::common::{Vmm, config, elf, empty};
 
 /// `l: out %al,$0x80; jmp l`
 const OUT_FOR_EVER: &[u8] = &[0xe6, 0x80, 0xeb, 0xfc];
@@ -32,10 +32,7 @@ impl Snapshot {
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(vmm.request(&ToVmm::Pause, &[]), FromVmm::Paused(0));
-        let (memory, state) = (memfd(b""), memfd(b""));
-        let answer = vmm.request(&ToVmm::Save { base: false }, &[memory.as_fd(), state.as_fd()]);
-        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
-        state.set_len(report.state_bytes).unwrap();
+        let (memory, state) = vmm.save(None, &[]);
         Self { memory, state }
     }
 

@@ -204,7 +204,7 @@ const DEVICE: &[Entry] = table! {
     SYS_fstat,                      [on(&[RECEIVED, MEMORY, DISKS])], "lengths of received files";
     SYS_read,                       [on(&[RECEIVED])], "kernel and initramfs that are not sealed";
     SYS_lseek,                      [on(&[RECEIVED, MEMORY])], "kernel, initramfs, snapshots";
-    SYS_pread64,                    [on(&[RECEIVED, STATISTICS, DISKS])], "VM state, page tables, deltas";
+    SYS_pread64,                    [on(&[RECEIVED, MEMORY, STATISTICS, DISKS])], "VM state, page tables, pages of snapshots, deltas";
     SYS_pwrite64,                   [on(&[RECEIVED])], "snapshot files";
     SYS_write,                      [on(&[STANDARD_ERROR, RECEIVED])], "last words; snapshot files";
     SYS_ftruncate,                  [on(&[RECEIVED, DISKS])], "snapshot files, deltas";
@@ -212,7 +212,7 @@ const DEVICE: &[Entry] = table! {
         "allocator; guest memory, and snapshots to read them";
     SYS_munmap,                     [],             "allocator; snapshots that were read";
     SYS_mremap,                     [],             "allocator; huge pages in reserve to their regions";
-    SYS_madvise,                    [],             "huge and populated pages of guest memory";
+    SYS_madvise,                    [],             "huge, small and populated pages of guest memory";
     SYS_brk,                        [],             "allocator";
     SYS_futex,                      [],             "locks; commands to vCPUs and their answers";
     SYS_getpid,                     [],             "pthread_kill";

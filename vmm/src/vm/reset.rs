@@ -27,7 +27,10 @@ use firn_proto::control::{Exit, ExitReason, FailureKind, Phase, ResetReport};
 use super::{RequestError, Result, Vm, expect_descriptors, next, next_to};
 use crate::{
     descriptors::STREAM,
-    memory::written::{Pagemap, Source, WrittenError},
+    memory::{
+        source::Source,
+        written::{Pagemap, WrittenError},
+    },
     snapshot::SavedVm,
     stats::monotonic_ns,
     vcpu::Part,

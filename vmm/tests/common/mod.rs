@@ -9,7 +9,7 @@ use std::{
     mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{net::UnixStream, process::CommandExt},
+        unix::{fs::FileExt, net::UnixStream, process::CommandExt},
     },
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
 };
@@ -149,6 +149,38 @@ impl Vmm {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: Vec::new() };
         (self.request(&message, &[kernel.as_fd(), theirs.as_fd()]), ours)
+    }
+
+    /// Its `/proc/PID/pagemap`.
+    pub fn pagemap(&self) -> File {
+        File::open(format!("/proc/{}/pagemap", self.pid())).unwrap()
+    }
+
+    /// Saves a paused microVM, which was thawed from the memory `base` if it was thawed; returns all
+    /// of its memory, and its state without the bitmap. `deltas` are empty files for those of its disks.
+    pub fn save(&self, base: Option<&File>, deltas: &[BorrowedFd<'_>]) -> (File, File) {
+        let (memory, state, pagemap) = (memfd(b""), memfd(b""), self.pagemap());
+        let files = [memory.as_fd(), state.as_fd(), pagemap.as_fd()];
+        let answer = self.request(&ToVmm::Save, &[&files, deltas].concat());
+        let FromVmm::Saved(report) = answer else { panic!("{answer:?}") };
+        assert_eq!(report.memory_bytes, memory.metadata().unwrap().len());
+        let mut bitmap = vec![0; report.bitmap_bytes as usize];
+        state.read_exact_at(&mut bitmap, report.state_bytes).unwrap();
+        state.set_len(report.state_bytes).unwrap();
+        let mut written = 0;
+        let mut page = [0; 4096];
+        for number in 0..report.memory_bytes / 4096 {
+            if bitmap[number as usize / 8] >> (number % 8) & 1 == 1 {
+                written += 1;
+            } else if let Some(base) = base {
+                base.read_exact_at(&mut page, number * 4096).unwrap();
+                if page != [0; 4096] {
+                    memory.write_all_at(&page, number * 4096).unwrap();
+                }
+            }
+        }
+        assert_eq!(written, report.pages_written);
+        (memory, state)
     }
 
     /// Waits for the process's end and returns all that it said on standard error.
