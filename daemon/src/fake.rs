@@ -18,6 +18,7 @@ use firn::{
     Disk, FunctionSpec, InstanceError, Invocation, InvokeReport, LoadReport, LogLine, Outlets,
     Phases, ResponsePart, ShellClass, SnapshotError, SnapshotMeta, StartError, VmmExit,
     code::{CodeDisk, CodeError},
+    control::{ExitReason, FailureKind},
     guest::{self, Ask, FunctionError, HttpRequest, Outcome},
 };
 
@@ -40,6 +41,8 @@ pub struct Counters {
     pub disk_full: AtomicBool,
     /// No instance can be started.
     pub broken: AtomicBool,
+    /// Nothing can be restored: no snapshot is thawed, no instance that was reset runs.
+    pub refuses: AtomicBool,
     /// Preparation takes this long.
     pub slow_load: Mutex<Duration>,
     /// Where invocations are written down, a line each: request id, ARN, event (`null` if long).
@@ -119,6 +122,10 @@ impl Backend for Fake {
         outlets: Outlets,
     ) -> Result<(FakeMachine, Option<InvokeReport>), StartError> {
         self.0.thaws.fetch_add(1, Ordering::SeqCst);
+        if self.0.refuses.load(Ordering::SeqCst) {
+            let (kind, message) = (FailureKind::Kvm, "vCPU 0: KVM would not set MSR 0x1".into());
+            return Err(StartError::Refused { kind, message });
+        }
         let mut machine = self.spawn()?;
         machine.outlets = outlets;
         let Some(first) = first else { return Ok((machine, None)) };
@@ -236,6 +243,11 @@ impl Machine for FakeMachine {
     }
 
     async fn invoke(&mut self, invocation: &Invocation) -> Result<InvokeReport, InstanceError> {
+        if self.fresh && self.counters.refuses.load(Ordering::SeqCst) {
+            let mut exit = exit("vCPU 0: KVM would not set MSR 0x1");
+            exit.reason = Some(ExitReason::NotRestored);
+            return Err(InstanceError::Died { exit });
+        }
         let renewed = std::mem::take(&mut self.fresh).then(|| {
             self.id = uuid::Uuid::new_v4().to_string();
             guest::Renewed {

@@ -225,6 +225,12 @@ pub enum InstanceError {
 }
 
 impl InstanceError {
+    /// No vCPU of the guest has run since it was given what it did not do: whoever gives it to
+    /// another instance does not do it twice.
+    pub fn has_not_run(&self) -> bool {
+        matches!(self, Self::Died { exit } if exit.reason == Some(control::ExitReason::NotRestored))
+    }
+
     pub(crate) fn from_trouble(operation: &'static str) -> impl Fn(Trouble) -> Self {
         move |trouble| match trouble {
             Trouble::Died(exit) => Self::Died { exit },

@@ -112,6 +112,12 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// The VMM refused the snapshot before any vCPU had entered the guest: whoever gives the event
+    /// that came with it to another instance does not do it twice.
+    pub fn has_not_run(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Snapshot(_))
+    }
+
     fn from_trouble(trouble: Trouble, waiting_for: &'static str) -> Self {
         match trouble {
             Trouble::Died(exit) => Self::Died { exit },

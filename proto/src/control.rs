@@ -382,6 +382,9 @@ pub enum ExitReason {
     KvmInternalError,
     /// The guest did to a device what no driver may do.
     DeviceViolation,
+    /// KVM would not restore a vCPU of a guest that waited fresh: what the host has sent since has
+    /// not reached the guest, and no vCPU has run.
+    NotRestored,
     /// The VMM itself failed.
     VmmError,
 }
@@ -396,6 +399,7 @@ impl ExitReason {
             Self::EmulationFailure => 12,
             Self::KvmInternalError => 13,
             Self::DeviceViolation => 14,
+            Self::NotRestored => 15,
             Self::VmmError => 20,
         }
     }

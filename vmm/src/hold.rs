@@ -3,7 +3,8 @@
 //! Builds with debug assertions, as tests are, read `FIRN_HOLD` at their start: `vcpu0=2000` holds
 //! the thread of vCPU 0 back for 2,000 µs between a restore message and the restore, `device=2000`
 //! the device thread behind it. `swallow=1` loses the first interrupt, and with `again=0` none is
-//! raised again: what was lost stays lost, however slow the machine is. A comma separates several.
+//! raised again: what was lost stays lost, however slow the machine is. With `refuse=3` KVM refuses the
+//! third restore of a vCPU. A comma separates several.
 //! Other builds have nothing of this.
 
 use crate::seccomp::Thread;
@@ -27,8 +28,15 @@ pub fn raises_again() -> bool {
     true
 }
 
+/// Whether this restore of a vCPU is to fail.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn refuses_restore() -> bool {
+    false
+}
+
 #[cfg(debug_assertions)]
-pub use debug::{back, configure, raises_again, swallows_interrupt};
+pub use debug::{back, configure, raises_again, refuses_restore, swallows_interrupt};
 
 #[cfg(debug_assertions)]
 mod debug {
@@ -49,11 +57,15 @@ mod debug {
 
     static NEVER_AGAIN: AtomicBool = AtomicBool::new(false);
 
+    /// Restores of vCPUs up to the one that is to fail, and with it; 0: none is.
+    static RESTORES: AtomicU64 = AtomicU64::new(0);
+
     #[derive(Debug, PartialEq)]
     enum Hold {
         Thread(Thread, Duration),
         Interrupts(u64),
         Again(bool),
+        Refuse(u64),
     }
 
     /// Reads `FIRN_HOLD`, before any thread is confined.
@@ -64,6 +76,7 @@ mod debug {
                 Hold::Thread(thread, time) => drop(HELD.set((thread, time))),
                 Hold::Interrupts(count) => SWALLOWED.store(count, Ordering::Relaxed),
                 Hold::Again(again) => NEVER_AGAIN.store(!again, Ordering::Relaxed),
+                Hold::Refuse(which) => RESTORES.store(which, Ordering::Relaxed),
             }
         }
     }
@@ -76,6 +89,7 @@ mod debug {
             None if what == "device" => Thread::Device,
             None if what == "swallow" => return Some(Hold::Interrupts(number)),
             None if what == "again" => return Some(Hold::Again(number != 0)),
+            None if what == "refuse" => return Some(Hold::Refuse(number)),
             None => return None,
         };
         Some(Hold::Thread(thread, Duration::from_micros(number)))
@@ -98,6 +112,12 @@ mod debug {
         SWALLOWED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
     }
 
+    /// Whether this restore of a vCPU is to fail.
+    pub fn refuses_restore() -> bool {
+        let less = |left: u64| left.checked_sub(1);
+        RESTORES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) == Ok(1)
+    }
+
     /// Whether interrupts that are not acknowledged are raised again.
     pub fn raises_again() -> bool {
         !NEVER_AGAIN.load(Ordering::Relaxed)
@@ -114,6 +134,7 @@ mod debug {
             assert_eq!(parse("device=2000"), held(Thread::Device));
             assert_eq!(parse("swallow=2"), Some(Hold::Interrupts(2)));
             assert_eq!(parse("again=0"), Some(Hold::Again(false)));
+            assert_eq!(parse("refuse=3"), Some(Hold::Refuse(3)));
             assert_eq!((parse("vcpu=1"), parse("rng=1"), parse("device")), (None, None, None));
         }
     }

@@ -316,6 +316,7 @@ impl Worker {
         };
         hold::back(seccomp::Thread::Vcpu(self.id));
         let result = match plan.part {
+            _ if hold::refuses_restore() => Err(VcpuStateError::refused()),
             Part::Thaw => state.restore(&self.fd, plan.tsc_shift),
             Part::Reset => vcpu_state::accept_pending(&self.fd)
                 .and_then(|()| vcpu_state::set_msrs(&self.fd, &self.shared.power_on_msrs))

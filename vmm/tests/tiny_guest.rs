@@ -194,6 +194,19 @@ fn snapshots_that_are_not_whole_are_refused_by_name() {
     assert_eq!(failure.kind, FailureKind::SnapshotShape);
     assert!(failure.message.contains("4096"), "{}", failure.message);
 
+    // LSTAR, which is zero, becomes an address that is none. MSRs are pairs of numbers of variable
+    // length in a body whose length its header says.
+    const LSTAR: [u8; 6] = [0x82, 0x81, 0x80, 0x80, 0x0c, 0];
+    let at = bytes.windows(6).position(|window| window == LSTAR).expect("LSTAR is in the state");
+    let mut strange = bytes.clone();
+    strange.splice(at + 5..at + 6, [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 1]);
+    let length = strange.len() as u32 - 16;
+    strange[12..16].copy_from_slice(&length.to_le_bytes());
+    let failure = refused(&memory, &strange);
+    assert_eq!(failure.kind, FailureKind::Kvm);
+    let says = "vCPU 0: KVM would not set MSR 0xc0000082 to 0x8000000000000000";
+    assert_eq!(failure.message, says);
+
     let two = Vmm::shell(&kvm, &config(2, true));
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };

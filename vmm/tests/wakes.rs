@@ -15,12 +15,14 @@ use std::{
     fs::File,
     io::{Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use common::{Vmm, config, elf, empty, kvm, memfd};
 use driver::{BYTES, CHANGED, INTERRUPTS, UP};
-use firn_proto::control::{DiskKind, DiskSource, FromVmm, MemoryPlan, ShellConfig, ToVmm};
+use firn_proto::control::{
+    DiskKind, DiskSource, ExitReason, FailureKind, FromVmm, MemoryPlan, ShellConfig, ToVmm,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Longer than any of this takes on a busy machine.
@@ -269,6 +271,43 @@ fn no_resume_is_lost() {
     });
 }
 
+/// A restore that KVM refuses is an answer, not a guest that does not answer: nothing has run then.
+#[test]
+fn a_restore_that_is_refused_is_named() {
+    let Some(kvm) = kvm() else { return };
+    for vcpus in [1, 4] {
+        let race = Race { vcpus, hold: "", pinned: false };
+        let snapshot = race.snapshot(&kvm);
+        let refusing = |which: &'static str| Race { hold: which, ..race };
+        // Each vCPU is restored by the thaw, by the reset, and by the run behind it.
+        let vmm = refusing("refuse=1").shell(&kvm);
+        let begun = Instant::now();
+        let (_stream, theirs) = UnixStream::pair().unwrap();
+        let message = ToVmm::Thaw { disks: empty(1), resume: true, plan: MemoryPlan::default() };
+        let descriptors = [snapshot.memory.as_fd(), snapshot.state.as_fd(), theirs.as_fd()];
+        let answer = vmm.request(&message, &descriptors);
+        let FromVmm::Failed(failure) = answer else { panic!("{answer:?}") };
+        assert_eq!(failure.kind, FailureKind::Kvm, "{failure:?}");
+        assert!(failure.message.contains("vCPU"), "{failure:?}");
+        assert!(failure.message.contains("SET_REGS: Invalid argument"), "{failure:?}");
+        assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
+
+        let hold = if vcpus == 1 { "refuse=3" } else { "refuse=9" };
+        let mut guest = refusing(hold).thaw(&kvm, &snapshot, true, b"x");
+        guest.says(&[BYTES], "thaw");
+        let pagemap = guest.vmm.pagemap();
+        let (stream, theirs) = UnixStream::pair().unwrap();
+        guest.stream = stream;
+        let answer = guest.vmm.request(&ToVmm::Reset, &[theirs.as_fd(), pagemap.as_fd()]);
+        assert!(matches!(answer, FromVmm::Reset(_)), "{answer:?}");
+        guest.send();
+        let answer = guest.vmm.receive();
+        let FromVmm::Exited(exit) = answer else { panic!("{answer:?}") };
+        assert_eq!(exit.reason, ExitReason::NotRestored, "{exit:?}");
+        assert!(exit.detail.contains("SET_REGS: Invalid argument"), "{exit:?}");
+    }
+}
+
 /// An interrupt that was lost all the same, here in a LAPIC that is off, is raised again, and counted.
 /// The diagnosis says where the guest stands.
 #[test]
@@ -318,7 +357,7 @@ fn a_guest_that_does_not_want_to_hear_is_left_alone() {
         FromVmm::Stats(stats) => stats.interrupts_raised_again,
         other => panic!("{other:?}"),
     };
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     while again() == 0 {
         assert!(begun.elapsed() < PATIENCE, "never raised again");
         std::thread::sleep(Duration::from_millis(10));

@@ -391,6 +391,11 @@ impl Metrics {
         }
     }
 
+    /// A snapshot or an instance could not be restored, and nothing of it has run.
+    pub fn not_restored(&self) {
+        self.lock().totals.not_restored();
+    }
+
     /// One more value of a metric of a function that was called by the name `resource`.
     pub fn observe(&self, function: &str, resource: &str, metric: Metric, value: f64) {
         let mut pending = self.lock();

@@ -71,6 +71,7 @@ pub struct Totals {
     /// The empty name has what those do that are too many.
     functions: BTreeMap<String, OfFunction>,
     failures: u64,
+    not_restored: u64,
     durations: Times,
     thaws: Times,
     /// From request to function, by kind of start.
@@ -112,6 +113,10 @@ impl Totals {
 
     pub(super) fn throttled(&mut self, name: &str) {
         self.function(name).throttles += 1;
+    }
+
+    pub(super) fn not_restored(&mut self) {
+        self.not_restored += 1;
     }
 
     pub(super) fn failed(&mut self) {
@@ -181,6 +186,11 @@ impl Collector for Scrape {
         encoder
             .encode_descriptor(name, help, None, MetricType::Counter)?
             .encode_counter::<NoLabelSet, _, u64>(&totals.failures, None)?;
+        let name = "firn_restores_refused";
+        let help = "Snapshots and instances that KVM or the VMM would not restore; others served";
+        encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&totals.not_restored, None)?;
         let name = "firn_interrupts_raised_again";
         let help = "Interrupts that guests had not acknowledged though they ran";
         encoder

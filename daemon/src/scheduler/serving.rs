@@ -30,8 +30,10 @@ impl<B: Backend> Scheduler<B> {
             Isolation::PerInvocation => StartKind::Reset,
         };
         if request.force.is_none_or(|force| force == waiting) {
-            if let Some(worker) = self.take(&key, &fingerprint).await {
-                return self.serve_waiting(worker, request, waiting).await;
+            while let Some(worker) = self.take(&key, &fingerprint).await {
+                if let Some(served) = self.serve_waiting(worker, &mut request, waiting).await? {
+                    return Ok(served);
+                }
             }
             if request.force.is_some() {
                 return Err(Refusal::Impossible(format!(
@@ -72,12 +74,13 @@ impl<B: Backend> Scheduler<B> {
         self.serve_booted(request).await
     }
 
+    /// `None`: this instance could not be restored, and the function has not run.
     async fn serve_waiting(
         self: &Arc<Self>,
         mut worker: Worker<B::Machine>,
-        mut request: Request,
+        request: &mut Request,
         kind: StartKind,
-    ) -> Result<Served, Refusal> {
+    ) -> Result<Option<Served>, Refusal> {
         request.trace.mark("scheduled");
         self.note(&worker.listed_as, |listed| {
             listed.state = "busy";
@@ -86,13 +89,22 @@ impl<B: Backend> Scheduler<B> {
         // What it printed after its last answer belongs before this one.
         worker.output.drain().await;
         worker.output.stream.begin_tail();
-        worker.output.stream.service(&start_line(&request)).await;
+        worker.output.stream.service(&start_line(request)).await;
         let begun = Instant::now();
         let result = worker.output.during(worker.machine.invoke(&request.invocation)).await;
-        if let Ok(report) = &result {
-            request.trace.add("invoke", begun, &report.phases);
+        match &result {
+            Ok(report) => request.trace.add("invoke", begun, &report.phases),
+            Err(error) if error.has_not_run() => {
+                let function = &worker.function;
+                tracing::error!(function, %error, "an instance can't be restored");
+                self.workshop.metrics.not_restored();
+                self.retire(worker);
+                return Ok(None);
+            }
+            Err(_) => {}
         }
-        self.conclude(worker, request, kind, result, 0, begun).await
+        let request = request.take();
+        self.conclude(worker, request, kind, result, 0, begun).await.map(Some)
     }
 
     /// `None`: this snapshot does not thaw here, and the function has not run.
@@ -109,7 +121,7 @@ impl<B: Backend> Scheduler<B> {
         let thaw = self.workshop.backend.thaw(snapshot, Some(invocation), outlets);
         match output.during(thaw).await {
             Ok((machine, Some(report))) => {
-                let mut request = std::mem::replace(request, Request::empty(function));
+                let mut request = request.take();
                 request.trace.add("thaw", begun, &report.phases);
                 let worker = self.register(
                     machine,
@@ -127,10 +139,11 @@ impl<B: Backend> Scheduler<B> {
                 machine.retire().await;
                 Err(Refusal::Failed("the thawed instance did not answer its first event".into()))
             }
-            Err(StartError::Refused { message, .. }) => {
+            Err(error) if error.has_not_run() => {
                 let key = function.qualified_name();
-                tracing::error!(function = key, message, "a snapshot can't be thawed");
-                self.preparer.discredit(&key, fingerprint, message);
+                tracing::error!(function = key, %error, "a snapshot can't be thawed");
+                self.workshop.metrics.not_restored();
+                self.preparer.discredit(&key, fingerprint, error.to_string());
                 Ok(None)
             }
             Err(StartError::Died { exit }) => {
@@ -259,16 +272,17 @@ impl<B: Backend> Scheduler<B> {
 }
 
 impl Request {
-    /// What is left where a request has been taken out.
-    fn empty(function: &Arc<Function>) -> Self {
-        Self {
-            function: function.clone(),
+    /// The request; what is left in its place has no event.
+    fn take(&mut self) -> Self {
+        let left = Self {
+            function: self.function.clone(),
             invocation: Invocation::default(),
             force: None,
             trace: Trace::default(),
             traced: None,
             room: None,
-        }
+        };
+        std::mem::replace(self, left)
     }
 }
 

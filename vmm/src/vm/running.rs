@@ -156,7 +156,13 @@ impl Vm {
         match (self.state, &self.origin) {
             (State::Fresh, Some(origin)) => {
                 let saved = origin.saved.clone();
-                self.set_processors(&saved, Part::Clocks, true)
+                self.set_processors(&saved, Part::Clocks, true).map_err(|error| match error {
+                    RequestError::Refused(failure) => RequestError::Ended(Exit {
+                        reason: ExitReason::NotRestored,
+                        detail: failure.message,
+                    }),
+                    ended => ended,
+                })
             }
             (State::Paused(lapics), _) => {
                 // Readiness that came while it was paused has not been looked at.

@@ -224,6 +224,22 @@ async fn failures_hurt_one_invocation() {
     assert_eq!(d.invoke("f", &[("X-Firn-Start", "boot")], &json!(1)).await.status, 200);
 }
 
+/// What could not be thawed has not run: the event goes to an instance that is booted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_can_not_be_restored_is_booted_instead() {
+    let (_dir, d) = daemon().await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    d.fake.refuses.store(true, Ordering::SeqCst);
+    let booted = d.invoke("f", &[], &json!(7)).await;
+    assert_eq!((booted.status, booted.header("x-firn-start-kind")), (200, Some("boot")));
+    assert_eq!(booted.json(), json!(7));
+    let failed = d.snapshot_is("f", "failed").await;
+    assert!(failed["reason"].as_str().unwrap().contains("MSR 0x1"), "{failed}");
+    let metrics = String::from_utf8(d.get("/metrics").await.body).unwrap();
+    assert!(metrics.contains("\nfirn_restores_refused_total 1\n"), "{metrics}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vmm_that_dies_under_the_first_event_after_a_thaw_looks_like_a_crash() {
     let (_dir, d) = daemon().await;

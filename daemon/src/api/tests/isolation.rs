@@ -56,6 +56,26 @@ async fn a_failed_invocation_leaves_nothing_either() {
     }
 }
 
+/// An instance that can't be restored has not run: the event goes to another.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_can_not_be_restored_is_replaced() {
+    let (dir, d) = isolated().await;
+    d.create("f", json!({})).await;
+    d.snapshot_is("f", "ready").await;
+    let ledger = dir.path().join("ledger");
+    d.invoke("f", &[], &json!(1)).await;
+    *d.fake.ledger.lock().unwrap() = Some(std::fs::File::create(&ledger).unwrap());
+    d.fake.refuses.store(true, Ordering::SeqCst);
+    let served = d.invoke("f", &[], &json!(2)).await;
+    assert_eq!((served.status, served.header("x-firn-start-kind")), (200, Some("boot")));
+    assert_eq!(served.json(), json!(2));
+    let ran = std::fs::read_to_string(&ledger).unwrap();
+    assert_eq!(ran.lines().count(), 1, "{ran}");
+    // The instance that was reset, and the snapshot.
+    let metrics = String::from_utf8(d.get("/metrics").await.body).unwrap();
+    assert!(metrics.contains("\nfirn_restores_refused_total 2\n"), "{metrics}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_booted_serves_once() {
     let (_dir, d) = isolated().await;

@@ -236,6 +236,7 @@ async fn prometheus_reads_what_there_is() {
         "firn_errors_total{function=\"f\"} 1",
         "firn_throttles_total{function=\"f\"} 0",
         "firn_failures_total 0",
+        "firn_restores_refused_total 0",
         "firn_invocation_duration_seconds_count 3",
         "firn_thaw_seconds_count 1",
         "firn_start_seconds_count{start=\"thaw\"} 1",

@@ -44,13 +44,19 @@ pub enum VcpuStateError {
         /// KVM's answer.
         source: kvm_ioctls::Error,
     },
-    /// KVM stopped in the middle of the MSRs.
-    #[error("KVM would not {verb} MSR {index:#x}")]
-    Msr {
-        /// `read` or `set`.
-        verb: &'static str,
+    /// KVM stopped in the middle of the MSRs that it was to read.
+    #[error("KVM would not read MSR {index:#x}")]
+    ReadMsr {
         /// The first that failed.
         index: u32,
+    },
+    /// KVM stopped in the middle of the MSRs that it was to set.
+    #[error("KVM would not set MSR {index:#x} to {value:#x}")]
+    SetMsr {
+        /// The first that failed.
+        index: u32,
+        /// What it was to be.
+        value: u64,
     },
     /// The snapshot has MSRs that this host's KVM does not know.
     #[error("MSR {index:#x} is in the snapshot but not settable on this host")]
@@ -62,6 +68,13 @@ pub enum VcpuStateError {
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
     move |source| VcpuStateError::Kvm { what, source }
+}
+
+impl VcpuStateError {
+    /// As if KVM had refused, for tests.
+    pub fn refused() -> Self {
+        kvm("SET_REGS")(kvm_ioctls::Error::new(libc::EINVAL))
+    }
 }
 
 /// Registers of one vCPU.
@@ -155,7 +168,7 @@ pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)
         let mut msrs = msrs_of(&entries)?;
         let done = vcpu.get_msrs(&mut msrs).map_err(kvm("GET_MSRS"))?;
         if let Some(&index) = batch.get(done) {
-            return Err(VcpuStateError::Msr { verb: "read", index });
+            return Err(VcpuStateError::ReadMsr { index });
         }
         values.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
     }
@@ -260,8 +273,8 @@ pub fn is_halted(vcpu: &VcpuFd) -> bool {
 pub fn set_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuStateError> {
     for batch in values.chunks(MSRS_AT_ONCE) {
         let done = vcpu.set_msrs(&msrs_of(batch)?).map_err(kvm("SET_MSRS"))?;
-        if let Some(&(index, _)) = batch.get(done) {
-            return Err(VcpuStateError::Msr { verb: "set", index });
+        if let Some(&(index, value)) = batch.get(done) {
+            return Err(VcpuStateError::SetMsr { index, value });
         }
     }
     Ok(())
