@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     const RECORD: &str = "5,4711,45985318546,-;audit: type=1326 audit(1795466959.899:1086): \
-        auid=4294967295 uid=1769000003 gid=1769000003 ses=4294967295 pid=27496 comm=\"firn-vmm\" \
+        auid=4294967295 uid=1900000003 gid=1900000003 ses=4294967295 pid=27496 comm=\"firn-vmm\" \
         exe=\"/memfd:firn-vmm\" sig=31 arch=c000003e syscall=41 compat=0 ip=0x7f5ad00f1b07 \
         code=0x80000000\n";
 

@@ -40,7 +40,8 @@ pub struct HostConfig {
     /// they are made and made resident, none when they are thawed.
     pub encrypt_snapshots: bool,
     /// Users that VMMs run as, one each; nothing else on the machine may use them. Without root all run
-    /// as this process's user, which then must be dumpable (`PR_SET_DUMPABLE`).
+    /// as this process's user, which then must be dumpable (`PR_SET_DUMPABLE`). The default lies above
+    /// what systemd hands out to containers (524,288 to 1,879,048,191).
     pub uids: Range<u32>,
 }
 
@@ -61,7 +62,7 @@ impl HostConfig {
             allow_no_cgroups: false,
             keys: None,
             encrypt_snapshots: false,
-            uids: 1_769_000_000..1_769_060_000,
+            uids: 1_900_000_000..1_900_060_000,
         }
     }
 

@@ -27,6 +27,13 @@ pub(crate) const CODE_SLOT: u8 = 1;
 /// shadow structures, socket buffers, and page cache of `/tmp`, which can be reclaimed.
 const ALLOWANCE: u64 = 64 << 20;
 
+/// One part in so many of its guest's memory comes to that: page tables of the process and of the guest,
+/// and what KVM notes of each page, 8 bytes of 4,096 each.
+const TABLES: u64 = 64;
+
+/// Largest guest memory that a VMM makes.
+const MAX_MEMORY_MIB: u32 = 10_240;
+
 /// Threads of a VMM that are not vCPUs, with room for the kernel's own (KVM makes some in the
 /// VMM's group).
 const THREADS: u64 = 8;
@@ -139,7 +146,7 @@ impl Shell {
 /// Spawns a VMM in its jail and builds its microVM.
 pub(crate) async fn spawn(inner: &Arc<Inner>, class: ShellClass) -> Result<Shell, ShellError> {
     let ShellClass { vcpus, memory_mib } = class;
-    if !(1..=MAX_VCPUS).contains(&vcpus) || !(1..=65_536).contains(&memory_mib) {
+    if !(1..=MAX_VCPUS).contains(&vcpus) || !(1..=MAX_MEMORY_MIB).contains(&memory_mib) {
         return Err(ShellError::Class { vcpus, memory_mib });
     }
     let task = {
@@ -269,5 +276,5 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
 /// Memory limit of a VMM's group.
 pub(crate) fn memory_limit(inner: &Inner, class: ShellClass) -> u64 {
     let tmp = if inner.state.in_memory { inner.artifacts.tmp_bytes } else { 0 };
-    class.memory_bytes() + ALLOWANCE + tmp
+    class.memory_bytes() + class.memory_bytes() / TABLES + ALLOWANCE + tmp
 }

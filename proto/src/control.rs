@@ -82,8 +82,8 @@ pub struct MemoryPlan {
     /// memory of its own there: a hole that it reads or writes through a mapping would become a page
     /// of the file, which nobody gives back.
     pub holes: Vec<PageRun>,
-    /// In ascending order and disjoint: all pages that are not zero in those regions of
-    /// [`REGION`] bytes which are to be copied whole, each into a huge page.
+    /// In ascending order and disjoint: all pages that are not zero, and no holes, in those regions
+    /// of [`REGION`] bytes which are to be copied whole, each into a huge page.
     pub copied: Vec<PageRun>,
     /// Pages to be copied one by one before the guest runs.
     pub populated: Vec<PageRun>,

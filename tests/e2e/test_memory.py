@@ -1,6 +1,7 @@
 """Functions that take more memory than they have: each is ended in time, and nothing else is."""
 
 import collections
+import concurrent.futures
 import itertools
 import os
 import statistics
@@ -105,3 +106,64 @@ def test_who_works_on_files_larger_than_its_memory_lives(deploy):
     for start in ("thaw", "warm"):
         answer = function.invoke(start=start)
         assert answer.json == [64, 320], f"{start}: {answer.text}"
+
+
+# Takes so many MiB and keeps them.
+FILL = """
+def handler(event, context):
+    kept = [bytearray(b"x" * 2**20) for _ in range(event)]
+    return sum(len(block) for block in kept) >> 20
+"""
+
+# Of the daemon that listens on port 9000: blocks of 512 bytes that each of its memory files takes.
+RESIDENT = r"""
+for file in /proc/$(cat /run/daemon.child 2>/dev/null || pidof -s firnd)/fd/*; do
+    case $(readlink $file) in *firn-memory*) stat -L -c '%i %b' $file ;; esac
+done | sort -u
+"""
+
+
+def resident(site):
+    """Bytes of memory that resident snapshots take, by inode."""
+    lines = (line.split() for line in site.run(RESIDENT).splitlines())
+    return {inode: int(blocks) * 512 for inode, blocks in lines}
+
+
+def test_clones_that_fill_their_memory_take_no_more_than_their_share(client, endpoint, site):
+    for size in (512, 1024, 3008) if ROUNDS > 12 else (512,):
+        function = create(
+            client, endpoint, f"full-{size}", {"index.py": FILL}, MemorySize=size, Timeout=170
+        )
+        try:
+            function.wait_for_snapshot()
+            assert function.invoke(1, start="thaw").json == 1
+            before = resident(site)
+            much = size * 9 // 10
+
+            def fill(_):
+                return function.invoke(much, start="thaw")
+
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                answers = [fill(None) for _ in range(3 if ROUNDS > 12 else 1)]
+                answers += pool.map(fill, range(2))
+            for answer in answers:
+                assert answer.json == much, answer.text
+            for instance in function.instances():
+                peak, limit = charges(site, instance["Pid"])
+                print(f"{size} MB: at most {peak >> 20} MiB of {limit >> 20} MiB")
+                assert peak < limit
+            # Small holes may be filled: those of less than 2 MiB between pages that it has.
+            for inode, bytes in resident(site).items():
+                grown = bytes - before.get(inode, bytes)
+                print(f"resident: {bytes >> 20} MiB, grown by {grown >> 10} KiB")
+                assert grown <= 16 << 20, f"by {grown} to {bytes}"
+        finally:
+            client.delete_function(FunctionName=function.name)
+
+
+def charges(site, pid):
+    """The most that a VMM's control group was charged with, and its limit, in bytes."""
+    peak, limit = site.run(
+        f"path=/sys/fs/cgroup$(cut -d: -f3 /proc/{pid}/cgroup | tail -n 1); cat $path/memory.peak $path/memory.max"
+    ).split()
+    return int(peak), int(limit)

@@ -4,7 +4,7 @@
 //! the thread of vCPU 0 back for 2,000 µs between a restore message and the restore, `device=2000`
 //! the device thread behind it. `swallow=1` loses the first interrupt, and with `again=0` none is
 //! raised again: what was lost stays lost, however slow the machine is. With `refuse=3` KVM refuses the
-//! third restore of a vCPU. A comma separates several.
+//! third restore of a vCPU; with `disk=20000` each slice of a disk's request takes 20 ms more. A comma separates several.
 //! Other builds have nothing of this.
 
 use crate::seccomp::Thread;
@@ -35,8 +35,21 @@ pub fn refuses_restore() -> bool {
     false
 }
 
+/// Part of a disk's request begins.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn slice() {}
+
+/// The clock was read or set, and the TSC is not read yet.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn clock() {}
+
 #[cfg(debug_assertions)]
-pub use debug::{back, configure, raises_again, refuses_restore, swallows_interrupt};
+pub use debug::{back, clock, configure, raises_again, refuses_restore, slice, swallows_interrupt};
+
+#[cfg(all(test, debug_assertions))]
+pub use debug::stop_once;
 
 #[cfg(debug_assertions)]
 mod debug {
@@ -57,6 +70,8 @@ mod debug {
 
     static NEVER_AGAIN: AtomicBool = AtomicBool::new(false);
 
+    static DISK: OnceLock<Duration> = OnceLock::new();
+
     /// Restores of vCPUs up to the one that is to fail, and with it; 0: none is.
     static RESTORES: AtomicU64 = AtomicU64::new(0);
 
@@ -66,6 +81,7 @@ mod debug {
         Interrupts(u64),
         Again(bool),
         Refuse(u64),
+        Disk(Duration),
     }
 
     /// Reads `FIRN_HOLD`, before any thread is confined.
@@ -76,6 +92,7 @@ mod debug {
                 Hold::Thread(thread, time) => drop(HELD.set((thread, time))),
                 Hold::Interrupts(count) => SWALLOWED.store(count, Ordering::Relaxed),
                 Hold::Again(again) => NEVER_AGAIN.store(!again, Ordering::Relaxed),
+                Hold::Disk(time) => drop(DISK.set(time)),
                 Hold::Refuse(which) => RESTORES.store(which, Ordering::Relaxed),
             }
         }
@@ -89,6 +106,7 @@ mod debug {
             None if what == "device" => Thread::Device,
             None if what == "swallow" => return Some(Hold::Interrupts(number)),
             None if what == "again" => return Some(Hold::Again(number != 0)),
+            None if what == "disk" => return Some(Hold::Disk(Duration::from_micros(number))),
             None if what == "refuse" => return Some(Hold::Refuse(number)),
             None => return None,
         };
@@ -99,11 +117,41 @@ mod debug {
     pub fn back(thread: Thread) {
         let Some(&(held, time)) = HELD.get() else { return };
         if held == thread {
-            // A futex with a time limit, which every thread's filter allows; a sleep is not.
-            let nobody = Mutex::new(());
-            let lock = nobody.lock().unwrap_or_else(PoisonError::into_inner);
-            drop(Condvar::new().wait_timeout_while(lock, time, |()| true));
+            wait(time);
         }
+    }
+
+    /// Part of a disk's request begins.
+    pub fn slice() {
+        if let Some(time) = DISK.get() {
+            wait(*time);
+        }
+    }
+
+    /// The clock was read or set, and the TSC is not read yet.
+    pub fn clock() {
+        #[cfg(test)]
+        if let Some(time) = STOP.take() {
+            wait(time);
+        }
+    }
+
+    #[cfg(test)]
+    thread_local! {
+        static STOP: std::cell::Cell<Option<Duration>> = const { std::cell::Cell::new(None) };
+    }
+
+    /// Holds this thread back there, once.
+    #[cfg(test)]
+    pub fn stop_once(time: Duration) {
+        STOP.set(Some(time));
+    }
+
+    fn wait(time: Duration) {
+        // A futex with a time limit, which every thread's filter allows; a sleep is not.
+        let nobody = Mutex::new(());
+        let lock = nobody.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(Condvar::new().wait_timeout_while(lock, time, |()| true));
     }
 
     /// Whether this interrupt is to be lost.
@@ -135,6 +183,7 @@ mod debug {
             assert_eq!(parse("swallow=2"), Some(Hold::Interrupts(2)));
             assert_eq!(parse("again=0"), Some(Hold::Again(false)));
             assert_eq!(parse("refuse=3"), Some(Hold::Refuse(3)));
+            assert_eq!(parse("disk=20"), Some(Hold::Disk(Duration::from_micros(20))));
             assert_eq!((parse("vcpu=1"), parse("rng=1"), parse("device")), (None, None, None));
         }
     }

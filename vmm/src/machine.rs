@@ -32,7 +32,7 @@ use crate::{
     hold,
     memory::GuestMemory,
     virtio::{
-        Device, DeviceError, Interrupt, RestoreError,
+        Device, DeviceError, Halt, Interrupt, RestoreError,
         mmio::{VirtioMmio, VirtioMmioState},
     },
 };
@@ -100,6 +100,7 @@ pub struct Machine {
     rng: Mutex<VirtioMmio<Rng>>,
     disks: Vec<Mutex<VirtioMmio<Block>>>,
     serial: Option<Mutex<Serial<IrqLine, NoEvents, Stderr>>>,
+    halt: Halt,
     vm: Arc<VmFd>,
 }
 
@@ -157,8 +158,10 @@ impl Machine {
         };
         let vsock = VirtioMmio::new(Vsock::new(memory.clone()), memory.clone(), line());
         let rng = VirtioMmio::new(Rng::new(memory.clone()), memory.clone(), line());
+        let halt = Halt::default();
         let disks = config.disks.iter().enumerate().map(|(slot, &kind)| {
-            let block = Block::new(memory.clone(), kind, &format!("firn-disk-{slot}"));
+            let block =
+                Block::new(memory.clone(), kind, &format!("firn-disk-{slot}"), halt.clone());
             Mutex::new(VirtioMmio::new(block, memory.clone(), line()))
         });
         let disks = disks.collect();
@@ -166,7 +169,7 @@ impl Machine {
             let irq = IrqLine { vm: vm.clone(), line: SERIAL_IRQ };
             Mutex::new(Serial::new(irq, std::io::stderr()))
         });
-        Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial, vm: vm.clone() }
+        Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial, halt, vm: vm.clone() }
     }
 
     /// Number of virtio devices for `disks` block devices.
@@ -256,6 +259,20 @@ impl Machine {
             lock(disk).raise_unacknowledged(lapics);
         }
         self.pump(lapics)
+    }
+
+    /// The guest is to stop, or runs on: with `true` vCPU threads are soon back from what they do for
+    /// disks, and what is left waits for [`Self::go_on`].
+    pub fn halt(&self, halt: bool) {
+        self.halt.set(halt);
+    }
+
+    /// Serves what waits in disks' queues. One vCPU thread does it, before its guest runs.
+    ///
+    /// # Errors
+    /// [`DeviceError`] if the guest did what no driver may do.
+    pub fn go_on(&self, lapics: Lapics) -> Result<(), DeviceError> {
+        self.disks.iter().try_for_each(|disk| lock(disk).go_on(lapics))
     }
 
     /// Which interrupts wait for their drivers' acknowledgement. A device that is at work now, for a

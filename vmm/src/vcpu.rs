@@ -351,6 +351,11 @@ impl Worker {
 
     /// Runs the guest until it is stopped or over.
     fn run(&mut self, lapics: Lapics) -> Reply {
+        if self.id == 0
+            && let Err(error) = self.shared.machine.go_on(lapics)
+        {
+            return Reply::Ended(violation(error));
+        }
         if !self.entered {
             self.shared.clock.stamp(Phase::Entered);
         }

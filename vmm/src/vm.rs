@@ -160,6 +160,8 @@ impl Vm {
             let fd = create_vcpu(&vm, id)?;
             let cpuid = signature.for_vcpu(id, config.vcpus).map_err(kvm_error("CPUID table"))?;
             fd.set_cpuid2(&cpuid).map_err(kvm_error("SET_CPUID2"))?;
+            vcpu_state::prepare(&fd)
+                .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
             statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));
             descriptors.push(fd);
         }
@@ -424,8 +426,8 @@ impl Vm {
                 reply => Err(unexpected(reply)),
             })
             .collect::<Result<Vec<_>>>()?;
-        let vm = VmState::save(&self.vm).map_err(kvm_error("GET_IRQCHIP or GET_CLOCK"))?;
-        let host_tsc = arch::tsc();
+        let (vm, host_tsc) =
+            VmState::save(&self.vm).map_err(kvm_error("GET_IRQCHIP or GET_CLOCK"))?;
         for slot in writable {
             let delta = File::from(next(&mut descriptors)?);
             self.machine.save_delta(slot, &delta).map_err(io_error("disk delta"))?;

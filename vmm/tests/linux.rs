@@ -81,12 +81,14 @@ struct Guest {
 
 impl Guest {
     fn boot(files: &Files, kernel: &str, vcpus: u8) -> Self {
-        let config = shell(vcpus);
-        let mut vmm = Vmm::shell(&files.kvm, &config);
+        Self::boot_in(files, kernel, Vmm::shell(&files.kvm, &shell(vcpus)))
+    }
+
+    fn boot_in(files: &Files, kernel: &str, mut vmm: Vmm) -> Self {
         drain(&mut vmm);
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let console = if config.serial { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
+        let console = if shell(1).serial { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
         let message = ToVmm::Boot {
             cmdline: format!("{console} panic=-1"),
             initramfs: true,
@@ -334,6 +336,9 @@ fn two_busy_vcpus_survive_a_snapshot() {
     let answer = String::from_utf8(payload).unwrap();
     eprintln!("{answer}");
     assert!(answer.contains("\"cpus\": 2"), "{answer}");
+    // One package of two cores, on any host.
+    let topology = r#""physical id": ["0"], "siblings": ["2"], "cpu cores": ["2"]"#;
+    assert!(answer.contains(topology), "{answer}");
     assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
     assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
 }
@@ -399,6 +404,43 @@ fn linux_is_woken_though_its_interrupt_was_lost() {
     let mut guest = saved.thaw(&files, vmm, DiskSource::Empty, Some(&renew(1)));
     guest.is_renewed(1);
     assert!(guest.pause() > 0);
+}
+
+/// Whatever a guest has its disks do, and however slow these are: a pause is answered soon.
+#[test]
+fn a_slow_disk_does_not_keep_a_pause_waiting() {
+    let Some(files) = files() else { return };
+    let Some(program) = held_vmm() else { return };
+    // 64 KiB in 20 ms: 3 MiB/s.
+    let hold = Some(("FIRN_HOLD", "disk=20000"));
+    let vmm = Vmm::spawn_in(&files.kvm, &program, hold, || Ok(())).build(&shell(1));
+    let mut guest = Guest::boot_in(&files, &files.kernels[0], vmm);
+    ready(&mut guest);
+    let attach = ToVmm::Attach { slot: 1, source: DiskSource::ReadOnly };
+    assert_eq!(guest.vmm.request(&attach, &[files.code.as_fd()]), FromVmm::Done);
+    guest.say(&ToGuest::Load(Load {
+        environment: vec![("_HANDLER".into(), "lambda_function.lambda_handler".into())],
+        memory_bytes: 128 << 20,
+        init_timeout_ms: 600_000,
+        snapshot: false,
+        code: true,
+        endpoints: Vec::new(),
+    }));
+    let mut times: Vec<Duration> = Vec::new();
+    for _ in 0..firn_nightly::rounds(40, 400) {
+        std::thread::sleep(Duration::from_millis(25));
+        let begun = Instant::now();
+        guest.pause();
+        times.push(begun.elapsed());
+        assert_eq!(guest.vmm.request(&ToVmm::Resume, &[]), FromVmm::Done);
+    }
+    times.sort();
+    let at = |percent: usize| times[(times.len() * percent / 100).min(times.len() - 1)];
+    eprintln!("pauses: p50 {:?}, p99 {:?}, {} in all", at(50), at(99), times.len());
+    // One slice of it, and what a busy machine adds.
+    assert!(at(99) < Duration::from_millis(500), "{times:?}");
+    let FromGuest::Loaded(loaded) = guest.hear_past_logs() else { panic!("not loaded") };
+    assert_eq!(loaded.error, None);
 }
 
 /// The first snapshot is taken as soon as init is up, where KVM would still "synchronise" writes to

@@ -286,7 +286,11 @@ fn free_port() -> Result<SocketAddr> {
 fn script(restart: bool) -> &'static str {
     if restart {
         r#"trap 'kill -TERM $child; wait $child; exit' TERM
-           while :; do "$@" & child=$!; wait $child; sleep 0.2; done"#
+           while :; do
+             "$@" & child=$!; wait $child
+             case $? in 132|134|135|139) dmesg | tail -n 20 ;; esac
+             sleep 0.2
+           done"#
     } else {
         r#"exec "$@""#
     }

@@ -65,7 +65,7 @@ pub struct Settings {
 }
 
 /// Users of the second host's VMMs; the first has the default range, below these.
-const ECHO_UIDS: Range<u32> = 1_769_060_000..1_769_061_000;
+const ECHO_UIDS: Range<u32> = 1_900_060_000..1_900_061_000;
 
 /// Firn.
 #[derive(Debug)]

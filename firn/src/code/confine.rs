@@ -35,7 +35,7 @@ use rustix::process::PidfdFlags;
 const SYSTEM: [&str; 6] = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache"];
 
 /// First of the users that it runs as, in turns; VMMs' are below.
-const FIRST_USER: u32 = 1_769_060_000;
+const FIRST_USER: u32 = 1_900_060_000;
 
 /// How many of these there are: more than anyone runs at once.
 const USERS: u32 = 1000;

@@ -52,9 +52,6 @@ const AROUND: u64 = 16;
 /// Making and moving a huge page costs about as much as copying so many pages.
 const MOVING: u64 = 256;
 
-/// Pages that are not worth a run of their own between two that are copied.
-const GAP: u64 = 16;
-
 /// Smallest hole of a snapshot in which clones get memory of their own, in pages. Smaller ones are as
 /// many as they are small: to map each would cost a thaw more than they can hold.
 const HOLE: u64 = REGION_PAGES;
@@ -296,21 +293,18 @@ fn plan(sets: Option<&Sets>, content: &PageSet, dense: u32) -> (MemoryPlan, u16)
         let read = sets.touched.count_in(region.clone()).saturating_sub(written);
         let faults = written + read / AROUND;
         let cost = (content.count_in(region.clone()) + MOVING) * u64::from(dense.max(1));
-        if whole && written > 0 && faults * REGION_PAGES >= cost && regions < MAX_SPARES {
+        let pays = whole && written > 0 && faults * REGION_PAGES >= cost && regions < MAX_SPARES;
+        // To copy holes would fill them.
+        let runs =
+            if pays { content.runs_in(region.clone()).map(page_run).collect() } else { Vec::new() };
+        // What is too ragged to say in one message is copied page by page.
+        if pays && plan.copied.len() + runs.len() <= RUNS {
             regions += 1;
-            plan.copied.extend(merged(content.runs_in(region)));
+            plan.copied.extend(runs);
         } else if written > 0 {
             let end = region.end.min(content.pages());
             plan.populated.extend(sets.written.runs_in(start..end).map(page_run));
         }
-    }
-    if plan.copied.len() > RUNS {
-        // Too ragged to say in one message: whole regions then, zeroes and all.
-        let mut firsts: Vec<u32> =
-            plan.copied.iter().map(|run| run.first - run.first % REGION_PAGES as u32).collect();
-        firsts.dedup();
-        let whole = |first| PageRun { first, pages: REGION_PAGES as u32 };
-        plan.copied = firsts.into_iter().map(whole).collect();
     }
     plan.populated.truncate(RUNS);
     (plan, regions)
@@ -318,18 +312,6 @@ fn plan(sets: Option<&Sets>, content: &PageSet, dense: u32) -> (MemoryPlan, u16)
 
 fn page_run(run: std::ops::Range<u64>) -> PageRun {
     PageRun { first: run.start as u32, pages: (run.end - run.start) as u32 }
-}
-
-/// Runs that lie close together, as one.
-fn merged(runs: impl Iterator<Item = std::ops::Range<u64>>) -> Vec<PageRun> {
-    let mut merged: Vec<std::ops::Range<u64>> = Vec::new();
-    for run in runs {
-        match merged.last_mut() {
-            Some(last) if run.start - last.end < GAP => last.end = run.end,
-            _ => merged.push(run),
-        }
-    }
-    merged.into_iter().map(page_run).collect()
 }
 
 /// Reads from the page tables of process `pid` which pages of its `pages` from `address` are there
@@ -463,7 +445,7 @@ mod tests {
         let sets = Sets { samples: 1, always: written.clone(), touched: written.clone(), written };
         let (plan, _) = plan(Some(&sets), &content, 16);
         let run = |first, pages| PageRun { first, pages };
-        assert_eq!(plan.copied, [run(0, 120), run(300, 1)]);
+        assert_eq!(plan.copied, [run(0, 100), run(110, 10), run(300, 1)]);
     }
 
     #[test]

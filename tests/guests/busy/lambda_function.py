@@ -9,6 +9,9 @@ import time
 
 SPIN_SECONDS = 3.0
 
+# What every CPU says of itself.
+ABOUT = ("physical id", "siblings", "cpu cores")
+
 
 def spin(seconds):
     """Counts for `seconds`; returns rounds, monotonicity of the clock, and a checksum of them."""
@@ -43,4 +46,7 @@ os.waitpid(child, 0)
 
 
 def lambda_handler(event, context):
-    return {"parent": PARENT, "child": CHILD, "cpus": os.cpu_count()}
+    with open("/proc/cpuinfo") as file:
+        lines = [line.partition(":")[::2] for line in file]
+    about = {name: sorted({value.strip() for key, value in lines if key.strip() == name}) for name in ABOUT}
+    return {"parent": PARENT, "child": CHILD, "cpus": os.cpu_count(), **about}

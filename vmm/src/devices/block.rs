@@ -7,7 +7,8 @@
 //! its cache flushes, each an exit. A flush that comes anyway succeeds.
 //!
 //! Sectors have 512 bytes, and copies are made in blocks of 4 KiB; the topology says so, so that
-//! file systems align. One request moves at most [`MAX_REQUEST`] bytes.
+//! file systems align. One request moves at most [`MAX_REQUEST`] bytes, in slices between which it is
+//! seen whether the vCPU thread is to stop; what is not answered then stays in the queue.
 
 use std::sync::Arc;
 
@@ -22,13 +23,13 @@ use virtio_bindings::{
     virtio_ids::VIRTIO_ID_BLOCK,
 };
 
-use super::medium::{BLOCK, Disk, SECTOR};
+use super::medium::{BLOCK, Disk, Progress, SECTOR};
 pub use super::medium::{Medium, MediumError};
 use crate::{
     handover::Lapics,
     memory::GuestMemory,
     virtio::{
-        Device, DeviceError, RestoreError, chain::Buffers, chain::Chain, mmio::VirtioMmio,
+        Device, DeviceError, Halt, RestoreError, chain::Buffers, chain::Chain, mmio::VirtioMmio,
         queue::Queues, read_config_bytes,
     },
 };
@@ -50,6 +51,7 @@ pub struct Block {
     id: [u8; ID_BYTES],
     disk: Disk,
     chain: Chain,
+    halt: Halt,
 }
 
 /// What a snapshot keeps of it.
@@ -63,12 +65,12 @@ pub struct BlockState {
 
 impl Block {
     /// A device without a medium. `id` is what the guest sees as its serial number, cut to 20
-    /// bytes.
-    pub fn new(memory: Arc<GuestMemory>, kind: DiskKind, id: &str) -> Self {
+    /// bytes. What is in its queue when `halt` is set waits for [`VirtioMmio::go_on`].
+    pub fn new(memory: Arc<GuestMemory>, kind: DiskKind, id: &str, halt: Halt) -> Self {
         let mut bytes = [0; ID_BYTES];
         let len = id.len().min(ID_BYTES);
         bytes[..len].copy_from_slice(&id.as_bytes()[..len]);
-        Self { kind, id: bytes, disk: Disk::empty(), chain: Chain::new(memory) }
+        Self { kind, id: bytes, disk: Disk::empty(), chain: Chain::new(memory), halt }
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -76,8 +78,9 @@ impl Block {
         self.disk.sectors()
     }
 
-    /// Answers the request in `self.chain` and returns how many bytes of it were written.
-    fn serve(&mut self, queue: usize) -> Result<u32, DeviceError> {
+    /// Answers the request in `self.chain` and returns how many bytes of it were written; `None`: it
+    /// was halted, and has no answer.
+    fn serve(&mut self, queue: usize) -> Result<Option<u32>, DeviceError> {
         let head = self.chain.head();
         let short = |found, needed| DeviceError::Short { queue, head, found, needed };
         let (mut readable, mut writable) = self.chain.split();
@@ -91,35 +94,45 @@ impl Block {
         let [kind, _, low, high] = words(header);
         let sector = u64::from(high) << 32 | u64::from(low);
         let written = writable.len() as u32 + 1;
-        status.store(request(&mut self.disk, &self.id, kind, sector, readable, writable) as u8);
-        Ok(written)
+        let Self { disk, id, halt, .. } = self;
+        let found = request(disk, id, halt, kind, sector, readable, writable);
+        Ok(found.map(|found| {
+            status.store(found as u8);
+            written
+        }))
     }
 }
 
-/// Serves a request and returns its status.
+/// Serves a request and returns its status; `None`: it was halted.
 fn request(
     disk: &mut Disk,
     id: &[u8; ID_BYTES],
+    halt: &Halt,
     kind: u32,
     sector: u64,
     mut from_guest: Buffers<'_>,
     mut to_guest: Buffers<'_>,
-) -> u32 {
+) -> Option<u32> {
     let sound = match kind {
         VIRTIO_BLK_T_IN => from_guest.is_empty() && to_guest.len() <= MAX_REQUEST,
         VIRTIO_BLK_T_OUT => to_guest.is_empty() && from_guest.len() <= MAX_REQUEST,
         VIRTIO_BLK_T_GET_ID => from_guest.is_empty(),
         VIRTIO_BLK_T_FLUSH => from_guest.is_empty() && to_guest.is_empty(),
-        _ => return VIRTIO_BLK_S_UNSUPP,
+        _ => return Some(VIRTIO_BLK_S_UNSUPP),
     };
-    let done = sound
-        && match kind {
-            VIRTIO_BLK_T_IN => disk.sectors() > 0 && disk.read(sector, &mut to_guest).is_ok(),
-            VIRTIO_BLK_T_OUT => disk.sectors() > 0 && disk.write(sector, &mut from_guest).is_ok(),
-            VIRTIO_BLK_T_GET_ID => to_guest.copy_from(id) > 0,
-            _ => disk.sectors() > 0,
-        };
-    if done { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR }
+    let there = disk.sectors() > 0;
+    let moved = match kind {
+        VIRTIO_BLK_T_IN if sound && there => disk.read(sector, &mut to_guest, halt),
+        VIRTIO_BLK_T_OUT if sound && there => disk.write(sector, &mut from_guest, halt),
+        VIRTIO_BLK_T_GET_ID if sound && to_guest.copy_from(id) > 0 => Ok(Progress::Done),
+        VIRTIO_BLK_T_FLUSH if sound && there => Ok(Progress::Done),
+        _ => return Some(VIRTIO_BLK_S_IOERR),
+    };
+    match moved {
+        Ok(Progress::Done) => Some(VIRTIO_BLK_S_OK),
+        Ok(Progress::Halted) => None,
+        Err(_) => Some(VIRTIO_BLK_S_IOERR),
+    }
 }
 
 fn words(header: [u8; HEADER]) -> [u32; 4] {
@@ -157,9 +170,17 @@ impl Device for Block {
 
     fn notify(&mut self, queue: usize, queues: &mut Queues) -> Result<(), DeviceError> {
         for _ in 0..queues.available(queue)? {
+            if self.halt.is_set() {
+                break;
+            }
             queues.pop(queue, &mut self.chain)?;
-            let written = self.serve(queue)?;
-            queues.push(queue, self.chain.head(), written)?;
+            match self.serve(queue)? {
+                Some(written) => queues.push(queue, self.chain.head(), written)?,
+                None => {
+                    queues.unpop(queue, 1);
+                    break;
+                }
+            }
         }
         Ok(())
     }
@@ -194,6 +215,14 @@ impl VirtioMmio<Block> {
         self.install(medium)?;
         self.config_changed(lapics);
         Ok(())
+    }
+
+    /// Serves what waits in the queue since the guest was halted, or saved.
+    ///
+    /// # Errors
+    /// [`DeviceError`] if the guest did what no driver may do.
+    pub fn go_on(&mut self, lapics: Lapics) -> Result<(), DeviceError> {
+        self.drive(lapics, |device, queues| device.notify(0, queues))
     }
 
     /// Writes all blocks that differ from the backing to `out`, an empty file, each at its own

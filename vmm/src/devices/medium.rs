@@ -16,19 +16,27 @@
 use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut},
+    ops::Range,
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
 use firn_proto::control::{DiskKind, DiskSource};
 
 use super::bitmap::Bitmap;
-use crate::virtio::{RestoreError, chain::Buffers};
+use crate::{
+    hold,
+    virtio::{Halt, RestoreError, chain::Buffers},
+};
 
 /// Bytes of a block.
 pub const BLOCK: u64 = 4096;
 
 /// Bytes of a sector, the unit of virtio's addresses.
 pub const SECTOR: u64 = 512;
+
+/// Bytes of a request that are moved without a look at whether the guest is to stop: whole blocks. A disk
+/// of 64 KiB/s moves them in a second.
+const SLICE: u64 = 64 << 10;
 
 /// Largest medium in bytes: what bounds the bitmaps (2 MiB each).
 pub const MAX_BYTES: u64 = 64 << 30;
@@ -138,6 +146,35 @@ struct CopyOnWrite {
     delta_blocks: Bitmap,
 }
 
+/// How far a request came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// It is done.
+    Done,
+    /// It has to be done again, from its beginning.
+    Halted,
+}
+
+/// Does the work for a range of bytes slice by slice, and looks between them whether it is to halt: a
+/// vCPU thread that works on a slow disk is then back in the time that one slice takes.
+fn in_slices(
+    range: Range<u64>,
+    halt: &Halt,
+    mut work: impl FnMut(Range<u64>) -> io::Result<()>,
+) -> io::Result<Progress> {
+    let mut at = range.start;
+    while at < range.end {
+        if halt.is_set() {
+            return Ok(Progress::Halted);
+        }
+        let next = ((at / SLICE + 1) * SLICE).min(range.end);
+        hold::slice();
+        work(at..next)?;
+        at = next;
+    }
+    Ok(Progress::Done)
+}
+
 /// Which layer has a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layer {
@@ -190,16 +227,24 @@ impl Disk {
         }
     }
 
-    /// Fills all of `buffers` from `sector` on.
-    pub(super) fn read(&self, sector: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+    /// Fills all of `buffers` from `sector` on, unless it is halted.
+    pub(super) fn read(
+        &self,
+        sector: u64,
+        buffers: &mut Buffers<'_>,
+        halt: &Halt,
+    ) -> io::Result<Progress> {
         let len = buffers.len();
         let offset = self.range(sector, len)?;
+        in_slices(offset..offset + len as u64, halt, |slice| self.read_slice(slice, buffers))
+    }
+
+    fn read_slice(&self, slice: Range<u64>, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        let Range { start: mut at, end } = slice;
         match &self.layers {
             Layers::Empty => Ok(()),
-            Layers::ReadOnly(file) => buffers.read_exact_at(file, len, offset),
+            Layers::ReadOnly(file) => buffers.read_exact_at(file, (end - at) as usize, at),
             Layers::CopyOnWrite(layers) => {
-                let end = offset + len as u64;
-                let mut at = offset;
                 while at < end {
                     let (layer, run) = layers.run(at / BLOCK, end.div_ceil(BLOCK));
                     let stop = (run * BLOCK).min(end);
@@ -211,28 +256,20 @@ impl Disk {
         }
     }
 
-    /// Writes all of `buffers` from `sector` on.
-    pub(super) fn write(&mut self, sector: u64, buffers: &mut Buffers<'_>) -> io::Result<()> {
+    /// Writes all of `buffers` from `sector` on, unless it is halted: the guest, which waits, then
+    /// finds any part of it written until all of it is.
+    pub(super) fn write(
+        &mut self,
+        sector: u64,
+        buffers: &mut Buffers<'_>,
+        halt: &Halt,
+    ) -> io::Result<Progress> {
         let len = buffers.len();
         let offset = self.range(sector, len)?;
         let Layers::CopyOnWrite(layers) = &mut self.layers else {
             return Err(io::ErrorKind::PermissionDenied.into());
         };
-        if len == 0 {
-            return Ok(());
-        }
-        let end = offset + len as u64;
-        let (first, last) = (offset / BLOCK, (end - 1) / BLOCK);
-        if !offset.is_multiple_of(BLOCK) || end < (first + 1) * BLOCK {
-            layers.fill(first)?;
-        }
-        if last != first && !end.is_multiple_of(BLOCK) {
-            layers.fill(last)?;
-        }
-        buffers.write_all_at(&layers.delta, len, offset)?;
-        // Last: until here a failure leaves every block as it was.
-        layers.delta_blocks.set(first..last + 1);
-        Ok(())
+        in_slices(offset..offset + len as u64, halt, |slice| layers.write_slice(slice, buffers))
     }
 
     /// The blocks that differ from the backing, for saved state.
@@ -334,6 +371,22 @@ impl CopyOnWrite {
             Layer::Frozen => self.frozen.as_ref().ok_or(io::ErrorKind::NotFound.into()),
             Layer::Delta => Ok(&self.delta),
         }
+    }
+
+    /// Writes a slice that is not empty.
+    fn write_slice(&mut self, slice: Range<u64>, buffers: &mut Buffers<'_>) -> io::Result<()> {
+        let Range { start, end } = slice;
+        let (first, last) = (start / BLOCK, (end - 1) / BLOCK);
+        if !start.is_multiple_of(BLOCK) || end < (first + 1) * BLOCK {
+            self.fill(first)?;
+        }
+        if last != first && !end.is_multiple_of(BLOCK) {
+            self.fill(last)?;
+        }
+        buffers.write_all_at(&self.delta, (end - start) as usize, start)?;
+        // Last: until here a failure leaves every block as it was.
+        self.delta_blocks.set(first..last + 1);
+        Ok(())
     }
 
     /// Copies a block that is about to be written in part to the delta.

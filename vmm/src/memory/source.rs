@@ -85,7 +85,7 @@ impl Source {
 }
 
 /// A snapshot's memory, mapped for reading.
-struct View {
+pub(crate) struct View {
     start: *const u8,
     bytes: usize,
 }
@@ -95,7 +95,7 @@ impl View {
     ///
     /// # Errors
     /// [`MemoryError::FileSize`], [`MemoryError::Map`].
-    fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
+    pub(crate) fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
         let found = rustix::fs::fstat(file).map_err(|e| MemoryError::Map(e.into()))?.st_size;
         if (found as u64) < bytes {
             return Err(MemoryError::FileSize { found: found as u64, expected: bytes });
@@ -119,7 +119,7 @@ impl View {
     }
 
     /// The bytes.
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
         // against writing, as the protocol demands.
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }

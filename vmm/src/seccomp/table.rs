@@ -129,7 +129,6 @@ const KVM_SET_XCRS: u32 = kvm_write::<kvm::kvm_xcrs>(0xa7);
 const KVM_KVMCLOCK_CTRL: u32 = kvm_none(0xad);
 const KVM_SET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe1);
 const KVM_GET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe2);
-const KVM_HAS_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe3);
 
 const KVM_GET_IRQCHIP: u32 = kvm_both::<kvm::kvm_irqchip>(0x62);
 /// A write that its header has as a read.
@@ -189,7 +188,6 @@ const VCPU: &[Entry] = table! {
     SYS_ioctl(KVM_KVMCLOCK_CTRL),   [Ask::OwnVcpu], "the guest was paused";
     SYS_ioctl(KVM_SET_DEVICE_ATTR), [Ask::OwnVcpu], "the TSC's offset";
     SYS_ioctl(KVM_GET_DEVICE_ATTR), [Ask::OwnVcpu], "the TSC's offset";
-    SYS_ioctl(KVM_HAS_DEVICE_ATTR), [Ask::OwnVcpu], "whether the TSC has an offset";
 };
 
 /// The device thread, which carries out the host's requests.
@@ -204,7 +202,7 @@ const DEVICE: &[Entry] = table! {
     SYS_fstat,                      [on(&[RECEIVED, MEMORY, DISKS])], "lengths of received files";
     SYS_read,                       [on(&[RECEIVED])], "kernel and initramfs that are not sealed";
     SYS_lseek,                      [on(&[RECEIVED, MEMORY])], "kernel, initramfs, snapshots";
-    SYS_pread64,                    [on(&[RECEIVED, MEMORY, STATISTICS, DISKS])], "VM state, page tables, pages of snapshots, deltas";
+    SYS_pread64,                    [on(&[RECEIVED, STATISTICS, DISKS])], "VM state, page tables, deltas";
     SYS_pwrite64,                   [on(&[RECEIVED])], "snapshot files";
     SYS_write,                      [on(&[STANDARD_ERROR, RECEIVED])], "last words; snapshot files";
     SYS_ftruncate,                  [on(&[RECEIVED, DISKS])], "snapshot files, deltas";

@@ -25,6 +25,11 @@ pub mod mmio;
 pub(crate) mod mock;
 pub mod queue;
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use serde::{Serialize, de::DeserializeOwned};
 
 use self::queue::Queues;
@@ -34,6 +39,38 @@ use crate::handover::Lapics;
 pub trait Interrupt: Send + Sync {
     /// Pulses the line. Called with the device's lock held.
     fn raise(&self, lapics: Lapics);
+}
+
+/// Whether a vCPU thread that works for a device is wanted back: work that can wait for a resume then
+/// stays in its queue. All devices of a microVM share one.
+#[derive(Debug, Clone, Default)]
+pub struct Halt {
+    set: Arc<AtomicBool>,
+    /// Looks until it is set.
+    #[cfg(test)]
+    left: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Halt {
+    /// Wants the threads back, or no longer.
+    pub fn set(&self, halt: bool) {
+        self.set.store(halt, Ordering::Relaxed);
+    }
+
+    /// Whether they are wanted back.
+    pub fn is_set(&self) -> bool {
+        #[cfg(test)]
+        if self.left.load(Ordering::Relaxed) > 0 && self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.set(true);
+        }
+        self.set.load(Ordering::Relaxed)
+    }
+
+    /// Sets it when it is looked at for the `looks`th time from now.
+    #[cfg(test)]
+    pub(crate) fn set_at(&self, looks: usize) {
+        self.left.store(looks, Ordering::Relaxed);
+    }
 }
 
 /// A device behind a transport.

@@ -55,20 +55,25 @@ impl State {
 #[derive(Debug, Default)]
 pub(super) struct Deaf {
     interrupts: Unacknowledged,
+    /// How often it was raised again, as far as the last look saw.
+    raised: u32,
+    /// Of all interrupts: how often any was when the last look saw it.
+    all_raised: u64,
     /// How often was looked.
     looks: u32,
     /// When to look, in nanoseconds of `CLOCK_MONOTONIC`.
     due: u64,
-    /// CPU time of each vCPU thread when the wait for this look began.
+    /// CPU time of each vCPU thread when it was raised last; empty: not known yet.
     cpu_time: Vec<Duration>,
 }
 
 impl Deaf {
-    /// Until the first look; each further one takes twice as long.
+    /// Until the first look; each further one takes twice as long, up to the [`Self::MOST`]th.
     const FIRST: Duration = Duration::from_millis(10);
-    /// Looks at one interrupt, over 2.5 s in all.
+    /// How often one interrupt is raised again.
     const MOST: u32 = 8;
-    /// CPU time within which a vCPU that runs takes an interrupt.
+    /// CPU time within which a vCPU that runs takes an interrupt; twice as much each time that it was
+    /// raised again. On a busy machine, or throttled, it is longer in coming.
     const RAN: Duration = Duration::from_millis(5);
 }
 
@@ -84,16 +89,17 @@ impl Vm {
     ) -> Result<()> {
         // Until the vCPUs have met again nothing may be raised.
         self.state = State::Fresh;
-        match part {
+        let set_at = match part {
             Part::Thaw | Part::Reset => saved.vm.restore(&self.vm),
             Part::Clocks => saved.vm.restore_clock(&self.vm),
         }
         .map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
         self.clock.stamp(Phase::DevicesSet);
-        let shift = (saved.host_tsc as i64).wrapping_sub(arch::tsc() as i64);
+        let shift = (saved.host_tsc as i64).wrapping_sub(set_at as i64);
         self.tsc_offset =
             saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
         let thaw = Arc::new(ThawPlan::new(saved.clone(), shift, part, resume));
+        self.machine.halt(false);
         for vcpu in &self.vcpus {
             vcpu.tell(Command::Thaw(thaw.clone()));
         }
@@ -119,6 +125,7 @@ impl Vm {
             return Ok(());
         }
         let State::Running(lapics) = self.state else { return Err(self.misplaced("Running")) };
+        self.machine.halt(true);
         for vcpu in &self.vcpus {
             vcpu.stop();
         }
@@ -167,6 +174,7 @@ impl Vm {
             (State::Paused(lapics), _) => {
                 // Readiness that came while it was paused has not been looked at.
                 self.pump(lapics)?;
+                self.machine.halt(false);
                 for vcpu in &self.vcpus {
                     vcpu.tell(Command::Run(lapics));
                 }
@@ -223,23 +231,26 @@ impl Vm {
         };
         let interrupts = self.machine.unacknowledged();
         if interrupts != self.deaf.interrupts {
-            self.deaf = Deaf { interrupts, ..Deaf::default() };
+            let all_raised = self.shared.raised_again.load(Ordering::Relaxed);
+            self.deaf = Deaf { interrupts, all_raised, ..Deaf::default() };
         }
-        if interrupts.lines == 0 || self.deaf.looks == Deaf::MOST || !hold::raises_again() {
+        if interrupts.lines == 0 || self.deaf.raised == Deaf::MOST || !hold::raises_again() {
             return None;
         }
         let now = crate::stats::monotonic_ns();
         if self.deaf.due == 0 {
-            let distance = Deaf::FIRST * (1 << self.deaf.looks);
+            let distance = Deaf::FIRST * (1 << self.deaf.looks.min(Deaf::MOST - 1));
             self.deaf.due = now + distance.as_nanos() as u64;
+        }
+        if self.deaf.cpu_time.is_empty() {
             self.deaf.cpu_time = self.vcpus.iter().map(|vcpu| vcpu.cpu_time()).collect();
         }
         Some(Duration::from_nanos(self.deaf.due.saturating_sub(now)))
     }
 
-    /// Looks whether a driver is deaf, if that is due: its vCPU has run, or waits in HLT, and the
-    /// interrupt is not acknowledged. It is then raised again. A vCPU that had no time, because it is
-    /// throttled, is left alone.
+    /// Looks whether a driver is deaf, if that is due: its vCPU has run for long enough since it was
+    /// raised last, or waits in HLT, and the interrupt is not acknowledged. It is then raised again. A
+    /// vCPU that had no time, because it is throttled, is left alone.
     pub fn look(&mut self) {
         let State::Running(lapics) = self.state else { return };
         if self.deaf.due == 0 || crate::stats::monotonic_ns() < self.deaf.due {
@@ -250,13 +261,21 @@ impl Vm {
         if self.machine.unacknowledged() != self.deaf.interrupts {
             return;
         }
+        // A halted vCPU that was asked at the last look has done it by itself.
+        let all_raised = self.shared.raised_again.load(Ordering::Relaxed);
+        if all_raised != std::mem::replace(&mut self.deaf.all_raised, all_raised) {
+            self.deaf.raised += 1;
+            self.deaf.cpu_time.clear();
+            return;
+        }
         let lines = self.deaf.interrupts.lines;
         let entries = (0..u32::BITS).filter(|line| lines >> line & 1 != 0);
         let entries: Vec<_> = entries.filter_map(|l| Redirection::of(&self.vm, l).ok()).collect();
         let mut ran = false;
         for (id, (vcpu, before)) in self.vcpus.iter().zip(&self.deaf.cpu_time).enumerate() {
             if entries.iter().any(|entry| entry.reaches(id as u8)) {
-                match vcpu.cpu_time().saturating_sub(*before) >= Deaf::RAN {
+                let enough = Deaf::RAN * (1 << self.deaf.raised);
+                match vcpu.cpu_time().saturating_sub(*before) >= enough {
                     true => ran = true,
                     false => vcpu.look(),
                 }
@@ -265,6 +284,9 @@ impl Vm {
         if ran {
             let again = self.machine.raise_unacknowledged(lapics);
             self.shared.raised_again.fetch_add(again, Ordering::Relaxed);
+            self.deaf.all_raised += again;
+            self.deaf.raised += 1;
+            self.deaf.cpu_time.clear();
         }
     }
 

@@ -21,6 +21,15 @@ use crate::stats::ioctl_error;
 pub(super) const MSR_TSC: u32 = 0x10;
 pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
+/// Its first bit is fast string operations.
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1;
+
+/// Type of memory that no other range register names, and whether these count at all.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRRS_ON: u64 = 1 << 11;
+const WRITE_BACK: u64 = 6;
+
 /// MSRs that one ioctl may read or write at most.
 const MSRS_AT_ONCE: usize = 255;
 
@@ -31,7 +40,6 @@ const MSRS_TO_PROBE: usize = 16;
 // Device attributes of a vCPU: kvm-ioctls has them for aarch64 only. `_IOW(KVMIO, nr, 24 bytes)`.
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
-const KVM_HAS_DEVICE_ATTR: libc::c_ulong = 0x4018_aee3;
 
 /// A vCPU's state could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +66,12 @@ pub enum VcpuStateError {
         /// What it was to be.
         value: u64,
     },
+    /// KVM can't set a guest's TSC.
+    #[error(
+        "this host's KVM has no KVM_VCPU_TSC_CTRL (Linux has it from 5.16 on): the clocks of thawed \
+         guests would be wrong"
+    )]
+    NoTscOffset,
     /// The snapshot has MSRs that this host's KVM does not know.
     #[error("MSR {index:#x} is in the snapshot but not settable on this host")]
     UnknownMsr {
@@ -91,6 +105,19 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
     /// Guest TSC minus host TSC in ticks, on the host that saved.
     tsc_offset: i64,
+}
+
+/// What firmware would leave, to a vCPU that has never run: Linux takes it over, and without it believes
+/// that copying by string instructions is slow (SDM vol. 4, IA32_MISC_ENABLE) and memory is uncached by
+/// default (SDM vol. 3, 13.11.2.1). Thaw and reset build on a vCPU that has it.
+///
+/// # Errors
+/// KVM's. [`VcpuStateError::NoTscOffset`] where a guest's TSC can't go on from where it was saved.
+pub fn prepare(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+    if tsc_offset(vcpu).is_none() {
+        return Err(VcpuStateError::NoTscOffset);
+    }
+    set_msrs(vcpu, &[(MSR_MISC_ENABLE, FAST_STRINGS), (MSR_MTRR_DEF_TYPE, MTRRS_ON | WRITE_BACK)])
 }
 
 /// Which MSRs make up a vCPU's state on this host: all that KVM lists and lets us write back.
@@ -314,16 +341,12 @@ pub fn mark_paused(vcpu: &VcpuFd) {
 /// Sets guest TSC minus host TSC.
 ///
 /// By attribute, never by writing MSR 0x10: KVM takes a write within a second of the expected
-/// value for an attempt at synchronising vCPUs and changes it (`kvm_synchronize_tsc`). A KVM
-/// without the attribute keeps the offset that it chose.
+/// value for an attempt at synchronising vCPUs and changes it (`kvm_synchronize_tsc`).
 ///
 /// # Errors
 /// KVM's.
 pub fn set_tsc_offset(vcpu: &VcpuFd, offset: i64) -> Result<(), VcpuStateError> {
     let mut value = offset;
-    if tsc_attribute(vcpu, KVM_HAS_DEVICE_ATTR, &mut value).is_err() {
-        return Ok(());
-    }
     tsc_attribute(vcpu, KVM_SET_DEVICE_ATTR, &mut value).map_err(kvm("SET_DEVICE_ATTR(TSC_OFFSET)"))
 }
 
@@ -344,9 +367,9 @@ fn tsc_attribute(
         addr: value as *mut i64 as u64,
         flags: 0,
     };
-    // SAFETY: the descriptor is a vCPU's; each of the three requests reads `attribute` and at most
-    // reads or writes the 8 bytes at its `addr`, which is `value`: borrowed mutably, so alive,
-    // writable and unaliased across the call.
+    // SAFETY: the descriptor is a vCPU's; both requests read `attribute`, and read or write the 8 bytes
+    // at its `addr`, which is `value`: borrowed mutably, so alive, writable and unaliased across the
+    // call.
     let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &attribute) };
     ioctl_error(result)
         .map(drop)

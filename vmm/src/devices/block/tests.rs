@@ -19,7 +19,7 @@ fn content() -> Vec<u8> {
 
 fn empty(kind: DiskKind) -> Mock<Block> {
     let memory = memory();
-    Mock::up(memory.clone(), Block::new(memory, kind, "firn-disk-0"))
+    Mock::up(memory.clone(), Block::new(memory, kind, "firn-disk-0", Halt::default()))
 }
 
 fn read_only() -> Mock<Block> {
@@ -117,6 +117,58 @@ fn requests_that_ask_for_nonsense_get_ioerr() {
     assert_eq!(mock.get(0x70), 15);
 }
 
+/// Whenever a vCPU thread is wanted back, what it has not answered is answered later, whole.
+#[test]
+fn what_is_halted_waits_in_the_queue_and_is_done_later() {
+    const LEN: u32 = 300 << 10;
+    const FIRST: u64 = 3;
+    let whole: Vec<u8> = (0..1200u32).flat_map(|sector| [sector as u8; 512]).collect();
+    let (mut halted_at, mut done) = (Vec::new(), false);
+    for looks in 1..100 {
+        let (memory, halt) = (memory(), Halt::default());
+        let block = Block::new(memory.clone(), DiskKind::CopyOnWrite, "", halt.clone());
+        let mut mock = Mock::up(memory, block);
+        let medium = Medium::CopyOnWrite { backing: file(&whole), frozen: None, delta: file(b"") };
+        mock.device.install(medium).unwrap();
+        // A write behind a read.
+        let new = vec![0xbb; LEN as usize];
+        let mut heads = Vec::new();
+        for (kind, at, data, writable) in [
+            (VIRTIO_BLK_T_IN, DATA, BUFFER, true),
+            (VIRTIO_BLK_T_OUT, DATA + 16, BUFFER + u64::from(LEN), false),
+        ] {
+            let mut header = kind.to_le_bytes().to_vec();
+            header.extend([0; 4]);
+            header.extend(FIRST.to_le_bytes());
+            mock.write_all(at, &header);
+            let status = STATUS + u64::from(!writable);
+            heads.push(mock.add(0, &[(at, 16, false), (data, LEN, writable), (status, 1, true)]));
+        }
+        mock.write_all(BUFFER + u64::from(LEN), &new);
+        halt.set_at(looks);
+        mock.kick(0).unwrap();
+        let mut used = mock.used(0);
+        done = used.len() == 2;
+        halted_at.push(used.len());
+        mock.device.go_on(Lapics::of_power_on()).unwrap();
+        assert_eq!(mock.used(0), [], "{looks}: it is halted");
+        halt.set(false);
+        mock.device.go_on(Lapics::of_power_on()).unwrap();
+        used.extend(mock.used(0));
+        let expected = [(heads[0].into(), LEN + 1), (heads[1].into(), 1)];
+        assert_eq!(used, expected, "{looks}");
+        let from = FIRST as usize * 512;
+        assert_eq!(mock.read_vec(BUFFER, LEN as usize), whole[from..from + LEN as usize]);
+        assert_eq!(mock.read_vec(STATUS, 2), [OK, OK]);
+        if done {
+            break;
+        }
+    }
+    // Before the first, in the middle of each, and between them.
+    assert!(done && halted_at.len() > 10, "{halted_at:?}");
+    assert!(halted_at.contains(&0) && halted_at.contains(&1), "{halted_at:?}");
+}
+
 #[test]
 fn flush_and_identity() {
     let mut mock = copy_on_write();
@@ -206,7 +258,7 @@ fn a_thawed_clone_has_the_snapshots_disk_and_its_own_delta() {
     let state = mock.device.save();
 
     let mut first = mock.thaw(|memory| {
-        let mut block = Block::new(memory, DiskKind::CopyOnWrite, "");
+        let mut block = Block::new(memory, DiskKind::CopyOnWrite, "", Halt::default());
         block.disk = Disk::new(DiskKind::CopyOnWrite, medium(Some(frozen))).unwrap();
         block
     });

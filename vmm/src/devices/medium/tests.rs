@@ -83,13 +83,17 @@ impl Guest {
     }
 
     fn read(&self, disk: &Disk, sector: u64, sectors: u64) -> io::Result<Vec<u8>> {
-        disk.read(sector, &mut self.chain(sectors, true).writable())?;
+        let mut chain = self.chain(sectors, true);
+        assert_eq!(disk.read(sector, &mut chain.writable(), &Halt::default())?, Progress::Done);
         Ok(self.mock.read_vec(DATA, (sectors * SECTOR) as usize))
     }
 
     fn write(&self, disk: &mut Disk, sector: u64, sectors: u64, byte: u8) -> io::Result<()> {
         self.mock.write_all(DATA, &vec![byte; (sectors * SECTOR) as usize]);
-        disk.write(sector, &mut self.chain(sectors, false).readable())
+        let mut chain = self.chain(sectors, false);
+        let progress = disk.write(sector, &mut chain.readable(), &Halt::default())?;
+        assert_eq!(progress, Progress::Done);
+        Ok(())
     }
 }
 

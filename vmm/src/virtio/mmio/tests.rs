@@ -465,7 +465,12 @@ proptest! {
         survive(Mock::up(memory.clone(), Rng::new(memory.clone())), &steps);
         let mut block = Mock::up(
             memory.clone(),
-            Block::new(memory.clone(), firn_proto::control::DiskKind::CopyOnWrite, "x"),
+            Block::new(
+                memory.clone(),
+                firn_proto::control::DiskKind::CopyOnWrite,
+                "x",
+                crate::virtio::Halt::default(),
+            ),
         );
         block.device.install(crate::devices::block::Medium::CopyOnWrite {
             backing: file(&[7; 20_000]),
