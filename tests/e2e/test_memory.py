@@ -115,9 +115,9 @@ def handler(event, context):
     return sum(len(block) for block in kept) >> 20
 """
 
-# Of the daemon that listens on port 9000: blocks of 512 bytes that each of its memory files takes.
+# Blocks of 512 bytes that each of the daemon's memory files takes, by inode.
 RESIDENT = r"""
-for file in /proc/$(cat /run/daemon.child 2>/dev/null || pidof -s firnd)/fd/*; do
+for file in /proc/$(pidof -s firnd)/fd/*; do
     case $(readlink $file) in *firn-memory*) stat -L -c '%i %b' $file ;; esac
 done | sort -u
 """

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::daemon::{Daemon, Settings};
 use crate::host_vm::Series;
-use crate::lane::{Choice, Site};
+use crate::lane::{self, Choice, Site};
 use crate::{artifacts, cargo, packages, python, scratch, step};
 
 /// The real clients, pinned.
@@ -41,7 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let environment = python::environment("the clients", REQUIREMENTS)?;
-    let site = Site::start(lane, Series::default(), &artifacts)?;
+    let site = Site::start(lane, Series::default(), lane::DAEMON_CPUS, &artifacts)?;
     let daemon = Daemon::start(site, &artifacts, &Settings::default())?;
 
     let workspace = cargo::workspace();

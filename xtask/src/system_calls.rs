@@ -44,7 +44,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let vmm = cargo::build("dev", &["firn-vmm"])?.binary("firn-vmm")?;
-    with_linux(&Site::start(lane, Series::default(), &artifacts)?, &artifacts, &vmm, &linux)?;
+    with_linux(&Site::start(lane, Series::default(), 2, &artifacts)?, &artifacts, &vmm, &linux)?;
 
     let mut list = cargo::cargo();
     list.args(["run", "--quiet", "--package", "firn-vmm", "--example", "system_calls", "--"]);

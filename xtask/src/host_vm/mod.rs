@@ -45,6 +45,8 @@ pub struct Options {
     pub memory_mib: u32,
     /// The kernel that it runs.
     pub kernel: Series,
+    /// CPUs; in virtual time it has one.
+    pub cpus: u8,
     /// An artifacts directory; it appears as `/firn`.
     pub artifacts: Option<PathBuf>,
     /// Further files: here, and where they appear.
@@ -64,6 +66,7 @@ impl Default for Options {
         Self {
             memory_mib: 2048,
             kernel: Series::default(),
+            cpus: 2,
             artifacts: None,
             files: Vec::new(),
             modules: Vec::new(),

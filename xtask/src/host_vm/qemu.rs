@@ -173,7 +173,8 @@ fn arguments(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Vec<Stri
             more.extend(["-device".into(), "virtio-net-device,netdev=net0".into()]);
             more.extend(["-global".into(), "virtio-mmio.force-legacy=false".into()]);
             // Two CPUs show races that one hides.
-            more.extend(["-accel", "tcg,thread=multi", "-smp", "2"].map(String::from));
+            more.extend(["-accel", "tcg,thread=multi", "-smp"].map(String::from));
+            more.push(options.cpus.to_string());
         }
         Mode::Measure { seed, output } => {
             // With a second CPU the kernel never reaches user space.

@@ -25,7 +25,7 @@ use anyhow::{Error, Result, anyhow};
 
 use crate::clients::{self, Clients};
 use crate::host_vm::Series;
-use crate::lane::{Choice, Lane, Site};
+use crate::lane::{self, Choice, Lane, Site};
 use crate::step::Outcome;
 use crate::{artifacts, cargo, packages, step};
 use choice::{Only, Stage};
@@ -214,7 +214,7 @@ fn linux_stage(
     })?;
     let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
     if stages.contains(&Stage::Linux) {
-        let site = summary.must("booting the host VM", Site::start(lane, kernel, &artifacts));
+        let site = summary.must("booting the host VM", Site::start(lane, kernel, 2, &artifacts));
         let Some(site) = site else { return Ok(None) };
         let names = arguments.parts(Stage::Linux, |only| match only {
             Only::Linux(name) => Some(name.as_str()),
@@ -250,7 +250,8 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
     let what = &in_kernel("end-to-end tests", lane.kernel);
     let result = summary.stage(what, |summary| {
         let Ready { artifacts, clients, lane, kernel } = lane;
-        let start = |_| Site::start(lane, kernel, &artifacts);
+        let cpus = if arguments.nightly { 2 } else { lane::DAEMON_CPUS };
+        let start = |_| Site::start(lane, kernel, cpus, &artifacts);
         let sites = (0..sites(lane, arguments.host_vms)).map(start).collect::<Result<Vec<_>>>();
         let sites = summary.must("booting the host VMs", sites)?;
         let environment = arguments.environment();
