@@ -108,7 +108,7 @@ pub fn driver(read_only: bool, memory: Arc<GuestMemory>) -> (Driver<Block>, Host
         true => (DiskKind::ReadOnly, Choice::ReadOnly),
         false => (DiskKind::CopyOnWrite, Choice::CopyOnWrite),
     };
-    let mut driver = Driver::new(Block::new(memory.clone(), kind, "fuzz"), memory);
+    let mut driver = Driver::new(Block::new(memory.clone(), kind, "fuzz", firn_vmm::virtio::Halt::default()), memory);
     driver.device.install(medium(choice)).expect("a medium that fits");
     (driver, Host { medium: choice, requests: 0 })
 }
