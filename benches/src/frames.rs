@@ -117,6 +117,8 @@ pub fn renew(instance_id: String) -> Result<ToGuest> {
     entropy.truncate(got);
     Ok(ToGuest::Renew(Renew {
         wall_clock_ns: wall_clock().as_nanos() as u64,
+        // Other monitors don't tell a guest's TSC.
+        tsc: None,
         entropy,
         instance_id,
         hook_timeout_ms: HOOKS.as_millis() as u64,

@@ -34,6 +34,7 @@ mod instance;
 pub mod keys;
 mod launch;
 mod memfile;
+mod moment;
 mod open;
 mod outlets;
 mod pagemap;

@@ -15,13 +15,14 @@ use std::{io, os::fd::AsFd, time::Duration};
 
 use firn_proto::{
     control::{FailureKind, FromVmm, ToVmm},
-    guest::{self, FromGuest, Renew, Renewed, ToGuest},
+    guest::{self, FromGuest, GuestTsc, Renew, Renewed, ToGuest},
 };
 
 use crate::{
     Instance, InstanceError, Invocation, InvokeReport, Phases,
     channel::name as message_name,
     instance::{self, Origin, believed, invoke_message},
+    moment::Moment,
     phases::Stopwatch,
     stream::Stream,
     vm::{Trouble, Vm, unexpected},
@@ -54,18 +55,21 @@ pub struct ResetReport {
     pub phases: Phases,
 }
 
-/// A new identity, and the message that gives it to a guest.
-pub(crate) fn renewal() -> io::Result<(String, ToGuest)> {
+/// A new identity, and what gives it to the guest of a snapshot in which the TSC reads `tsc`: the moment at
+/// which its clocks go on, and the message.
+pub(crate) fn renewal(tsc: GuestTsc) -> io::Result<(String, u64, ToGuest)> {
     let id = new_identity()?;
     let mut entropy = vec![0; guest::ENTROPY_BYTES];
     fill_random(&mut entropy)?;
+    let now = Moment::now();
     let renew = ToGuest::Renew(Renew {
-        wall_clock_ns: instance::wall_clock().as_nanos() as u64,
+        wall_clock_ns: now.wall_clock_ns,
+        tsc: Some(tsc),
         entropy,
         instance_id: id.clone(),
         hook_timeout_ms: HOOKS.as_millis() as u64,
     });
-    Ok((id, renew))
+    Ok((id, now.tsc, renew))
 }
 
 /// The answer to a renewal. Whether it repeats the identity is the caller's to check.
@@ -158,11 +162,14 @@ impl Instance {
         let trouble = InstanceError::from_trouble("invoke");
         let mut watch = Stopwatch::start();
         let invoke = invoke_message(invocation).map_err(InstanceError::Request)?;
-        let (id, renew) = renewal()
+        let Origin::Thawed { snapshot } = &self.origin else {
+            return Err(trouble(Trouble::Request("only thawed instances are renewed".into())));
+        };
+        let (id, moment, renew) = renewal(snapshot.tsc())
             .map_err(|source| InstanceError::Io { operation: "make an identity", source })?;
         // Whatever happens from here on, this is no longer the snapshot's guest.
         self.fresh = false;
-        self.vm.queue(&renew).await.map_err(&trouble)?;
+        self.vm.renew(moment, &renew).await.map_err(&trouble)?;
         self.vm.queue(&invoke).await.map_err(&trouble)?;
         watch.mark("sent");
         let renewed = await_renewed(&mut self.vm).await;

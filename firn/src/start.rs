@@ -226,8 +226,9 @@ impl Host {
 
         let invoke = first.map(instance::invoke_message).transpose();
         let invoke = invoke.map_err(StartError::Request)?;
-        let (id, renew) = reset::renewal().map_err(io_at("make an identity"))?;
-        vm.queue(&renew).await.map_err(awaiting("Thawed"))?;
+        let (id, moment, renew) =
+            reset::renewal(snapshot.tsc()).map_err(io_at("make an identity"))?;
+        vm.renew(moment, &renew).await.map_err(awaiting("Thawed"))?;
         if let Some(invoke) = &invoke {
             vm.queue(invoke).await.map_err(awaiting("Thawed"))?;
         }

@@ -108,7 +108,17 @@ impl Stream {
     /// Queues a message, and sends at once as much as the socket takes. The rest goes out while
     /// [`Stream::next`] waits.
     pub(crate) fn queue(&mut self, message: &ToGuest) -> Result<(), StreamError> {
-        let frame = guest::encode(message).map_err(|e| StreamError::Protocol(e.to_string()))?;
+        self.queue_behind(&[], message)
+    }
+
+    /// The same with bytes for the VMM before it, in one piece.
+    pub(crate) fn queue_behind(
+        &mut self,
+        first: &[u8],
+        message: &ToGuest,
+    ) -> Result<(), StreamError> {
+        let mut frame = guest::encode(message).map_err(|e| StreamError::Protocol(e.to_string()))?;
+        frame.splice(0..0, first.iter().copied());
         let mut rest = &frame[..];
         if self.unsent.is_empty() {
             // Past tokio on purpose: it would want to see an event of the socket first, and what

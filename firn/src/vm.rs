@@ -134,6 +134,15 @@ impl Vm {
         self.step(limited).await
     }
 
+    /// Sends a guest that has not run since its snapshot the moment when its clocks go on, and its
+    /// renewal: both first on a new connection.
+    pub(crate) async fn renew(&mut self, moment: u64, renew: &ToGuest) -> Result<(), Trouble> {
+        match self.stream()?.queue_behind(&moment.to_le_bytes(), renew) {
+            Err(StreamError::Protocol(message)) => Err(Trouble::Request(message)),
+            other => self.step(other).await,
+        }
+    }
+
     /// Sends the guest a message: as much as the socket takes at once, the rest while its answer is
     /// waited for.
     pub(crate) async fn queue(&mut self, message: &ToGuest) -> Result<(), Trouble> {

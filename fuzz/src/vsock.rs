@@ -126,7 +126,7 @@ impl Host {
         far.set_nonblocking(true).expect("a socket can be non-blocking");
         // The least that the kernel allows: a host that does not read is soon a slow one.
         sockopt::set_socket_send_buffer_size(&near, 1).expect("a socket has a size");
-        driver.device.set_host_stream(near);
+        driver.device.set_host_stream(near, false);
         self.stream = Some(far);
     }
 }

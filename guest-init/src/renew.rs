@@ -16,8 +16,14 @@
 
 use std::{fs::File, io, os::fd::AsRawFd};
 
-use firn_proto::guest::{ENTROPY_BYTES, Renew};
+use firn_proto::guest::{ENTROPY_BYTES, GuestTsc, Renew};
 use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::tsc;
+
+/// How often the clock is set, until it is done within a tenth of a millisecond: a vCPU may lose its CPU
+/// at any time, and the more often when it is throttled.
+const ATTEMPTS: u32 = 5;
 
 /// Why a guest could not be renewed. Such a guest must never serve.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +62,7 @@ const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 pub fn renew(message: &Renew, urandom: &File) -> Result<(), RenewError> {
     let buf = <[u8; ENTROPY_BYTES]>::try_from(message.entropy.as_slice())
         .map_err(|_| RenewError::Entropy(message.entropy.len()))?;
-    set_clock(message.wall_clock_ns)?;
+    set_clock(message)?;
 
     let entropy = RandPoolInfo {
         entropy_count: (ENTROPY_BYTES * 8) as libc::c_int,
@@ -72,15 +78,32 @@ pub fn renew(message: &Renew, urandom: &File) -> Result<(), RenewError> {
     check("RNDRESEEDCRNG", result)
 }
 
-/// Steps CLOCK_REALTIME. The monotonic clocks go on from the snapshot.
-fn set_clock(wall_clock_ns: u64) -> Result<(), RenewError> {
+/// Steps CLOCK_REALTIME to what it is by now. The monotonic clocks go on from the snapshot.
+fn set_clock(message: &Renew) -> Result<(), RenewError> {
     const SECOND: u64 = 1_000_000_000;
-    let time = Timespec {
-        tv_sec: (wall_clock_ns / SECOND) as i64,
-        tv_nsec: (wall_clock_ns % SECOND) as i64,
-    };
-    clock_settime(ClockId::Realtime, time)
-        .map_err(|error| RenewError::Step { step: "clock_settime", source: error.into() })
+    for _ in 0..ATTEMPTS {
+        let now = tsc();
+        let passed = message.tsc.map_or(0, |then| nanoseconds(then, now));
+        let wall_clock_ns = message.wall_clock_ns.saturating_add(passed);
+        let time = Timespec {
+            tv_sec: (wall_clock_ns / SECOND) as i64,
+            tv_nsec: (wall_clock_ns % SECOND) as i64,
+        };
+        clock_settime(ClockId::Realtime, time)
+            .map_err(|error| RenewError::Step { step: "clock_settime", source: error.into() })?;
+        let took =
+            message.tsc.map_or(0, |then| nanoseconds(GuestTsc { ticks: now, ..then }, tsc()));
+        if took <= SECOND / 10_000 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Nanoseconds from one reading of the TSC to another, which is 0 where it is the earlier one.
+fn nanoseconds(then: GuestTsc, now: u64) -> u64 {
+    let ticks = (now.wrapping_sub(then.ticks) as i64).max(0) as u128;
+    (ticks * 1_000_000 / u128::from(then.khz.get())).try_into().unwrap_or(u64::MAX)
 }
 
 fn check(step: &'static str, result: libc::c_int) -> Result<(), RenewError> {
@@ -88,4 +111,22 @@ fn check(step: &'static str, result: libc::c_int) -> Result<(), RenewError> {
         return Err(RenewError::Step { step, source: io::Error::last_os_error() });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    #[test]
+    fn ticks_are_time() {
+        let khz = NonZeroU32::new(2_500_000).unwrap();
+        let then = GuestTsc { ticks: u64::MAX - 9, khz };
+        assert_eq!(nanoseconds(then, u64::MAX - 9), 0);
+        assert_eq!(nanoseconds(then, 2_499_990), 1_000_000, "across the end of the counter");
+        assert_eq!(nanoseconds(then, u64::MAX - 10), 0, "a reading from before");
+        let slow = GuestTsc { ticks: 0, khz: NonZeroU32::new(1).unwrap() };
+        assert_eq!(nanoseconds(slow, i64::MAX as u64), u64::MAX);
+    }
 }

@@ -12,7 +12,14 @@ use serde::{Deserialize, Serialize};
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`ShellConfig`].
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
+
+/// So many bytes come first on the invoke connection of a thaw or reset, in one piece: the host's TSC, a
+/// little-endian `u64`, at the moment when the guest's clocks go on. They are for the VMM; a guest that
+/// runs before they come does so by clocks that went on when it ran.
+///
+/// A moment that the host has chosen is one that it can tell the guest ([`crate::guest::Renew`]).
+pub const MOMENT: usize = 8;
 
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -152,9 +159,9 @@ pub enum ToVmm {
         disks: Vec<DiskSource>,
     },
     /// Restore a snapshot and run. Descriptors: guest memory (a file at least as long as guest
-    /// memory, mapped privately), VMM state, the host's end of the invoke connection (bytes that
-    /// are already readable from it are put into the receive queue before the guest runs), then
-    /// each disk's. Answer: [`FromVmm::Thawed`].
+    /// memory, mapped privately), VMM state, the host's end of the invoke connection (its first
+    /// [`MOMENT`] bytes are for the VMM; others that are already readable from it are put into the
+    /// receive queue before the guest runs), then each disk's. Answer: [`FromVmm::Thawed`].
     Thaw {
         /// One for each of [`ShellConfig::disks`].
         disks: Vec<DiskSource>,
@@ -189,8 +196,9 @@ pub enum ToVmm {
     Stop,
     /// Put a thawed microVM, running or paused, back to its snapshot: every page that was written,
     /// vCPUs, interrupt controllers, clocks, devices, disks. It stays paused, and its clocks stand,
-    /// until bytes come on the invoke connection (or are there already). Descriptors: a new host
-    /// end of the invoke connection, which replaces the old one with all that is still in it; the
+    /// until bytes come on the invoke connection (or are there already), of which the first
+    /// [`MOMENT`] are for the VMM. Descriptors: a new host end of the invoke connection, which
+    /// replaces the old one with all that is still in it; the
     /// VMM's own `/proc/PID/pagemap`, opened without CAP_SYS_ADMIN, so that it tells no physical
     /// addresses. Refused after [`ToVmm::Attach`]. Answer: [`FromVmm::Reset`]; a reset that fails
     /// once it has begun ends the process.
@@ -285,6 +293,10 @@ pub struct SaveReport {
     pub bitmap_bytes: u64,
     /// How long the vCPUs had been stopped when writing ended, in nanoseconds.
     pub duration_ns: u64,
+    /// What the guest's TSC reads at the [`MOMENT`] of a thaw or reset, in ticks.
+    pub guest_tsc: u64,
+    /// Its frequency in kHz.
+    pub tsc_khz: u32,
 }
 
 /// What [`ToVmm::Reset`] did.

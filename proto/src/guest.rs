@@ -20,14 +20,14 @@
 //! message. The stream survives a snapshot: a thawed guest continues where its snapshot was taken,
 //! which is always between two frames.
 
-use std::fmt;
+use std::{fmt, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`Ready`].
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Largest event or response in bytes that the Lambda API allows (6 MiB plus the room that the
 /// Runtime API grants a response).
@@ -157,6 +157,9 @@ pub struct Loaded {
 pub struct Renew {
     /// Wall-clock time in nanoseconds since the epoch when the message was made.
     pub wall_clock_ns: u64,
+    /// The guest's TSC at that time, so that it knows how long ago it was. `None`: the host does not
+    /// know it, and no time has passed.
+    pub tsc: Option<GuestTsc>,
     /// Fresh entropy from the host's `getrandom`, [`ENTROPY_BYTES`] long.
     #[serde(with = "serde_bytes")]
     pub entropy: Vec<u8>,
@@ -164,6 +167,15 @@ pub struct Renew {
     pub instance_id: String,
     /// Time that the restore hooks may take in milliseconds.
     pub hook_timeout_ms: u64,
+}
+
+/// A reading of a guest's TSC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestTsc {
+    /// Ticks.
+    pub ticks: u64,
+    /// Its frequency in kHz; never 0.
+    pub khz: NonZeroU32,
 }
 
 /// Acknowledges a [`Renew`].
@@ -412,9 +424,10 @@ impl fmt::Debug for Load {
 
 impl fmt::Debug for Renew {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { wall_clock_ns, entropy, instance_id, hook_timeout_ms } = self;
+        let Self { wall_clock_ns, tsc, entropy, instance_id, hook_timeout_ms } = self;
         f.debug_struct("Renew")
             .field("wall_clock_ns", wall_clock_ns)
+            .field("tsc", tsc)
             .field("entropy", &Hidden(entropy.len()))
             .field("instance_id", instance_id)
             .field("hook_timeout_ms", hook_timeout_ms)
@@ -608,6 +621,7 @@ mod tests {
                 "{:?}",
                 ToGuest::Renew(Renew {
                     wall_clock_ns: 1,
+                    tsc: None,
                     entropy: bytes(),
                     instance_id: "i".into(),
                     hook_timeout_ms: 2,

@@ -24,7 +24,7 @@ use std::{
 };
 
 use assembler::Code;
-use common::{Vmm, config, elf, empty, kvm};
+use common::{Vmm, config, elf, empty, from_now, kvm};
 use firn_proto::control::{FromVmm, MemoryPlan, Phase, ShellConfig, Stamps, ToVmm};
 use firn_vmm::stats::monotonic_ns;
 
@@ -80,7 +80,7 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
         let at = |phase| report.stamps.get(phase).unwrap();
         let received = at(Phase::Received);
         let written = monotonic_ns();
-        stream.write_all(b"x").unwrap();
+        stream.write_all(&from_now(b"x")).unwrap();
         let exit = first_exit(&vmm).get(Phase::FirstExit).unwrap();
         // The first ones map the snapshot for reading.
         if round >= 3 {

@@ -11,7 +11,7 @@
 //! 0x3f8. All dispatch runs on the vCPU thread that took the exit; each device has its own lock.
 
 use std::{
-    io::Stderr,
+    io::{self, Stderr},
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
 };
@@ -237,8 +237,8 @@ impl Machine {
     }
 
     /// Gives the invoke connection a new host end.
-    pub fn set_host_stream(&self, stream: UnixStream) {
-        lock(&self.vsock).set_host_stream(stream);
+    pub fn set_host_stream(&self, stream: UnixStream, moment_due: bool) {
+        lock(&self.vsock).set_host_stream(stream, moment_due);
     }
 
     /// Moves bytes between guest and host until nothing can move.
@@ -316,6 +316,14 @@ impl Machine {
     /// Whether the host has written something that the guest has not got yet.
     pub fn host_has_bytes(&self) -> bool {
         lock(&self.vsock).host_has_bytes()
+    }
+
+    /// The host's TSC when the clocks of a guest that was restored go on, if the host has said so.
+    ///
+    /// # Errors
+    /// The host stream's.
+    pub fn take_moment(&self) -> io::Result<Option<u64>> {
+        lock(&self.vsock).take_moment()
     }
 
     /// When the first byte from the guest reached the host, in nanoseconds of `CLOCK_MONOTONIC`.

@@ -48,6 +48,14 @@ pub struct SavedVm {
     pub machine: MachineState,
 }
 
+impl SavedVm {
+    /// What the guest's TSC read at the save, and reads at the moment when its clocks go on.
+    pub fn guest_tsc(&self) -> u64 {
+        let offset = self.vcpus.first().map_or(0, VcpuState::tsc_offset);
+        self.host_tsc.wrapping_add_signed(offset)
+    }
+}
+
 /// Bytes are no saved VM that this build could restore.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DecodeError {

@@ -247,7 +247,7 @@ impl Vm {
             .install(disks, &mut all_to(&DISKS, descriptors)?)
             .map_err(|error| RequestError::refused(FailureKind::BadRequest, error))?;
         watch(stream.as_fd())?;
-        self.machine.set_host_stream(stream);
+        self.machine.set_host_stream(stream, false);
         self.memory.advise_huge();
         let kernel_bytes = length(&kernel).map_err(io_error("kernel"))?;
         let regions = boot::written_first(self.memory.regions()[0].bytes, kernel_bytes);
@@ -307,7 +307,7 @@ impl Vm {
         self.machine.install(disks, &mut media)?;
         self.machine.restore(&saved.machine)?;
         watch(stream.as_fd())?;
-        self.machine.set_host_stream(stream);
+        self.machine.set_host_stream(stream, true);
         self.set_processors(&saved, Part::Thaw, resume)?;
         self.origin = Some(Origin::new(saved, memory));
         // The guest runs. What this thaw had no use for would count as the guest's memory.
@@ -442,6 +442,7 @@ impl Vm {
             vcpus,
             machine: self.machine.save(),
         };
+        let guest_tsc = saved.guest_tsc();
         // SAFETY: every vCPU has answered `Saved` and waits for its next command, and devices
         // only work on vCPU threads or on this one, which is here.
         let written = unsafe { self.memory.save(&pagemap, base, &memory_out) };
@@ -460,6 +461,8 @@ impl Vm {
             state_bytes: state.len() as u64,
             bitmap_bytes: bitmap.as_bytes().len() as u64,
             duration_ns: monotonic_ns() - started,
+            guest_tsc,
+            tsc_khz: self.tsc_khz,
         })
     }
 

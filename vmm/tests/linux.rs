@@ -10,13 +10,13 @@ use std::{
     fs::File,
     io::{Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use common::{Vmm, kvm, memfd};
+use common::{Vmm, from_now, kvm, memfd};
 use firn_proto::{
     control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, MemoryPlan, ShellConfig, ToVmm},
-    guest::{self, FromGuest, FunctionError, Invoke, Load, Outcome, Renew, ToGuest},
+    guest::{self, FromGuest, FunctionError, GuestTsc, Invoke, Load, Outcome, Renew, ToGuest},
 };
 
 /// Longer than any answer takes on a busy machine whose CPUs are emulated.
@@ -75,6 +75,8 @@ fn shell(vcpus: u8) -> ShellConfig {
 struct Guest {
     vmm: Vmm,
     stream: UnixStream,
+    /// Nothing has been sent on the stream of a thaw or reset.
+    begins: bool,
     /// The memory that it was thawed from.
     base: Option<File>,
 }
@@ -106,11 +108,15 @@ impl Guest {
         ];
         let answer = vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-        Self { vmm, stream, base: None }
+        Self { vmm, stream, begins: false, base: None }
     }
 
     fn say(&mut self, message: &ToGuest) {
-        self.stream.write_all(&guest::encode(message).unwrap()).unwrap();
+        let frame = guest::encode(message).unwrap();
+        match std::mem::take(&mut self.begins) {
+            true => self.stream.write_all(&from_now(&frame)).unwrap(),
+            false => self.stream.write_all(&frame).unwrap(),
+        }
     }
 
     fn hear(&mut self) -> FromGuest {
@@ -163,8 +169,10 @@ impl Guest {
     fn save(self) -> Saved {
         self.pause();
         let frozen = memfd(b"");
-        let (memory, state) = self.vmm.save(self.base.as_ref(), &[frozen.as_fd()]);
-        Saved { memory, state, frozen }
+        let (memory, state, report) =
+            self.vmm.save_and_report(self.base.as_ref(), &[frozen.as_fd()]);
+        let khz = report.tsc_khz.try_into().unwrap();
+        Saved { memory, state, frozen, tsc: GuestTsc { ticks: report.guest_tsc, khz } }
     }
 
     /// Puts the guest back to where it was thawed; returns once it is there.
@@ -172,7 +180,7 @@ impl Guest {
         let pagemap = self.vmm.pagemap();
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        self.stream = stream;
+        (self.stream, self.begins) = (stream, true);
         self.say(first);
         let answer = self.vmm.request(&ToVmm::Reset, &[theirs.as_fd(), pagemap.as_fd()]);
         assert!(matches!(answer, FromVmm::Reset(_)), "{answer:?}");
@@ -196,6 +204,8 @@ struct Saved {
     memory: File,
     state: File,
     frozen: File,
+    /// What the guest's TSC reads when its clocks go on.
+    tsc: GuestTsc,
 }
 
 impl Saved {
@@ -210,7 +220,8 @@ impl Saved {
         drain(&mut vmm);
         let (stream, theirs) = UnixStream::pair().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut guest = Guest { vmm, stream, base: Some(self.memory.try_clone().unwrap()) };
+        let base = Some(self.memory.try_clone().unwrap());
+        let mut guest = Guest { vmm, stream, begins: true, base };
         if let Some(first) = first {
             guest.say(first);
         }
@@ -239,6 +250,7 @@ fn instance(generation: u32) -> String {
 fn renew(generation: u32) -> ToGuest {
     ToGuest::Renew(Renew {
         wall_clock_ns: 1_800_000_000_000_000_000,
+        tsc: None,
         entropy: vec![generation as u8; guest::ENTROPY_BYTES],
         instance_id: instance(generation),
         hook_timeout_ms: 10_000,
@@ -321,6 +333,60 @@ fn two_busy_vcpus_survive_a_snapshot() {
     }
     let FromGuest::Loaded(loaded) = guest.hear_past_logs() else { panic!("not loaded") };
     assert_eq!(loaded.error, None);
+    let answer = invoke(&mut guest);
+    eprintln!("{answer}");
+    assert!(answer.contains("\"cpus\": 2"), "{answer}");
+    // One package of two cores, on any host.
+    let topology = r#""physical id": ["0"], "siblings": ["2"], "cpu cores": ["2"]"#;
+    assert!(answer.contains(topology), "{answer}");
+    assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
+    assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
+
+    guest.say(&ToGuest::Freeze);
+    assert_eq!(guest.hear(), FromGuest::Frozen);
+    the_wall_clock_is_the_hosts(&files, &guest.save());
+}
+
+/// However late the guest runs behind its renewal, it knows what time it is: a function of two vCPUs
+/// that says so is thawed and reset.
+fn the_wall_clock_is_the_hosts(files: &Files, saved: &Saved) {
+    let Some(program) = held_vmm() else { return };
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let renew = || {
+        ToGuest::Renew(Renew {
+            wall_clock_ns: now(),
+            tsc: Some(saved.tsc),
+            entropy: vec![7; guest::ENTROPY_BYTES],
+            instance_id: instance(0),
+            hook_timeout_ms: 10_000,
+        })
+    };
+    let slow = Some(("FIRN_HOLD", "vcpu0=100000"));
+    let vmm = Vmm::spawn_in(&files.kvm, &program, slow, || Ok(())).build(&shell(2));
+    let mut guest = saved.thaw(files, vmm, DiskSource::ReadOnly, Some(&renew()));
+    // By how much the guest's clock is off, at least: an answer takes its time.
+    let mut off = Vec::new();
+    for _ in 0..firn_nightly::rounds(4, 100) {
+        guest.is_renewed(0);
+        // The first answer brings in what the function needs.
+        for _ in 0..3 {
+            let before = now();
+            let answer = invoke(&mut guest);
+            let after = now();
+            let (_, rest) = answer.split_once("\"time_ns\": ").unwrap();
+            let said: u64 = rest.split_once(',').unwrap().0.parse().unwrap();
+            off.push((before.saturating_sub(said).max(said.saturating_sub(after)), after - before));
+        }
+        guest.reset(&renew());
+    }
+    eprintln!("wall clock off by at least, ns, within: {off:?}");
+    assert!(off.iter().all(|(off, _)| *off <= 1_000_000), "{off:?}");
+    // It was looked at closely enough to see what held it back.
+    assert!(off.iter().any(|(_, within)| *within < 50_000_000), "{off:?}");
+}
+
+/// Has the function answer.
+fn invoke(guest: &mut Guest) -> String {
     guest.say(&ToGuest::Invoke(Invoke {
         request_id: "8476a536-e9f4-11e8-9739-2dfe598c3fcd".into(),
         function_arn: "arn:aws:lambda:us-east-1:000000000000:function:busy".into(),
@@ -333,14 +399,7 @@ fn two_busy_vcpus_survive_a_snapshot() {
     }));
     let FromGuest::Done(done) = guest.hear_past_logs() else { panic!("not done") };
     let Outcome::Response { payload, .. } = done.outcome else { panic!("{done:?}") };
-    let answer = String::from_utf8(payload).unwrap();
-    eprintln!("{answer}");
-    assert!(answer.contains("\"cpus\": 2"), "{answer}");
-    // One package of two cores, on any host.
-    let topology = r#""physical id": ["0"], "siblings": ["2"], "cpu cores": ["2"]"#;
-    assert!(answer.contains(topology), "{answer}");
-    assert_eq!(answer.matches("\"backwards\": 0").count(), 2, "{answer}");
-    assert_eq!(answer.matches("\"sound\": true").count(), 2, "{answer}");
+    String::from_utf8(payload).unwrap()
 }
 
 /// Which of a VMM's threads comes first does not matter to Linux either: each is held back in turn,

@@ -16,7 +16,7 @@ use std::{
 };
 
 use assembler::{Code, REGISTERS};
-use common::{Vmm, config, elf, empty, kvm};
+use common::{Vmm, config, elf, empty, from_now, kvm};
 use firn_proto::control::{FailureKind, FromVmm, MemoryPlan, Phase, ResetReport, ToVmm};
 
 /// While this byte is 0 the guest idles: the state that is saved.
@@ -235,7 +235,7 @@ fn bytes_of_an_earlier_stream_are_gone() {
     let (memory, state, length) = snapshot(&kvm);
     let (mut vmm, mut old) = thaw(&kvm, &memory, &state);
     for _ in 0..20 {
-        old.write_all(b"an event of an earlier request").unwrap();
+        old.write_all(&from_now(b"an event of an earlier request")).unwrap();
         let (_, new) = reset(&vmm);
         // The VMM had the only other end: what was in it went with it.
         let end = old.read(&mut [0; 64]);
@@ -249,7 +249,7 @@ fn bytes_of_an_earlier_stream_are_gone() {
     let FromVmm::Stats(stats) = vmm.request(&ToVmm::Stats, &[]) else { panic!("no stats") };
     assert!(stats.paused);
     // Bytes on the newest stream resume it, whenever they came.
-    old.write_all(b"x").unwrap();
+    old.write_all(&from_now(b"x")).unwrap();
     observation(&mut vmm, length);
 }
 
@@ -305,7 +305,7 @@ fn messages_between_vcpus_do_not_outlive_a_reset() {
         // What the last life said.
         read_for(Duration::ZERO);
         stream = ours;
-        stream.write_all(b"x").unwrap();
+        stream.write_all(&from_now(b"x")).unwrap();
         // Resets come at all moments of a life; in every tenth it is heard to the end.
         match round % 10 {
             9 => assert_eq!(read_for(Duration::from_millis(100)), "MX", "round {round}"),

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Vmm, config, elf, empty, kvm, memfd};
+use common::{Vmm, config, elf, empty, from_now, kvm, memfd};
 use driver::{BYTES, CHANGED, INTERRUPTS, UP};
 use firn_proto::control::{
     DiskKind, DiskSource, ExitReason, FailureKind, FromVmm, MemoryPlan, ShellConfig, ToVmm,
@@ -57,6 +57,8 @@ fn races(all: usize, test: impl Fn(Race, usize)) {
 struct Guest {
     vmm: Vmm,
     stream: UnixStream,
+    /// Nothing has been sent on the stream of a thaw or reset.
+    begins: bool,
 }
 
 struct Snapshot {
@@ -91,7 +93,7 @@ impl Race {
         let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: empty(1) };
         let answer = vmm.request(&message, &[kernel.as_fd(), theirs.as_fd()]);
         assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-        let mut guest = Guest { vmm, stream: ours };
+        let mut guest = Guest { vmm, stream: ours, begins: false };
         // The answer to its request for a connection has come as an interrupt, too.
         guest.says(&[UP, BYTES], "boot");
         std::thread::sleep(Duration::from_millis(20));
@@ -104,12 +106,14 @@ impl Race {
     fn thaw(self, kvm: &File, snapshot: &Snapshot, resume: bool, before: &[u8]) -> Guest {
         let vmm = self.shell(kvm);
         let (mut stream, theirs) = UnixStream::pair().unwrap();
-        stream.write_all(before).unwrap();
+        if !before.is_empty() {
+            stream.write_all(&from_now(before)).unwrap();
+        }
         let message = ToVmm::Thaw { disks: empty(1), resume, plan: MemoryPlan::default() };
         let descriptors = [snapshot.memory.as_fd(), snapshot.state.as_fd(), theirs.as_fd()];
         let answer = vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
-        Guest { vmm, stream }
+        Guest { vmm, stream, begins: before.is_empty() }
     }
 }
 
@@ -138,7 +142,10 @@ impl Guest {
     }
 
     fn send(&mut self) {
-        self.stream.write_all(b"x").unwrap();
+        match std::mem::take(&mut self.begins) {
+            true => self.stream.write_all(&from_now(b"x")).unwrap(),
+            false => self.stream.write_all(b"x").unwrap(),
+        }
     }
 
     fn attach(&self) {
@@ -219,7 +226,7 @@ fn no_reset_is_lost() {
             let when = format!("{race:?}, round {round}");
             let pagemap = guest.vmm.pagemap();
             let (ours, theirs) = UnixStream::pair().unwrap();
-            guest.stream = ours;
+            (guest.stream, guest.begins) = (ours, true);
             // Bytes that are there before the reset, that come behind it, and that come late.
             if round % 3 == 0 {
                 guest.send();
@@ -297,7 +304,7 @@ fn a_restore_that_is_refused_is_named() {
         guest.says(&[BYTES], "thaw");
         let pagemap = guest.vmm.pagemap();
         let (stream, theirs) = UnixStream::pair().unwrap();
-        guest.stream = stream;
+        (guest.stream, guest.begins) = (stream, true);
         let answer = guest.vmm.request(&ToVmm::Reset, &[theirs.as_fd(), pagemap.as_fd()]);
         assert!(matches!(answer, FromVmm::Reset(_)), "{answer:?}");
         guest.send();
@@ -321,7 +328,7 @@ fn what_a_guest_did_not_hear_is_said_again() {
     let kernel = elf(&driver::guest(Some(100_000)));
     let answer = vmm.request(&message, &[kernel.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
-    let mut guest = Guest { vmm, stream: ours };
+    let mut guest = Guest { vmm, stream: ours, begins: false };
     let text = loop {
         let answer = guest.vmm.request(&ToVmm::Diagnose, &[]);
         let FromVmm::Diagnosis(text) = answer else { panic!("{answer:?}") };

@@ -41,7 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let environment = python::environment("the clients", REQUIREMENTS)?;
-    let site = Site::start(lane, Series::default(), lane::DAEMON_CPUS, &artifacts)?;
+    let site = Site::start(lane, Series::default(), lane::DAEMONS, &artifacts)?;
     let daemon = Daemon::start(site, &artifacts, &Settings::default())?;
 
     let workspace = cargo::workspace();

@@ -10,13 +10,25 @@ use crate::host_vm::{HostVm, Options, Series};
 use crate::step::Outcome;
 use crate::{artifacts, daemon, step};
 
-/// Memory of the host VM for the daemon and a handful of small functions.
-const HOST_VM_MIB: u32 = 3072;
+/// CPUs and memory of a host VM.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    /// CPUs.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
 
-/// CPUs of a host VM in which daemons run for a quarter of an hour. With two, about one in three such runs ends in
-/// a fault that no other rig has shown: a daemon, or the host VM's kernel, that accesses memory at an address that
-/// nobody gave. It is not known yet whether QEMU's threads or Firn are to blame. The nightly run has two.
-pub const DAEMON_CPUS: u8 = 1;
+/// For a daemon and a handful of small functions, for a quarter of an hour. With two CPUs, about one in three such
+/// runs ends in a fault that no other rig has shown: a daemon, or the host VM's kernel, that accesses memory at an
+/// address that nobody gave. It is not known yet whether QEMU's threads or Firn are to blame.
+pub const DAEMONS: Machine = Machine { cpus: 1, memory_mib: 3072 };
+
+/// The same for nightly tests: two functions of 3,008 MB that fill their memory, and what races.
+pub const NIGHTLY_DAEMONS: Machine = Machine { cpus: 2, memory_mib: 8192 };
+
+/// For the VMM's tests.
+pub const VMMS: Machine = Machine { cpus: 2, memory_mib: 3072 };
 
 /// More would wait for each other.
 const MOST_HOST_VMS: usize = 4;
@@ -30,14 +42,14 @@ pub enum Lane {
     HostVm,
 }
 
-/// How many host VMs this machine has CPUs and memory for.
-pub fn host_vms() -> usize {
+/// How many such host VMs this machine has CPUs and memory for.
+pub fn host_vms(machine: Machine) -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = meminfo.lines().find_map(|line| {
         line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok()
     });
-    let fit = available.map_or(1, |kib| (kib >> 10) / HOST_VM_MIB as usize);
+    let fit = available.map_or(1, |kib| (kib >> 10) / machine.memory_mib as usize);
     cpus.min(fit).clamp(1, MOST_HOST_VMS)
 }
 
@@ -50,9 +62,9 @@ pub enum Site {
 }
 
 impl Site {
-    /// Prepares it: boots the host VM with this Linux and so many CPUs, forwarding the ports of daemons, with a way to
+    /// Prepares it: boots such a host VM with this Linux, forwarding the ports of daemons, with a way to
     /// one port of this machine.
-    pub fn start(lane: Lane, kernel: Series, cpus: u8, artifacts: &Path) -> Result<Self> {
+    pub fn start(lane: Lane, kernel: Series, machine: Machine, artifacts: &Path) -> Result<Self> {
         match lane {
             Lane::Native => {
                 ensure!(
@@ -65,9 +77,9 @@ impl Site {
             Lane::HostVm => {
                 step::say(&format!("booting the dev host VM with Linux {kernel} …"));
                 let options = Options {
-                    memory_mib: HOST_VM_MIB,
+                    memory_mib: machine.memory_mib,
                     kernel,
-                    cpus,
+                    cpus: machine.cpus,
                     artifacts: Some(artifacts.to_owned()),
                     forward: daemon::PORTS.to_vec(),
                     outside: true,

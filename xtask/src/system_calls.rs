@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 
 use crate::host_vm::Series;
-use crate::lane::{Choice, Site};
+use crate::lane::{self, Choice, Site};
 use crate::{artifacts, cargo, packages, scratch, step, test};
 
 /// List which system calls that the VMM's filters allow are used by which tests; fails if one is
@@ -44,7 +44,12 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let lane = arguments.lane.decide()?;
     let artifacts = artifacts::build()?;
     let vmm = cargo::build("dev", &["firn-vmm"])?.binary("firn-vmm")?;
-    with_linux(&Site::start(lane, Series::default(), 2, &artifacts)?, &artifacts, &vmm, &linux)?;
+    with_linux(
+        &Site::start(lane, Series::default(), lane::VMMS, &artifacts)?,
+        &artifacts,
+        &vmm,
+        &linux,
+    )?;
 
     let mut list = cargo::cargo();
     list.args(["run", "--quiet", "--package", "firn-vmm", "--example", "system_calls", "--"]);

@@ -124,6 +124,7 @@ mod tests {
         drop(ours);
         let renew = Renew {
             wall_clock_ns: 0,
+            tsc: None,
             entropy: vec![0; guest::ENTROPY_BYTES],
             instance_id: "me".into(),
             hook_timeout_ms: 0,

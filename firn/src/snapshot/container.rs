@@ -26,6 +26,7 @@ use std::{
     io::{Read, Write},
 };
 
+use firn_proto::guest::GuestTsc;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -38,7 +39,7 @@ use crate::keys::{Key, KeyService, MAX_WRAPPED, SealReader, SealWriter, sealed_l
 const MAGIC: &[u8; 8] = b"FIRNSNAP";
 
 /// Version of this format.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// Most bytes of a VMM's state: a few KiB a vCPU, queues, and block bitmaps.
 pub(crate) const MAX_VM_STATE: u64 = 16 << 20;
@@ -94,6 +95,8 @@ pub(crate) struct Manifest {
     /// Hash of `tmp.delta`, as of a sparse file.
     pub(crate) delta: [u8; 32],
     pub(crate) delta_bytes: u64,
+    /// What the guest's TSC reads when its clocks go on.
+    pub(crate) tsc: GuestTsc,
     pub(crate) meta: SnapshotMeta,
 }
 
@@ -376,6 +379,7 @@ mod tests {
                 memory: [5; 32],
                 delta: [6; 32],
                 delta_bytes: 0,
+                tsc: GuestTsc { ticks: 7, khz: std::num::NonZeroU32::MIN },
                 meta: SnapshotMeta { label: "golden".into(), key: "key".into() },
             },
             vm_state: b"opaque".to_vec(),
@@ -412,11 +416,11 @@ mod tests {
     #[test]
     fn golden() {
         let (bytes, id) = write(false);
-        assert_eq!((VERSION, bytes.len(), hex(&id).as_str()), (2, GOLDEN.0, GOLDEN.1));
+        assert_eq!((VERSION, bytes.len(), hex(&id).as_str()), (3, GOLDEN.0, GOLDEN.1));
     }
 
     const GOLDEN: (usize, &str) =
-        (366, "10f8d8b2919565b9709457d3d152ed173a07739b16bd9fd1d5215bf22fdc8020");
+        (368, "6aeb0acb0ee16d790f56c863a1ffa2c410fdd5e61deafe3b9ba7916de0f3933b");
 
     #[test]
     fn what_is_written_is_read() {
@@ -432,9 +436,11 @@ mod tests {
     fn other_versions_and_other_files_are_named() {
         let (mut bytes, _) = write(false);
         bytes[8] = 9;
-        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 9, supported: 2 })));
+        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 9, supported: 3 })));
         bytes[8] = 1;
-        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 1, supported: 2 })));
+        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 1, supported: 3 })));
+        bytes[8] = 2;
+        assert!(matches!(read(&bytes), Err(SnapshotError::Version { found: 2, supported: 3 })));
         assert!(matches!(read(b"PK\x03\x04"), Err(SnapshotError::NotASnapshot { .. })));
         assert!(matches!(read(b""), Err(SnapshotError::NotASnapshot { .. })));
     }

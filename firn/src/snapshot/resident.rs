@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use firn_proto::guest::GuestTsc;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::{
@@ -102,6 +103,11 @@ impl ResidentSnapshot {
     /// The image that it was made from.
     pub fn image(&self) -> &Image {
         &self.0.image
+    }
+
+    /// What its guest's TSC reads when its clocks go on.
+    pub(crate) fn tsc(&self) -> GuestTsc {
+        self.0.manifest.tsc
     }
 
     pub(crate) fn raw_id(&self) -> [u8; 32] {

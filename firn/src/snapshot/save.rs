@@ -8,6 +8,7 @@
 use std::{
     fs::{self, File},
     io,
+    num::NonZeroU32,
     os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     time::Duration,
@@ -15,7 +16,7 @@ use std::{
 
 use firn_proto::{
     control::{FailureKind, FromVmm, SaveReport, ToVmm},
-    guest::{FromGuest, ToGuest},
+    guest::{FromGuest, GuestTsc, ToGuest},
 };
 use tempfile::TempDir;
 
@@ -113,7 +114,7 @@ impl Instance {
         let report = self.save(&files).await?;
 
         let target = dir.to_owned();
-        let manifest = self.manifest(meta);
+        let manifest = self.manifest(&report, meta)?;
         let inner = self.inner.clone();
         // Its work is done; cleaning up goes on beside the writing.
         self.retire().await;
@@ -187,10 +188,14 @@ impl Instance {
     }
 
     /// All that is known before the files are hashed.
-    fn manifest(&self, meta: SnapshotMeta) -> Manifest {
+    fn manifest(&self, report: &SaveReport, meta: SnapshotMeta) -> Result<Manifest, SnapshotError> {
+        let khz = NonZeroU32::new(report.tsc_khz).ok_or_else(|| SnapshotError::Malformed {
+            section: "vm state",
+            reason: "a TSC of 0 kHz".into(),
+        })?;
         let artifacts = &self.inner.artifacts;
         let image = self.origin.image();
-        Manifest {
+        Ok(Manifest {
             vcpus: self.vm.class.vcpus,
             memory_mib: self.vm.class.memory_mib,
             function_memory_mb: self.function_memory_mb,
@@ -206,8 +211,9 @@ impl Instance {
             memory: [0; 32],
             delta: [0; 32],
             delta_bytes: 0,
+            tsc: GuestTsc { ticks: report.guest_tsc, khz },
             meta,
-        }
+        })
     }
 }
 

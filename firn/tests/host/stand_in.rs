@@ -220,6 +220,8 @@ impl Vmm {
             state_bytes: head.len() as u64,
             bitmap_bytes: bitmap.len() as u64,
             duration_ns: 1,
+            guest_tsc: 1,
+            tsc_khz: 1,
         })
     }
 
@@ -253,6 +255,10 @@ impl Guest {
                 init_tsc: 1,
                 ready_tsc: 2,
             }));
+        }
+        let mut moment = [0; control::MOMENT];
+        if !booted && self.stream.read_exact(&mut moment).is_err() {
+            return;
         }
         loop {
             let mut prefix = [0; 4];

@@ -346,6 +346,7 @@ pub fn invocation(id: &str, timeout_ms: u64, payload: &str) -> ToGuest {
 pub fn renew() -> ToGuest {
     ToGuest::Renew(Renew {
         wall_clock_ns: 1_800_000_000_000_000_000,
+        tsc: None,
         entropy: vec![7; 64],
         instance_id: "instance-1".to_owned(),
         hook_timeout_ms: 10_000,

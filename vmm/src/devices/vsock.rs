@@ -379,6 +379,7 @@ impl Vsock {
         match (&self.host, &self.connection) {
             (Some(host), Some(connection))
                 if host.readable
+                    && !host.moment_due
                     && !self.due.response
                     && !connection.host_finished()
                     && !connection.guest_receives_no_more() =>

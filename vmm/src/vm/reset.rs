@@ -124,7 +124,7 @@ impl Vm {
         self.clock.stamp(Phase::Mapped);
         self.machine.reset(&saved.machine)?;
         watch(stream.as_fd())?;
-        self.machine.set_host_stream(stream);
+        self.machine.set_host_stream(stream, true);
         self.set_processors(&saved, Part::Reset, false)?;
         let stamps = self.clock.stamps();
         let moment = |phase| stamps.get(phase).unwrap_or_default();

@@ -13,7 +13,7 @@ use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 
 use firn_proto::control::{Exit, ExitReason, FailureKind, Phase};
 
-use super::{RequestError, Result, Vm, kvm_error};
+use super::{RequestError, Result, Vm, io_error, kvm_error};
 use crate::{
     arch::{self, describe::Redirection},
     handover::Lapics,
@@ -89,13 +89,15 @@ impl Vm {
     ) -> Result<()> {
         // Until the vCPUs have met again nothing may be raised.
         self.state = State::Fresh;
-        let set_at = match part {
-            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm),
-            Part::Clocks => saved.vm.restore_clock(&self.vm),
+        // Of a guest that stays paused, the clocks are set anew when it runs.
+        let at = if resume { self.moment()? } else { arch::tsc() };
+        match part {
+            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm, at, self.tsc_khz),
+            Part::Clocks => saved.vm.restore_clock(&self.vm, at, self.tsc_khz),
         }
         .map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
         self.clock.stamp(Phase::DevicesSet);
-        let shift = (saved.host_tsc as i64).wrapping_sub(set_at as i64);
+        let shift = (saved.host_tsc as i64).wrapping_sub(at as i64);
         self.tsc_offset =
             saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
         let thaw = Arc::new(ThawPlan::new(saved.clone(), shift, part, resume));
@@ -114,6 +116,24 @@ impl Vm {
             }
             None => self.all_stopped(),
         }
+    }
+
+    /// The host's TSC when the guest's clocks go on: as the host says, else now.
+    fn moment(&self) -> Result<u64> {
+        let now = arch::tsc();
+        let Some(at) = self.machine.take_moment().map_err(io_error("the invoke connection"))?
+        else {
+            return Ok(now);
+        };
+        // Two CPUs may differ by little, and it may be a message's way ago. A guest whose clocks
+        // leap would believe that it stood still.
+        let second = i64::from(self.tsc_khz) * 1000;
+        let ago = now.wrapping_sub(at) as i64;
+        if !(-second..60 * second).contains(&ago) {
+            let message = format!("the clocks are to go on {ago} ticks ago");
+            return Err(RequestError::refused(FailureKind::BadRequest, message));
+        }
+        Ok(at)
     }
 
     /// Stops all vCPUs; without effect on a paused VM.

@@ -15,7 +15,8 @@ use std::{
 };
 
 use firn_proto::control::{
-    self, CONTROL_FD, CpuTemplate, DiskKind, DiskSource, FromVmm, KVM_FD, ShellConfig, ToVmm,
+    self, CONTROL_FD, CpuTemplate, DiskKind, DiskSource, FromVmm, KVM_FD, SaveReport, ShellConfig,
+    ToVmm,
 };
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -159,6 +160,16 @@ impl Vmm {
     /// Saves a paused microVM, which was thawed from the memory `base` if it was thawed; returns all
     /// of its memory, and its state without the bitmap. `deltas` are empty files for those of its disks.
     pub fn save(&self, base: Option<&File>, deltas: &[BorrowedFd<'_>]) -> (File, File) {
+        let (memory, state, _) = self.save_and_report(base, deltas);
+        (memory, state)
+    }
+
+    /// The same, and what the VMM says of it.
+    pub fn save_and_report(
+        &self,
+        base: Option<&File>,
+        deltas: &[BorrowedFd<'_>],
+    ) -> (File, File, SaveReport) {
         let (memory, state, pagemap) = (memfd(b""), memfd(b""), self.pagemap());
         let files = [memory.as_fd(), state.as_fd(), pagemap.as_fd()];
         let answer = self.request(&ToVmm::Save, &[&files, deltas].concat());
@@ -180,7 +191,7 @@ impl Vmm {
             }
         }
         assert_eq!(written, report.pages_written);
-        (memory, state)
+        (memory, state, report)
     }
 
     /// Waits for the process's end and returns all that it said on standard error.
@@ -237,6 +248,13 @@ pub fn config_with_disks(disks: &[DiskKind]) -> ShellConfig {
 /// No media for `n` disks.
 pub fn empty(n: usize) -> Vec<DiskSource> {
     vec![DiskSource::Empty; n]
+}
+
+/// `bytes` as they begin a new invoke connection: behind the moment when the guest's clocks go on.
+pub fn from_now(bytes: &[u8]) -> Vec<u8> {
+    let mut all = firn_vmm::arch::tsc().to_le_bytes().to_vec();
+    all.extend(bytes);
+    all
 }
 
 /// An anonymous file with `contents`.

@@ -21,14 +21,14 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const PACKAGE: &str = "qemu-system-x86";
 
 /// The release whose backports are taken, and where Debian keeps the keys to check them.
-const SUITE: &str = "bookworm";
+const SUITE: &str = "trixie";
 const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Raise it when this file changes what is unpacked.
-const RECIPE: &str = "qemu 1";
+const RECIPE: &str = "qemu 2";
 
 /// What is kept of the unpacked packages.
-const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
 
 /// A command that runs it for this Linux; its arguments follow.
@@ -49,9 +49,9 @@ pub fn command(kernel: Series) -> Result<Command> {
 
 /// The program under its own loader and libraries: this machine's may be older, or missing.
 fn unpacked(root: &Path) -> Command {
-    let mut command = Command::new(root.join(LIBRARIES[0]).join("ld-linux-x86-64.so.2"));
-    let libraries = LIBRARIES.map(|directory| root.join(directory).display().to_string());
-    command.args(["--library-path", &libraries.join(":")]);
+    let libraries = root.join(LIBRARIES);
+    let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+    command.arg("--library-path").arg(libraries);
     command.arg(root.join("usr/bin").join(PROGRAM));
     command
 }
@@ -72,7 +72,7 @@ fn unpack(to: &Path) -> Result<()> {
     let archives = download()?;
     packages::extract(&archives, &tree)?;
     let program = format!("usr/bin/{PROGRAM}");
-    for path in LIBRARIES.iter().chain(&FIRMWARE).copied().chain([program.as_str()]) {
+    for path in [LIBRARIES, &program].iter().chain(&FIRMWARE) {
         let place = to.join(path);
         fs::create_dir_all(place.parent().unwrap_or(to))?;
         fs::rename(tree.join(path), place)

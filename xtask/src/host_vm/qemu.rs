@@ -159,6 +159,8 @@ fn arguments(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Vec<Stri
             // against a timer that the machine does not have, and hang. Reliable: a watchdog that
             // is late under emulation would otherwise replace it by jiffies of 4 ms.
             kernel.push_str(&format!(" tsc=reliable tsc_early_khz={}", tsc_khz()));
+            // What dies by a fault is in its log with registers and code.
+            kernel.push_str(" print-fatal-signals=1");
             // `restrict`: nothing inside reaches this machine or its network, but for `outside`.
             let mut network = "user,id=net0,restrict=on".to_owned();
             for (guest, host) in *forward {

@@ -21,12 +21,12 @@ pub struct Run {
     pub left_behind: Vec<Result<()>>,
 }
 
-/// How many daemons the tests use in a lane: as many as were asked for, else one for each CPU.
-pub fn sites(lane: Lane, asked: Option<usize>) -> usize {
+/// How many daemons the tests use in a lane, each in such a machine: as many as were asked for, else one for each CPU.
+pub fn sites(lane: Lane, machine: lane::Machine, asked: Option<usize>) -> usize {
     match lane {
         // They would find each other's processes.
         Lane::Native => 1,
-        Lane::HostVm => asked.unwrap_or_else(lane::host_vms).max(1),
+        Lane::HostVm => asked.unwrap_or_else(|| lane::host_vms(machine)).max(1),
     }
 }
 

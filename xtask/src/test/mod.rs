@@ -214,7 +214,8 @@ fn linux_stage(
     })?;
     let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
     if stages.contains(&Stage::Linux) {
-        let site = summary.must("booting the host VM", Site::start(lane, kernel, 2, &artifacts));
+        let site =
+            summary.must("booting the host VM", Site::start(lane, kernel, lane::VMMS, &artifacts));
         let Some(site) = site else { return Ok(None) };
         let names = arguments.parts(Stage::Linux, |only| match only {
             Only::Linux(name) => Some(name.as_str()),
@@ -250,9 +251,13 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
     let what = &in_kernel("end-to-end tests", lane.kernel);
     let result = summary.stage(what, |summary| {
         let Ready { artifacts, clients, lane, kernel } = lane;
-        let cpus = if arguments.nightly { 2 } else { lane::DAEMON_CPUS };
-        let start = |_| Site::start(lane, kernel, cpus, &artifacts);
-        let sites = (0..sites(lane, arguments.host_vms)).map(start).collect::<Result<Vec<_>>>();
+        let machine = match arguments.nightly {
+            true => lane::NIGHTLY_DAEMONS,
+            false => lane::DAEMONS,
+        };
+        let start = |_| Site::start(lane, kernel, machine, &artifacts);
+        let sites =
+            (0..sites(lane, machine, arguments.host_vms)).map(start).collect::<Result<Vec<_>>>();
         let sites = summary.must("booting the host VMs", sites)?;
         let environment = arguments.environment();
         summary.must(what, end_to_end(sites, &artifacts, &clients, &pytest, environment))

@@ -34,7 +34,7 @@ impl VmState {
     /// # Errors
     /// KVM's.
     pub fn save(vm: &VmFd) -> Result<(Self, u64), kvm_ioctls::Error> {
-        let (clock, read_at) = in_a_moment(|| vm.get_clock())?;
+        let (clock, read_at) = in_a_moment(|_| vm.get_clock())?;
         let known = clock.flags & KVM_CLOCK_HOST_TSC != 0;
         let (clock_ns, host_tsc) = (clock.clock, if known { clock.host_tsc } else { read_at });
         let mut irqchips = [kvm_irqchip::default(); 3];
@@ -49,37 +49,44 @@ impl VmState {
     ///
     /// # Errors
     /// KVM's.
-    pub fn restore(&self, vm: &VmFd) -> Result<u64, kvm_ioctls::Error> {
+    pub fn restore(&self, vm: &VmFd, at: u64, tsc_khz: u32) -> Result<(), kvm_ioctls::Error> {
         // The chips' ids come from the snapshot: only the three that exist, each once.
         for (chip, id) in self.irqchips.iter().zip(CHIPS) {
             let mut chip = *chip;
             chip.chip_id = id;
             vm.set_irqchip(&chip)?;
         }
-        self.restore_clock(vm)
+        self.restore_clock(vm, at, tsc_khz)
     }
 
-    /// Sets kvmclock alone; returns the host's TSC at that moment, from which guest TSCs must go on.
+    /// Sets kvmclock alone, as if it had gone on when the host's TSC, of `tsc_khz`, read `at`: from
+    /// then on guest TSCs must go on, too.
     ///
     /// # Errors
     /// KVM's.
-    pub fn restore_clock(&self, vm: &VmFd) -> Result<u64, kvm_ioctls::Error> {
+    pub fn restore_clock(&self, vm: &VmFd, at: u64, tsc_khz: u32) -> Result<(), kvm_ioctls::Error> {
         // No KVM_CLOCK_REALTIME: the guest's clock goes on from where it stopped; wall-clock time
         // is the guest init's to step.
-        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
-        let ((), set_at) = in_a_moment(|| vm.set_clock(&clock))?;
-        Ok(set_at)
+        let ((), _) = in_a_moment(|now| {
+            // Two CPUs may differ by little.
+            let ticks = (now.wrapping_sub(at) as i64).max(0) as u128;
+            let passed = (ticks * 1_000_000 / u128::from(tsc_khz.max(1))) as u64;
+            let clock = self.clock_ns.saturating_add(passed);
+            vm.set_clock(&kvm_clock_data { clock, ..Default::default() })
+        })?;
+        Ok(())
     }
 }
 
-/// Does something until it has taken a moment: what it gave last, and the host's TSC in its middle.
+/// Does something, which is told the host's TSC, until it has taken a moment: what it gave last, and the
+/// host's TSC in its middle.
 fn in_a_moment<T>(
-    mut work: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+    mut work: impl FnMut(u64) -> Result<T, kvm_ioctls::Error>,
 ) -> Result<(T, u64), kvm_ioctls::Error> {
     let mut attempt = 0;
     loop {
         let before = tsc();
-        let done = work()?;
+        let done = work(before)?;
         hold::clock();
         let took = tsc().wrapping_sub(before);
         attempt += 1;
@@ -108,7 +115,7 @@ mod tests {
         vm.create_irq_chip().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let khz = u64::from(vcpu.get_tsc_khz().unwrap());
-        let now = |vm: &VmFd| in_a_moment(|| vm.get_clock()).unwrap();
+        let now = |vm: &VmFd| in_a_moment(|_| vm.get_clock()).unwrap();
         for _ in 0..20 {
             hold::stop_once(Duration::from_millis(5));
             let (saved, saved_at) = VmState::save(&vm).unwrap();
@@ -118,9 +125,12 @@ mod tests {
             assert!(skew.abs() < 1_000_000, "saved {skew} ns apart");
 
             hold::stop_once(Duration::from_millis(5));
-            let set_at = saved.restore(&vm).unwrap();
+            // The clock is set a while after the moment from which it goes on.
+            let moment = tsc();
+            std::thread::sleep(Duration::from_millis(2));
+            saved.restore(&vm, moment, khz as u32).unwrap();
             let (clock, at) = now(&vm);
-            let passed = at.wrapping_sub(set_at) as i64 * 1_000_000 / khz as i64;
+            let passed = at.wrapping_sub(moment) as i64 * 1_000_000 / khz as i64;
             let skew = clock.clock as i64 - saved.clock_ns as i64 - passed;
             assert!(skew.abs() < 1_000_000, "restored {skew} ns apart");
         }

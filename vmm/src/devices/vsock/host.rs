@@ -1,14 +1,18 @@
 //! The host's side: its stream, and what the event loop asks of the device.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
     },
 };
 
-use rustix::net::{RecvFlags, recv};
+use firn_proto::control::MOMENT;
+use rustix::{
+    io::Errno,
+    net::{RecvAncillaryBuffer, RecvFlags, recv, recvmsg},
+};
 
 use super::{Due, TX, Vsock, connection::Connection};
 use crate::{
@@ -25,6 +29,32 @@ pub(super) struct Host {
     pub(super) writable: bool,
     /// The guest's end was passed on.
     pub(super) finished: bool,
+    /// The [`MOMENT`] is still to come, and what follows it is not for the guest yet.
+    pub(super) moment_due: bool,
+}
+
+impl Host {
+    fn take_moment(&mut self) -> io::Result<Option<u64>> {
+        let mut moment = [0; MOMENT];
+        // As all that is taken from the stream: vCPU threads may do nothing else.
+        let mut ancillary = RecvAncillaryBuffer::new(&mut []);
+        let buffer = &mut [IoSliceMut::new(&mut moment)];
+        let received = recvmsg(&self.stream, buffer, &mut ancillary, RecvFlags::DONTWAIT);
+        match received.map(|received| received.bytes) {
+            Ok(MOMENT) => {
+                self.moment_due = false;
+                Ok(Some(u64::from_le_bytes(moment)))
+            }
+            // The end is the guest's to see.
+            Ok(0) => {
+                self.moment_due = false;
+                Ok(None)
+            }
+            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(Errno::AGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 /// Why the device can't be saved now.
@@ -52,10 +82,10 @@ pub enum NotQuiet {
 
 impl VirtioMmio<Vsock> {
     /// Gives the connection (the live one after a thaw, or the next that the guest opens) its
-    /// host end. [`Self::pump`] should follow.
-    pub fn set_host_stream(&mut self, stream: UnixStream) {
-        let finished = false;
-        self.device.host = Some(Host { stream, readable: true, writable: true, finished });
+    /// host end, which begins with a [`MOMENT`] or not. [`Self::pump`] should follow.
+    pub fn set_host_stream(&mut self, stream: UnixStream, moment_due: bool) {
+        let (readable, writable, finished) = (true, true, false);
+        self.device.host = Some(Host { stream, readable, writable, finished, moment_due });
         self.device.first_byte = None;
     }
 
@@ -73,6 +103,10 @@ impl VirtioMmio<Vsock> {
         if let Some(host) = &mut self.device.host {
             host.readable = true;
             host.writable = true;
+            // Of a guest that runs already it is of no use any more.
+            if host.moment_due && host.take_moment().is_err() {
+                self.device.reset_connection();
+            }
         }
         self.drive(lapics, |device, queues| {
             device.flush();
@@ -83,6 +117,18 @@ impl VirtioMmio<Vsock> {
     /// Whether the host has sent bytes that the guest has not got.
     pub fn host_has_bytes(&self) -> bool {
         matches!(self.peek(), Some(Ok(count)) if count > 0)
+    }
+
+    /// Takes the [`MOMENT`] that the host stream begins with; `None` if it has been taken, or has not
+    /// come.
+    ///
+    /// # Errors
+    /// The stream's; [`io::ErrorKind::UnexpectedEof`] if it is shorter.
+    pub fn take_moment(&mut self) -> io::Result<Option<u64>> {
+        match &mut self.device.host {
+            Some(host) if host.moment_due => host.take_moment(),
+            _ => Ok(None),
+        }
     }
 
     /// Whether nothing is on its way, so that a snapshot loses nothing.

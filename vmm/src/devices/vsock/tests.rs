@@ -50,7 +50,7 @@ impl Guest {
     fn plug(&mut self) -> UnixStream {
         let (near, far) = UnixStream::pair().unwrap();
         far.set_nonblocking(true).unwrap();
-        self.mock.device.set_host_stream(near);
+        self.mock.device.set_host_stream(near, false);
         self.mock.device.pump(Lapics::of_power_on()).unwrap();
         far
     }

@@ -480,7 +480,7 @@ proptest! {
         survive(block, &steps);
         let mut vsock = Mock::up(memory.clone(), Vsock::new(memory));
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-        vsock.device.set_host_stream(near);
+        vsock.device.set_host_stream(near, false);
         survive(vsock, &steps);
     }
 
