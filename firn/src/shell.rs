@@ -187,6 +187,8 @@ fn launch_jailer(inner: &Arc<Inner>, class: ShellClass) -> Result<Vm, ShellError
     let delta = inner.state.run.nameless().map_err(at("make a /tmp disk"))?;
     let (control, theirs) = Control::pair().map_err(at("make a control socket"))?;
     let (stderr, their_stderr) = io::pipe().map_err(at("make a pipe"))?;
+    // A guest whose output nobody reads in time loses it, and does not wait.
+    rustix::io::ioctl_fionbio(&their_stderr, true).map_err(|e| at("make a pipe")(e.into()))?;
     let group = match &inner.cgroups {
         Some(cgroups) => {
             let limits = Limits {

@@ -24,7 +24,7 @@ use std::{
 };
 
 use assembler::Code;
-use common::{Vmm, config, elf, empty, from_now, kvm};
+use common::{Vmm, config, elf, empty, from_now, kvm, sealed};
 use firn_proto::control::{FromVmm, MemoryPlan, Phase, ShellConfig, Stamps, ToVmm};
 use firn_vmm::stats::monotonic_ns;
 
@@ -63,7 +63,7 @@ fn measure(kvm: &File, pages: u32, iterations: usize) {
     let vmm = shell(kvm);
     let (mut stream, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
-    let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+    let answer = vmm.request(&message, &[sealed(&memory), state.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
     let pagemap = vmm.pagemap();
     let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;

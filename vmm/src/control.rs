@@ -21,6 +21,7 @@ use rustix::{
 };
 
 use crate::{
+    console::say,
     descriptors::{EPOLL, place},
     seccomp,
     stats::Clock,
@@ -115,7 +116,7 @@ pub unsafe fn serve(clock: Arc<Clock>) -> i32 {
         Err(error) => vmm_error(error),
     };
     if exit.reason.code() != 0 {
-        eprintln!("firn-vmm: {:?}: {}", exit.reason, exit.detail);
+        say(format_args!("{:?}: {}", exit.reason, exit.detail));
     }
     exit.reason.code()
 }

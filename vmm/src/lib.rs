@@ -23,6 +23,7 @@
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
 pub mod arch;
+pub mod console;
 pub mod control;
 pub mod descriptors;
 pub mod devices;

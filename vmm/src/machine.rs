@@ -23,6 +23,7 @@ use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use crate::{
     arch::{FIRST_IRQ, MMIO_BASE, MMIO_SIZE},
+    console::Console,
     devices::{
         block::{Block, BlockState, Medium, MediumError},
         rng::{Rng, RngState},
@@ -99,7 +100,7 @@ pub struct Machine {
     vsock: Mutex<VirtioMmio<Vsock>>,
     rng: Mutex<VirtioMmio<Rng>>,
     disks: Vec<Mutex<VirtioMmio<Block>>>,
-    serial: Option<Mutex<Serial<IrqLine, NoEvents, Stderr>>>,
+    serial: Option<Mutex<SerialPort>>,
     halt: Halt,
     vm: Arc<VmFd>,
 }
@@ -165,10 +166,7 @@ impl Machine {
             Mutex::new(VirtioMmio::new(block, memory.clone(), line()))
         });
         let disks = disks.collect();
-        let serial = config.serial.then(|| {
-            let irq = IrqLine { vm: vm.clone(), line: SERIAL_IRQ };
-            Mutex::new(Serial::new(irq, std::io::stderr()))
-        });
+        let serial = config.serial.then(|| Mutex::new(serial_port(vm.clone())));
         Self { vsock: Mutex::new(vsock), rng: Mutex::new(rng), disks, serial, halt, vm: vm.clone() }
     }
 
@@ -436,12 +434,16 @@ impl Machine {
     pub fn reset(&self, state: &MachineState) -> Result<(), MachineRestoreError> {
         if let Some(serial) = &self.serial {
             // A snapshot has no serial port's state: a thawed guest finds it as after power-on.
-            let mut serial = lock(serial);
-            *serial =
-                Serial::new(IrqLine { vm: self.vm.clone(), line: SERIAL_IRQ }, std::io::stderr());
+            *lock(serial) = serial_port(self.vm.clone());
         }
         self.restore(state)
     }
+}
+
+type SerialPort = Serial<IrqLine, NoEvents, Console<Stderr>>;
+
+fn serial_port(vm: Arc<VmFd>) -> SerialPort {
+    Serial::new(IrqLine { vm, line: SERIAL_IRQ }, Console::new(io::stderr()))
 }
 
 /// How often the driver has acknowledged interrupts, if it has not acknowledged the last one, which is

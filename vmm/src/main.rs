@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use firn_proto::control::{CONTROL_FD, ExitReason, KVM_FD, Phase};
-use firn_vmm::{control, descriptors, seccomp, stats::Clock};
+use firn_vmm::{console::say, control, descriptors, seccomp, stats::Clock};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 fn main() {
@@ -14,7 +14,7 @@ fn main() {
     // Exec has set this to whatever the host's `fs.suid_dumpable` says: a guest's memory is nobody's
     // core dump.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
-        eprintln!("firn-vmm: can't forbid core dumps: {error}");
+        say(format_args!("can't forbid core dumps: {error}"));
         end(ExitReason::VmmError.code());
     }
     let clock = Arc::new(Clock::default());
@@ -25,19 +25,19 @@ fn main() {
     }
     // A VMM that has lost a thread is no VMM: end at once, whichever thread it was.
     std::panic::set_hook(Box::new(|panic| {
-        eprintln!("firn-vmm: {panic}");
+        say(format_args!("{panic}"));
         end(ExitReason::VmmError.code());
     }));
     if let Err(error) = descriptors::limit() {
-        eprintln!("firn-vmm: can't limit descriptors: {error}");
+        say(format_args!("can't limit descriptors: {error}"));
         end(ExitReason::VmmError.code());
     }
     for (descriptor, what) in [(CONTROL_FD, "control socket"), (KVM_FD, "/dev/kvm")] {
         // SAFETY: F_GETFD reads a flag of a descriptor and fails on one that is not open.
         if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } < 0 {
-            eprintln!(
-                "firn-vmm: descriptor {descriptor} must be the {what}; firn starts this program"
-            );
+            say(format_args!(
+                "descriptor {descriptor} must be the {what}; firn starts this program"
+            ));
             end(ExitReason::VmmError.code());
         }
     }

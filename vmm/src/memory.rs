@@ -27,6 +27,8 @@ use std::{
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+use crate::sealed::SealedError;
+
 /// Guest memory as devices see it.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
@@ -70,6 +72,9 @@ pub enum MemoryError {
     /// The file can't be mapped.
     #[error("cannot map the memory file: {0}")]
     Map(std::io::Error),
+    /// The file can't be mapped for reading.
+    #[error("cannot read the memory file: {0}")]
+    Source(SealedError),
     /// The ranges don't make a guest memory (never on a layout made here).
     #[error("guest memory layout: {0}")]
     Layout(String),

@@ -22,7 +22,7 @@ use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
 
 use crate::memory::{
     Memory, MemoryError, PAGE,
-    source::{Source, View},
+    source::{self, Source},
 };
 
 const REGION_BYTES: usize = REGION as usize;
@@ -205,10 +205,10 @@ pub fn carry_out(
         }
     }
     if !plan.copied.is_empty() {
-        let source = View::of(file, memory.bytes())?;
+        let source = source::map(file, memory.bytes())?;
         for run in &plan.copied {
             let (offset, bytes) = extent(run);
-            let from = &source.bytes()[offset as usize..offset as usize + bytes];
+            let from = &source[offset as usize..offset as usize + bytes];
             let target = memory.host_pointer(offset);
             // SAFETY: the range has been checked against the size of guest memory, which is the
             // view's, too; they are different mappings; nobody else writes either meanwhile.
@@ -352,6 +352,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::sealed::tests::{seal, sealable};
 
     const MIB: u64 = 1 << 20;
 
@@ -374,13 +375,13 @@ mod tests {
 
     /// 16 MiB in which every page holds its own number, but for region 3, which is a hole.
     fn snapshot() -> File {
-        let memfd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = File::from(memfd);
+        let file = sealable();
         let contents = contents();
         for range in [0..HOLE.start * PAGE, HOLE.end * PAGE..16 << 20] {
             let bytes = &contents[range.start as usize..range.end as usize];
             file.write_all_at(bytes, range.start).unwrap();
         }
+        seal(&file);
         file
     }
 

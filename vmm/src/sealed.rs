@@ -21,16 +21,31 @@ pub struct Sealed {
     mapped: usize,
 }
 
+/// Why a file is not mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum SealedError {
+    /// It may still change or shrink, or is no file that can be sealed.
+    #[error("the file is not sealed against writing and shrinking")]
+    Unsealed,
+    /// The kernel refused; an empty file can't be mapped.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
+
 impl Sealed {
-    /// Maps all of `file`; `None` if it is empty, is not sealed against writing and shrinking, or
-    /// can't be mapped.
-    pub fn map(file: impl AsFd) -> Option<Self> {
+    /// Maps all of `file`.
+    ///
+    /// # Errors
+    /// Any [`SealedError`].
+    pub fn map(file: impl AsFd) -> Result<Self, SealedError> {
         let needed = SealFlags::WRITE | SealFlags::SHRINK;
-        if !rustix::fs::fcntl_get_seals(&file).ok()?.contains(needed) {
-            return None;
+        if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(needed)) {
+            return Err(SealedError::Unsealed);
         }
-        let bytes = usize::try_from(rustix::fs::fstat(&file).ok()?.st_size).ok()?;
-        let mapped = bytes.checked_next_multiple_of(HUGE)?;
+        let length = rustix::fs::fstat(&file).map_err(std::io::Error::from)?.st_size;
+        let bytes = usize::try_from(length).map_err(std::io::Error::other)?;
+        let too_long = || std::io::Error::from(std::io::ErrorKind::FileTooLarge);
+        let mapped = bytes.checked_next_multiple_of(HUGE).ok_or_else(too_long)?;
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
         let address = unsafe {
             rustix::mm::mmap(
@@ -42,9 +57,14 @@ impl Sealed {
                 0,
             )
         };
-        Some(Self { address: NonNull::new(address.ok()?.cast())?, bytes, mapped })
+        let address = address.map_err(std::io::Error::from)?;
+        let null = || std::io::Error::other("mmap gave null");
+        Ok(Self { address: NonNull::new(address.cast()).ok_or_else(null)?, bytes, mapped })
     }
 }
+
+// SAFETY: the mapping belongs to no thread, and what is there never changes.
+unsafe impl Send for Sealed {}
 
 impl Deref for Sealed {
     type Target = [u8];
@@ -64,31 +84,41 @@ impl Drop for Sealed {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{fs::File, io::Write};
 
     use rustix::fs::{MemfdFlags, fcntl_add_seals, memfd_create};
 
     use super::*;
 
+    /// An empty file that can be sealed.
+    pub(crate) fn sealable() -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        memfd_create("test", flags).unwrap().into()
+    }
+
+    pub(crate) fn seal(file: &File) {
+        fcntl_add_seals(file, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+    }
+
     #[test]
     fn only_what_can_not_change_is_mapped() {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let mut file = File::from(memfd_create("test", flags).unwrap());
+        let mut file = sealable();
         file.write_all(b"content").unwrap();
-        assert!(Sealed::map(&file).is_none());
+        assert!(matches!(Sealed::map(&file), Err(SealedError::Unsealed)));
         fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
-        assert!(Sealed::map(&file).is_none(), "it could still shrink");
+        let error = Sealed::map(&file).unwrap_err();
+        assert!(matches!(error, SealedError::Unsealed), "it could still shrink");
         fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
         assert_eq!(&*Sealed::map(&file).unwrap(), b"content");
     }
 
     #[test]
     fn ordinary_and_empty_files_are_not_mapped() {
-        assert!(Sealed::map(File::open("/proc/self/exe").unwrap()).is_none());
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let empty = memfd_create("test", flags).unwrap();
-        fcntl_add_seals(&empty, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
-        assert!(Sealed::map(&empty).is_none());
+        let error = Sealed::map(File::open("/proc/self/exe").unwrap()).unwrap_err();
+        assert!(matches!(error, SealedError::Unsealed));
+        let empty = sealable();
+        seal(&empty);
+        assert!(matches!(Sealed::map(&empty), Err(SealedError::Io(_))));
     }
 }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use common::{Vmm, from_now, kvm, memfd};
+use common::{Vmm, from_now, kvm, memfd, sealed};
 use firn_proto::{
     control::{self, CpuTemplate, DiskKind, DiskSource, FromVmm, MemoryPlan, ShellConfig, ToVmm},
     guest::{self, FromGuest, FunctionError, GuestTsc, Invoke, Load, Outcome, Renew, ToGuest},
@@ -232,7 +232,7 @@ impl Saved {
             plan: MemoryPlan::default(),
         };
         let mut descriptors =
-            vec![self.memory.as_fd(), self.state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];
+            vec![sealed(&self.memory), self.state.as_fd(), theirs.as_fd(), files.rootfs.as_fd()];
         if code == DiskSource::ReadOnly {
             descriptors.push(files.code.as_fd());
         }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use assembler::{Code, REGISTERS};
-use common::{Vmm, config, elf, empty, from_now, kvm};
+use common::{Vmm, config, elf, empty, from_now, kvm, sealed};
 use firn_proto::control::{FailureKind, FromVmm, MemoryPlan, Phase, ResetReport, ToVmm};
 
 /// While this byte is 0 the guest idles: the state that is saved.
@@ -175,7 +175,7 @@ fn thaw(kvm: &File, memory: &File, state: &File) -> (Vmm, UnixStream) {
     let vmm = Vmm::shell(kvm, &config(1, true));
     let (ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
-    let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+    let answer = vmm.request(&message, &[sealed(memory), state.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
     (vmm, ours)
 }
@@ -280,7 +280,7 @@ fn messages_between_vcpus_do_not_outlive_a_reset() {
     let mut vmm = Vmm::shell(&kvm, &config(2, true));
     let (mut stream, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
-    let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+    let answer = vmm.request(&message, &[sealed(&memory), state.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
     let mut output = vmm.stderr.take().unwrap();
     rustix::io::ioctl_fionbio(&output, true).unwrap();

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Vmm, config, elf, empty, from_now, kvm, memfd};
+use common::{Vmm, config, elf, empty, from_now, kvm, memfd, sealed};
 use driver::{BYTES, CHANGED, INTERRUPTS, UP};
 use firn_proto::control::{
     DiskKind, DiskSource, ExitReason, FailureKind, FromVmm, MemoryPlan, ShellConfig, ToVmm,
@@ -110,7 +110,7 @@ impl Race {
             stream.write_all(&from_now(before)).unwrap();
         }
         let message = ToVmm::Thaw { disks: empty(1), resume, plan: MemoryPlan::default() };
-        let descriptors = [snapshot.memory.as_fd(), snapshot.state.as_fd(), theirs.as_fd()];
+        let descriptors = [sealed(&snapshot.memory), snapshot.state.as_fd(), theirs.as_fd()];
         let answer = vmm.request(&message, &descriptors);
         assert!(matches!(answer, FromVmm::Thawed(_)), "{answer:?}");
         Guest { vmm, stream, begins: before.is_empty() }
@@ -291,7 +291,7 @@ fn a_restore_that_is_refused_is_named() {
         let begun = Instant::now();
         let (_stream, theirs) = UnixStream::pair().unwrap();
         let message = ToVmm::Thaw { disks: empty(1), resume: true, plan: MemoryPlan::default() };
-        let descriptors = [snapshot.memory.as_fd(), snapshot.state.as_fd(), theirs.as_fd()];
+        let descriptors = [sealed(&snapshot.memory), snapshot.state.as_fd(), theirs.as_fd()];
         let answer = vmm.request(&message, &descriptors);
         let FromVmm::Failed(failure) = answer else { panic!("{answer:?}") };
         assert_eq!(failure.kind, FailureKind::Kvm, "{failure:?}");

@@ -118,10 +118,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-
-    fn memfd() -> File {
-        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
-    }
+    use crate::sealed::tests::{seal, sealable};
 
     #[test]
     fn only_pages_that_differ_are_written() {
@@ -130,7 +127,7 @@ mod tests {
         contents[page * 3] = 1;
         contents[page * 4 + 7] = 2;
         contents[page * 19] = 3;
-        let out = memfd();
+        let out = sealable();
         let mut writer = Writer::new(&contents, None, &out).unwrap();
         writer.look(0..4).unwrap();
         writer.look(4..21).unwrap();
@@ -141,10 +138,11 @@ mod tests {
         out.read_exact_at(&mut back, 0).unwrap();
         assert_eq!(back, contents);
 
+        seal(&out);
         let base = Source::of(out.as_fd(), contents.len() as u64).unwrap();
         contents[page * 4 + 7] = 0;
         contents[page * 7] = 5;
-        let differences = memfd();
+        let differences = sealable();
         let mut writer = Writer::new(&contents, Some(&base), &differences).unwrap();
         // Whoever is not told of a page does not look at it.
         writer.look(0..5).unwrap();

@@ -1,31 +1,29 @@
 //! The memory of a snapshot, for reading.
 
-use std::{
-    ops::Range,
-    os::fd::{AsRawFd, BorrowedFd},
-};
+use std::{ops::Range, os::fd::BorrowedFd};
 
 use rustix::fs::SeekFrom;
 
 use super::{MemoryError, PAGE};
+use crate::sealed::Sealed;
 
 /// The memory of a snapshot, as what written pages are put back from.
 pub struct Source {
-    view: View,
+    bytes: Sealed,
     /// Where it has bytes, in ascending order; everything else is zeroes.
     data: Vec<Range<u64>>,
 }
 
 impl Source {
-    /// Maps the first `bytes` bytes of `file`, which must be sealed against writing and shrinking.
+    /// Maps `file`, which must be sealed against writing and shrinking and have at least `bytes` bytes.
     ///
     /// Holes are noted now: to read one through the mapping would allocate a page of the file, for
     /// all clones and for ever. Those that other clones fill in the same way later stay zeroes.
     ///
     /// # Errors
-    /// [`MemoryError::FileSize`], [`MemoryError::Map`].
+    /// [`MemoryError::FileSize`], [`MemoryError::Source`], [`MemoryError::Map`].
     pub fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
-        let view = View::of(file, bytes)?;
+        let view = map(file, bytes)?;
         let mut data = Vec::new();
         let mut at = 0;
         while at < bytes {
@@ -40,12 +38,12 @@ impl Source {
             data.push(start / PAGE * PAGE..end.next_multiple_of(PAGE).min(bytes));
             at = end.max(start + 1);
         }
-        Ok(Self { view, data })
+        Ok(Self { bytes: view, data })
     }
 
     /// Size of the memory in bytes.
     pub fn bytes(&self) -> u64 {
-        self.view.bytes as u64
+        self.bytes.len() as u64
     }
 
     /// A page by its number, which must be of this memory; none if it is zeroes.
@@ -54,7 +52,7 @@ impl Source {
         let next = self.data.partition_point(|data| data.end <= start);
         let data = self.data.get(next).filter(|data| data.start <= start)?;
         debug_assert!(start + PAGE <= data.end, "extents are of whole pages");
-        self.view.bytes().get(start as usize..(start + PAGE) as usize)
+        self.bytes.get(start as usize..(start + PAGE) as usize)
     }
 
     /// Calls `piece` with each part of `range`, in order: a range of offsets, and its bytes, or
@@ -76,7 +74,7 @@ impl Source {
             }
             let part = at as usize..data.end.min(range.end) as usize;
             at = part.end as u64;
-            piece(part.clone(), Some(&self.view.bytes()[part]));
+            piece(part.clone(), Some(&self.bytes[part]));
         }
         if at < range.end {
             piece(at as usize..range.end as usize, None);
@@ -84,53 +82,17 @@ impl Source {
     }
 }
 
-/// A snapshot's memory, mapped for reading.
-pub(crate) struct View {
-    start: *const u8,
-    bytes: usize,
-}
-
-impl View {
-    /// Maps the first `bytes` bytes of `file`, which must be sealed against writing and shrinking.
-    ///
-    /// # Errors
-    /// [`MemoryError::FileSize`], [`MemoryError::Map`].
-    pub(crate) fn of(file: BorrowedFd<'_>, bytes: u64) -> Result<Self, MemoryError> {
-        let found = rustix::fs::fstat(file).map_err(|e| MemoryError::Map(e.into()))?.st_size;
-        if (found as u64) < bytes {
-            return Err(MemoryError::FileSize { found: found as u64, expected: bytes });
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice; that the file does not
-        // shrink under it is what the sealed memfd of a resident snapshot is for.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes as usize,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(MemoryError::Map(std::io::Error::last_os_error()));
-        }
-        Ok(Self { start: start.cast(), bytes: bytes as usize })
+/// Maps the memory of a snapshot for reading, at least `bytes` bytes.
+///
+/// # Errors
+/// [`MemoryError::FileSize`], [`MemoryError::Source`].
+pub(crate) fn map(file: BorrowedFd<'_>, bytes: u64) -> Result<Sealed, MemoryError> {
+    let mapped = Sealed::map(file).map_err(MemoryError::Source)?;
+    let found = mapped.len() as u64;
+    if found < bytes {
+        return Err(MemoryError::FileSize { found, expected: bytes });
     }
-
-    /// The bytes.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped readable for `self.bytes` bytes until drop; the file behind it is sealed
-        // against writing, as the protocol demands.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // SAFETY: the range is this value's own mapping, and no slice of it outlives `self`.
-        unsafe { libc::munmap(self.start.cast_mut().cast(), self.bytes) };
-    }
+    Ok(mapped)
 }
 
 #[cfg(test)]

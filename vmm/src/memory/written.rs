@@ -277,14 +277,17 @@ pub(super) mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::sealed::{
+        SealedError,
+        tests::{seal, sealable},
+    };
 
     fn own() -> Pagemap {
         Pagemap::new(File::open("/proc/self/pagemap").unwrap()).unwrap()
     }
 
     pub fn snapshot(mib: usize) -> (File, Vec<u8>) {
-        let mut file: File =
-            rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        let mut file = sealable();
         let mut contents = vec![0; mib << 20];
         for (number, page) in contents.chunks_mut(PAGE as usize).enumerate() {
             // Every third page is zeroes: a hole.
@@ -297,6 +300,7 @@ pub(super) mod tests {
         }
         file.set_len((mib << 20) as u64).unwrap();
         file.flush().unwrap();
+        seal(&file);
         (file, contents)
     }
 
@@ -376,6 +380,14 @@ pub(super) mod tests {
         // SAFETY: nothing else uses this memory.
         let result = unsafe { memory.put_back(&own(), &source) };
         assert!(matches!(result, Err(WrittenError::Snapshot(MemoryError::FileSize { .. }))));
+    }
+
+    #[test]
+    fn a_snapshot_that_may_change_is_refused() {
+        let file = sealable();
+        file.set_len(16 << 20).unwrap();
+        let error = Source::of(file.as_fd(), 16 << 20).err();
+        assert!(matches!(error, Some(MemoryError::Source(SealedError::Unsealed))), "{error:?}");
     }
 
     /// Bytes of memory that the file occupies.

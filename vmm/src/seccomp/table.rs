@@ -197,7 +197,7 @@ const DEVICE: &[Entry] = table! {
     SYS_recvmsg,                    [on(&[CONTROL, STREAM])], "requests; what the host says to the guest";
     SYS_sendto,                     [on(&[CONTROL])], "answers";
     SYS_fcntl(F_DUPFD_CLOEXEC),     [on(&[RECEIVED])], "received descriptors to their places";
-    SYS_fcntl(F_GET_SEALS),         [on(&[RECEIVED])], "whether kernel and initramfs may be mapped";
+    SYS_fcntl(F_GET_SEALS),         [on(&[RECEIVED, MEMORY])], "whether kernel, initramfs, snapshots may be mapped";
     SYS_close,                      [on(&[RECEIVED, MEMORY, STREAM, DISKS])], "what a request brought, or replaced";
     SYS_fstat,                      [on(&[RECEIVED, MEMORY, DISKS])], "lengths of received files";
     SYS_read,                       [on(&[RECEIVED])], "kernel and initramfs that are not sealed";

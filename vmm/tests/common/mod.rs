@@ -18,6 +18,7 @@ use firn_proto::control::{
     self, CONTROL_FD, CpuTemplate, DiskKind, DiskSource, FromVmm, KVM_FD, SaveReport, ShellConfig,
     ToVmm,
 };
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
@@ -260,9 +261,17 @@ pub fn from_now(bytes: &[u8]) -> Vec<u8> {
 /// An anonymous file with `contents`.
 pub fn memfd(contents: &[u8]) -> File {
     let mut file: File =
-        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .unwrap()
+            .into();
     file.write_all(contents).unwrap();
     file
+}
+
+/// Memory of a snapshot, as it is thawed: nobody changes it any more.
+pub fn sealed(memory: &File) -> BorrowedFd<'_> {
+    fcntl_add_seals(memory, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+    memory.as_fd()
 }
 
 /// An ELF kernel that is nothing but `code`, loaded and entered at [`ENTRY`].

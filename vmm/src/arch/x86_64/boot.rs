@@ -176,8 +176,8 @@ pub fn load(
 /// A sealed file is copied straight from its pages, any other one is read.
 fn load_kernel(memory: &Memory, kernel: &mut File) -> Result<(KernelLoaderResult, u64), BootError> {
     match Sealed::map(&*kernel) {
-        Some(content) => load_image(memory, &mut Cursor::new(&*content)),
-        None => load_image(memory, kernel),
+        Ok(content) => load_image(memory, &mut Cursor::new(&*content)),
+        Err(_) => load_image(memory, kernel),
     }
 }
 
@@ -233,7 +233,7 @@ fn load_initramfs(
         return Err(too_large);
     }
     match Sealed::map(&*file) {
-        Some(content) if content.len() as u64 == bytes => {
+        Ok(content) if content.len() as u64 == bytes => {
             memory.guest().write_slice(&content, GuestAddress(address))?;
         }
         _ => memory
