@@ -23,11 +23,44 @@ use std::{
     ptr,
 };
 
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+
 /// Descriptors are first copied to numbers from here on, clear of the plan's.
 const CLEAR: RawFd = 64;
 
 /// Bytes of stack for the child: a few frames of libc wrappers.
 const STACK: usize = 64 * 1024;
+
+/// Bytes below it that can't be touched: a multiple of any page size.
+const GUARD: usize = 64 * 1024;
+
+/// A stack that faults where it ends.
+struct Stack(*mut c_void);
+
+impl Stack {
+    fn new() -> io::Result<Self> {
+        let (any, flags) = (ptr::null_mut(), MapFlags::PRIVATE | MapFlags::STACK);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        let stack = Self(unsafe { mmap_anonymous(any, GUARD + STACK, access, flags)? });
+        // SAFETY: the range is the lower part of this mapping, which nothing uses yet.
+        unsafe { mprotect(stack.0, GUARD, MprotectFlags::empty())? };
+        Ok(stack)
+    }
+
+    /// Where its `STACK` bytes start.
+    fn start(&self) -> *mut c_void {
+        // SAFETY: within the mapping.
+        unsafe { self.0.byte_add(GUARD) }
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and the child that used it has left it.
+        let _ = unsafe { munmap(self.0, GUARD + STACK) };
+    }
+}
 
 /// Of linux/sched.h. (libc's constant of this name is an `int`, in which the flag has no room.)
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -55,6 +88,8 @@ struct Child {
     arguments: Vec<*const libc::c_char>,
     environment: [*const libc::c_char; 1],
     descriptors: Vec<RawFd>,
+    /// The last thing that it does in this memory: it is about to execute.
+    executes: bool,
     error: libc::c_int,
 }
 
@@ -90,17 +125,17 @@ pub(crate) fn launch(
         arguments: arguments.iter().map(|a| a.as_ptr()).chain([ptr::null()]).collect(),
         environment: [ptr::null()],
         descriptors: copies.iter().map(AsRawFd::as_raw_fd).collect(),
+        executes: false,
         error: 0,
     };
-    // u128 for the alignment that the ABI wants of a stack.
-    let mut stack = vec![0u128; STACK / size_of::<u128>()];
+    let stack = Stack::new()?;
     let mut pidfd: libc::c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_NEWPID | libc::CLONE_PIDFD;
     let mut clone = libc::clone_args {
         flags: flags as u64,
         pidfd: (&raw mut pidfd) as u64,
         exit_signal: libc::SIGCHLD as u64,
-        stack: stack.as_mut_ptr() as u64,
+        stack: stack.start() as u64,
         stack_size: STACK as u64,
         // SAFETY: it consists of numbers, for which zero is "none".
         ..unsafe { std::mem::zeroed() }
@@ -131,15 +166,21 @@ pub(crate) fn launch(
     let pid = made?;
     // SAFETY: clone3 succeeded, so the kernel has stored a new descriptor that nobody else owns.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    // SAFETY: the child wrote through the pointer that it was given; a volatile read keeps the
-    // compiler from assuming the initial value.
-    let failed = unsafe { ptr::read_volatile(&raw const child.error) };
+    // SAFETY: the child wrote through the pointer that it was given; volatile reads keep the
+    // compiler from assuming the initial values.
+    let (failed, executes) = unsafe {
+        (ptr::read_volatile(&raw const child.error), ptr::read_volatile(&raw const child.executes))
+    };
+    if failed == 0 && executes {
+        return Ok(Launched { pid, pidfd });
+    }
+    // It has ended already; don't leave it a zombie.
+    let end = crate::process::wait(&pidfd);
     if failed != 0 {
-        // It has ended already; don't leave it a zombie.
-        let _ = crate::process::wait(&pidfd);
         return Err(io::Error::from_raw_os_error(failed));
     }
-    Ok(Launched { pid, pidfd })
+    let signal = end.ok().and_then(|end| end.signal).unwrap_or_default();
+    Err(io::Error::other(format!("the process was killed by signal {signal} before it executed")))
 }
 
 /// Whether this process has to do without root's rights.
@@ -197,7 +238,7 @@ extern "C" fn run(child: *mut c_void) -> ! {
     // async-signal-safe functions are called and nothing is allocated.
     unsafe {
         let child = child.cast::<Child>();
-        if become_jailer(&*child).is_none() {
+        if become_jailer(child).is_none() {
             ptr::write_volatile(&raw mut (*child).error, *libc::__errno_location());
         }
         libc::_exit(127)
@@ -208,9 +249,10 @@ extern "C" fn run(child: *mut c_void) -> ! {
 ///
 /// # Safety
 /// The caller is the child, and what `child` points to is there.
-unsafe fn become_jailer(child: &Child) -> Option<std::convert::Infallible> {
+unsafe fn become_jailer(shared: *mut Child) -> Option<std::convert::Infallible> {
     // SAFETY: arrays and strings end with null and outlive the calls.
     unsafe {
+        let child = &*shared;
         for (path, text) in child.identity.iter().flat_map(|identity| &identity.0) {
             let file = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
             let length = text.as_bytes().len();
@@ -226,6 +268,7 @@ unsafe fn become_jailer(child: &Child) -> Option<std::convert::Infallible> {
                 return None;
             }
         }
+        ptr::write_volatile(&raw mut (*shared).executes, true);
         let nothing: &CStr = c"";
         libc::syscall(
             libc::SYS_execveat,
@@ -294,27 +337,77 @@ mod tests {
 
     #[test]
     fn the_child_starts_in_its_control_group() {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
-        let Some(mount) = mount.filter(|_| is_root()) else {
-            eprintln!("skipped: no control groups of version 2");
-            return;
-        };
-        struct Group(PathBuf);
-        impl Drop for Group {
-            fn drop(&mut self) {
-                std::fs::remove_dir(&self.0).unwrap();
-            }
-        }
-        let name = format!("firn-launch-{}", std::process::id());
-        let group = Group(Path::new(mount.split(' ').nth(4).unwrap()).join(&name));
-        std::fs::create_dir(&group.0).unwrap();
+        let Some(group) = Group::new("launch") else { return };
         let dir = File::open(&group.0).unwrap();
         // The shell is a process before it has done anything; it reads what it was made with.
         let groups = print("while read line; do echo $line; done < /proc/self/cgroup", {
             Some(dir.as_fd())
         });
+        let name = group.0.file_name().unwrap().to_str().unwrap();
         assert!(groups.lines().any(|line| line == format!("0::/{name}")), "{groups}");
+    }
+
+    /// A control group of its own, removed in the end.
+    struct Group(PathBuf);
+
+    impl Group {
+        fn new(purpose: &str) -> Option<Self> {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+            let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+            let Some(mount) = mount.filter(|_| is_root()) else {
+                eprintln!("skipped: no control groups of version 2");
+                return None;
+            };
+            let name = format!("firn-{purpose}-{}", std::process::id());
+            let group = Self(Path::new(mount.split(' ').nth(4).unwrap()).join(name));
+            std::fs::create_dir(&group.0).unwrap();
+            Some(group)
+        }
+    }
+
+    impl Drop for Group {
+        fn drop(&mut self) {
+            std::fs::remove_dir(&self.0).unwrap();
+        }
+    }
+
+    /// In a group that is frozen it does nothing until it is killed.
+    #[test]
+    fn who_is_killed_before_it_executes_was_not_launched() {
+        let Some(group) = Group::new("killed") else { return };
+        let freeze = group.0.join("cgroup.freeze");
+        if !freeze.exists() {
+            eprintln!("skipped: groups of this kernel can't be frozen");
+            return;
+        }
+        std::fs::write(freeze, "1").unwrap();
+        let dir = File::open(&group.0).unwrap();
+        let error = std::thread::scope(|scope| {
+            let launched = scope.spawn(|| {
+                let shell = File::open("/bin/sh").unwrap();
+                launch(shell.as_fd(), &strings(&["sh"]), &[], Some(dir.as_fd())).map(|_| ())
+            });
+            let procs = group.0.join("cgroup.procs");
+            let pid = loop {
+                let text = std::fs::read_to_string(&procs).unwrap();
+                if let Some(pid) = text.lines().next() {
+                    break pid.parse().unwrap();
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            };
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            launched.join().unwrap().unwrap_err()
+        });
+        assert!(error.to_string().contains("killed by signal 9"), "{error}");
+    }
+
+    #[test]
+    fn a_stack_has_an_end() {
+        let stack = Stack::new().unwrap();
+        let start = format!("{:x}-{:x} ---p", stack.0 as usize, stack.start() as usize);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(maps.lines().any(|line| line.starts_with(&start)), "{start} in\n{maps}");
     }
 
     #[test]
