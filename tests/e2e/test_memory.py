@@ -156,7 +156,8 @@ def test_clones_that_fill_their_memory_take_no_more_than_their_share(client, end
                 assert function.invoke(1, start="thaw").json == 1
                 wait_for(
                     "the memory of clones that have ended is given back",
-                    lambda: charge_of_all(site, function) < charged + (64 << 20),
+                    # A clone's own, and shells that wait, come and go.
+                    lambda: charge_of_all(site, function) < charged + (much // 2 << 20),
                 )
 
             for clones in (1, 1, 1, 2) if ROUNDS > 12 else (1, 2):

@@ -27,7 +27,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::{
-    arch::{self, boot, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
+    arch::{self, boot, confine, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
     descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
     handover::Lapics,
     machine::{Machine, MachineRestoreError},
@@ -134,6 +134,7 @@ impl Vm {
             .map_err(kvm_error("SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(arch::TSS_ADDRESS).map_err(kvm_error("SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(kvm_error("CREATE_IRQCHIP"))?;
+        confine::vm(kvm, &vm).map_err(kvm_error("ENABLE_CAP or X86_SET_MSR_FILTER"))?;
 
         let memory = Arc::new(Memory::reserve(config.memory_mib)?);
         for (slot, region) in memory.regions().iter().enumerate() {
@@ -160,6 +161,7 @@ impl Vm {
             let fd = create_vcpu(&vm, id)?;
             let cpuid = signature.for_vcpu(id, config.vcpus).map_err(kvm_error("CPUID table"))?;
             fd.set_cpuid2(&cpuid).map_err(kvm_error("SET_CPUID2"))?;
+            confine::vcpu(kvm, &fd).map_err(kvm_error("ENABLE_CAP"))?;
             vcpu_state::prepare(&fd)
                 .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
             statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));

@@ -8,7 +8,7 @@ use std::{
     os::{fd::AsFd, unix::fs::MetadataExt, unix::net::UnixStream},
 };
 
-use common::{Vmm, config, elf, empty, kvm, memfd};
+use common::{Vmm, config, elf, empty, kvm, memfd, sealed};
 use firn_proto::control::{ExitReason, FailureKind, FromVmm, MemoryPlan, Phase, ToVmm};
 
 /// `mov $0xfe,%al; out %al,$0x64; hlt`
@@ -117,7 +117,7 @@ fn thaw(
     let vmm = Vmm::shell(kvm, &config(1, true));
     let (ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Thaw { disks: empty(0), resume: true, plan: MemoryPlan::default() };
-    let answer = vmm.request(&message, &[memory.as_fd(), state.as_fd(), theirs.as_fd()]);
+    let answer = vmm.request(&message, &[sealed(memory), state.as_fd(), theirs.as_fd()]);
     (vmm, answer, ours)
 }
 

@@ -15,6 +15,7 @@
 //! ```
 
 pub mod boot;
+pub mod confine;
 pub mod cpuid;
 pub mod describe;
 pub mod mptable;
