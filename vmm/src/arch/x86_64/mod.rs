@@ -18,6 +18,7 @@ pub mod boot;
 pub mod confine;
 pub mod cpuid;
 pub mod describe;
+pub mod inventory;
 pub mod mptable;
 pub mod msrs;
 pub mod vcpu_state;

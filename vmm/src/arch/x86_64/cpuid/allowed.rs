@@ -261,7 +261,7 @@ pub(super) const ROWS: &[Row] = &[
 ];
 
 /// Components of XSAVE: x87, SSE, AVX, AVX-512 (SDM vol. 1, 13.1).
-pub(super) const XCR0: u32 = 0b1110_0111;
+pub const XCR0: u32 = 0b1110_0111;
 
 /// What of a leaf goes from KVM to a guest; `None`: no bit of the leaf is for guests.
 pub(super) fn mask(function: u32, index: u32) -> Option<[u32; 4]> {

@@ -13,7 +13,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
-pub use self::leaf::Leaf;
+pub use self::{allowed::XCR0, leaf::Leaf};
 
 /// All that guests may see of a CPU, as a table in Markdown: `docs/cpu-state.md` has it.
 pub fn table() -> String {
