@@ -95,8 +95,6 @@ impl Bochs {
         write("debugger", "c\n")?;
         let mut command = program(&root, PROGRAMS[0]);
         command.args(["-q", "-f", "bochsrc", "-rc", "debugger"]).current_dir(&directory);
-        // A variable of its own would have it read another configuration.
-        command.env_remove("BOCHSRC").env("LTDL_LIBRARY_PATH", root.join("plugins"));
         command.env("TERM", "linux").env("TERMINFO", root.join("terminfo"));
         // Ctrl-C is for this process, which then ends Bochs.
         command.process_group(0);
@@ -201,6 +199,7 @@ fn program(root: &Path, path: &str) -> Command {
     let libraries = root.join("lib");
     let mut command = Command::new(libraries.join(LOADER));
     command.arg("--library-path").arg(libraries);
+    command.env("LTDL_LIBRARY_PATH", root.join("plugins"));
     command.arg(root.join("bin").join(Path::new(path).file_name().unwrap_or_default()));
     command
 }

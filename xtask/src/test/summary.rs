@@ -110,6 +110,10 @@ impl Summary {
                     self.rigs.left_out(program, rig, why);
                     continue;
                 }
+                Verdict::Without(test, why) => {
+                    self.rigs.without(&format!("{program}::{test}"), rig, why);
+                    continue;
+                }
             };
             tests += count.all();
             self.rigs.ran(program, rig, count, outcome);

@@ -30,7 +30,12 @@ impl Table {
     /// A rig can't run a program.
     pub fn left_out(&mut self, program: &str, rig: &str, why: &str) {
         self.put(program, rig, "not run".to_owned());
-        self.reasons.push(format!("{program} is not run on {rig}: {why}"));
+        self.without(program, rig, why);
+    }
+
+    /// A rig can't run a test, or a program.
+    pub fn without(&mut self, what: &str, rig: &str, why: &str) {
+        self.reasons.push(format!("{what} is not run on {rig}: {why}"));
     }
 
     fn put(&mut self, program: &str, rig: &str, cell: String) {
