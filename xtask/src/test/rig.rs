@@ -88,7 +88,7 @@ const PROGRAMS: [Program; 8] = [
         not_on_svm: Some("`cargo xtask bench` measures there"),
         ..Program::tests(BENCH_NAME, minutes(10))
     },
-    Program::tests(LINUX, minutes(30)),
+    Program::tests(LINUX, minutes(90)),
 ];
 
 /// One round of the harness: boot, thaw, warm, reset.
@@ -276,13 +276,11 @@ impl Built {
             }
         };
         let variables = variables(&root, &there, environment);
-        let variables: Vec<_> =
-            variables.iter().map(|(name, value)| (*name, value.clone())).collect();
         let arguments = [&TIMES[..], names].concat();
         let run = |program: &&Program| match program.kind {
             Kind::Tests => {
-                let (what, path) =
-                    (format!("the VMM's tests {}", program.name), self.program(program)?);
+                let path = self.program(program)?;
+                let what = format!("the VMM's tests {}", program.name);
                 site.watch(&what, path, &arguments, &variables, results::is_rust, program.limit)
             }
             Kind::Command(argv) => {
