@@ -276,7 +276,7 @@ impl Built {
             }
         };
         let variables = variables(&root, &there, environment);
-        let arguments = [&TIMES[..], names].concat();
+        let arguments = arguments(names, &[]);
         let run = |program: &&Program| match program.kind {
             Kind::Tests => {
                 let path = self.program(program)?;
@@ -317,9 +317,8 @@ impl Built {
                 Kind::Tests => {
                     let path = format!("/root/tests/{}", program.name);
                     options.files.push((self.program(program)?.to_owned(), path.clone()));
-                    let arguments =
-                        TIMES.iter().chain(names).map(|argument| (*argument).to_owned());
-                    std::iter::once(path).chain(arguments).collect()
+                    let arguments = arguments(names, program.spinning);
+                    [path.as_str()].into_iter().chain(arguments).map(str::to_owned).collect()
                 }
                 Kind::Command(argv) => argv.iter().map(|word| (*word).to_owned()).collect(),
             };
@@ -404,6 +403,12 @@ fn run_sequence(options: &Options, commands: &[Limited], names: &[&str]) -> Resu
     Ok(ended.into_iter().zip(printed).map(outcome).collect())
 }
 
+/// Arguments of a test program that runs tests with one of `names` in theirs, or all, but for those that are `skipped`.
+fn arguments<'a>(names: &[&'a str], skipped: &[&'a str]) -> Vec<&'a str> {
+    let skipped = skipped.iter().flat_map(|name| ["--skip", *name]);
+    TIMES.into_iter().chain(names.iter().copied()).chain(skipped).collect()
+}
+
 /// The environment of tests where the artifacts are at `root`, and other files at these places.
 fn variables<'a>(
     root: &str,
@@ -438,4 +443,26 @@ fn code_tree(guest: &str) -> Result<PathBuf> {
         std::fs::copy(entry.path(), task.join(entry.file_name()))?;
     }
     Ok(tree)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_and_the_tests_that_are_left_out_are_there() {
+        for program in PROGRAMS.iter().filter(|program| matches!(program.kind, Kind::Tests)) {
+            let path = cargo::workspace().join(format!("vmm/tests/{}.rs", program.name));
+            let source = std::fs::read_to_string(&path).unwrap();
+            for test in program.spinning {
+                assert!(source.contains(&format!("fn {test}()")), "{} has no {test}", program.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_test_that_is_left_out_is_skipped() {
+        assert_eq!(arguments(&["a"], &["b", "c"])[2..], ["a", "--skip", "b", "--skip", "c"]);
+        assert_eq!(arguments(&[], &[]), TIMES);
+    }
 }
