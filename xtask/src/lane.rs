@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -90,8 +91,8 @@ impl Site {
         }
     }
 
-    /// Runs a program of this machine there, with these variables in its environment, and shows progress by
-    /// counting lines.
+    /// Runs a program of this machine there, with these variables in its environment and for so long at most, and
+    /// shows progress by counting lines.
     pub fn watch(
         &self,
         what: &str,
@@ -99,18 +100,21 @@ impl Site {
         arguments: &[&str],
         environment: &[(&str, String)],
         counts: impl Fn(&str) -> bool + Send + 'static,
+        limit: Duration,
     ) -> Result<Outcome> {
         let Self::HostVm(vm) = self else {
             let environment = environment.iter().map(|(name, value)| (*name, value.as_str()));
             let mut command = Command::new(program);
-            return step::watch(what, command.args(arguments).envs(environment), counts, 0);
+            command.args(arguments).envs(environment);
+            return step::watch_for(what, &mut command, counts, 0, limit);
         };
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["host-vm", "--at", &vm.client().address().to_string(), "--here"]);
         for (name, value) in environment {
             command.arg("--env").arg(format!("{name}={value}"));
         }
-        step::watch(what, command.arg("--").arg(program).args(arguments), counts, 0)
+        command.arg("--").arg(program).args(arguments);
+        step::watch_for(what, &mut command, counts, 0, limit)
     }
 
     /// A command that runs another command there, for the tests.

@@ -36,9 +36,11 @@ pub const IMAGES: &[&str] = &[
     "util-linux",
 ];
 
-/// Runs the host VM. Its kernel, and QEMU where a newer one is needed, are downloaded and unpacked, not installed.
-pub const HOST_VM: &[&str] =
-    &["busybox-static", "erofs-utils", "kmod", "qemu-system-x86", "xz-utils"];
+/// Makes the host VM. Its kernel, QEMU where a newer one is needed, and Bochs are downloaded and unpacked, not installed.
+pub const HOST_VM: &[&str] = &["busybox-static", "erofs-utils", "kmod", "xz-utils"];
+
+/// Runs it where its KVM is on SVM.
+pub const EMULATOR: &[&str] = &["qemu-system-x86"];
 
 /// What the daemon runs.
 pub const RUN: &[&str] = &["erofs-utils"];

@@ -62,6 +62,7 @@ pub fn output(command: &mut Command) -> Result<String> {
 }
 
 /// What a program printed, and whether it succeeded.
+#[derive(Debug)]
 pub struct Outcome {
     /// Both streams, in the order in which the lines came.
     pub lines: Vec<String>,
@@ -106,6 +107,17 @@ pub fn watch(
     counts: impl Fn(&str) -> bool + Send + 'static,
     total: usize,
 ) -> Result<Outcome> {
+    watch_for(what, command, counts, total, Duration::MAX)
+}
+
+/// The same with a limit: a program that runs longer is killed, and its last line says so.
+pub fn watch_for(
+    what: &str,
+    command: &mut Command,
+    counts: impl Fn(&str) -> bool + Send + 'static,
+    total: usize,
+    limit: Duration,
+) -> Result<Outcome> {
     let started = Instant::now();
     let shown = shown(command);
     say(&format!("{what} …"));
@@ -122,9 +134,14 @@ pub fn watch(
     let terminal = std::io::stderr().is_terminal();
     let id = child.id();
     let mut last = Instant::now();
+    let mut late = false;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
+        }
+        if started.elapsed() > limit && !late {
+            late = true;
+            child.kill()?;
         }
         thread::sleep(Duration::from_millis(20));
         if last.elapsed() > if terminal { Duration::from_secs(1) } else { INTERVAL } {
@@ -139,7 +156,10 @@ pub fn watch(
         eprint!("{CLEAR}");
     }
     let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let lines = std::mem::take(&mut progress.lines);
+    let mut lines = std::mem::take(&mut progress.lines);
+    if late {
+        lines.push(format!("it still ran after {}, and was killed", time(limit)));
+    }
     Ok(Outcome { lines, success: status.success(), elapsed: started.elapsed() })
 }
 
@@ -213,6 +233,16 @@ mod tests {
         let text = error.unwrap_err().to_string();
         assert!(text.contains("  | why") && text.contains("trying failed"), "{text}");
         assert!(output(&mut Command::new("/does/not/exist")).is_err());
+    }
+
+    #[test]
+    fn what_runs_longer_than_its_limit_is_killed() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo begun; exec sleep 600"]);
+        let limit = Duration::from_millis(300);
+        let outcome = watch_for("waiting", &mut command, |_| false, 0, limit).unwrap();
+        assert!(!outcome.success && outcome.elapsed < Duration::from_secs(60));
+        assert_eq!(outcome.lines, ["begun", "it still ran after 0.3 s, and was killed"]);
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_regs, kvm_segment,
-    kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_regs,
+    kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -91,6 +91,11 @@ impl Probe {
         // value as the VM, is dropped after the vCPU, and nobody runs the VM after that.
         unsafe { vm.set_user_memory_region(region) }.map_err(step("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(step("KVM_CREATE_VCPU"))?;
+        // A vCPU that nobody has told what it can do has no 64-bit mode, and some KVMs insist on that.
+        let features = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(step("KVM_GET_SUPPORTED_CPUID"))?;
+        vcpu.set_cpuid2(&features).map_err(step("KVM_SET_CPUID2"))?;
         let probe = Self { vcpu, memory, _vm: vm };
         probe.write_page_tables()?;
         probe.enter_long_mode()?;

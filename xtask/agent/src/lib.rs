@@ -3,8 +3,8 @@
 //! A message is a little-endian `u32` length and that many bytes of postcard. Over TCP, one
 //! connection is one [`Request`]: the agent answers with [`Event`]s, and for [`Request::Exec`] the
 //! client may send [`Input`]s meanwhile. Closing the connection kills the command and everything in
-//! its process group. In measurement mode there is no network: the one [`Exec`] lies in the
-//! initramfs at [`JOB_PATH`], and the events come out of the second serial port.
+//! its process group. A host VM without a network finds a [`Job`] in the initramfs at [`JOB_PATH`],
+//! and its events come out of a port.
 //!
 //! Both ends belong to one developer and run one build: the protocol has no versions, and only
 //! guards against a broken length.
@@ -26,7 +26,7 @@ pub const READY_MARK: &str = "firn-host-vm: ready";
 /// What the agent prints on the console, followed by a reason, when it can't go on.
 pub const FAILED_MARK: &str = "firn-host-vm: failed: ";
 
-/// Where an [`Exec`] lies in the initramfs when the host VM runs one command and ends.
+/// Where a [`Job`] lies in the initramfs when the host VM runs it and ends.
 pub const JOB_PATH: &str = "/etc/host-vm/job";
 
 /// If this file is there, cgroup v2 is mounted without `favordynmods`, as most distributions do.
@@ -58,6 +58,18 @@ pub struct Exec {
     pub cwd: String,
     /// Give the command a terminal of this many rows and columns.
     pub terminal: Option<(u16, u16)>,
+}
+
+/// What a host VM without a network runs before it ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Job {
+    /// One command that is measured: nothing of the agent runs meanwhile. Its output leaves through
+    /// the second serial port when it has ended, then comes [`Event::Exited`].
+    Measure(Exec),
+    /// Commands one after the other. Events leave through the first parallel port as they happen:
+    /// [`Event::Ready`], then for each command [`Event::Output`]s and [`Event::Exited`], or
+    /// [`Event::Failed`] for one that could not be started.
+    Sequence(Vec<Exec>),
 }
 
 /// The first message of a connection.
@@ -106,6 +118,8 @@ pub enum Stream {
 /// What the agent answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
+    /// The machine is set up, and the first command of a [`Job::Sequence`] starts.
+    Ready,
     /// The command printed something.
     Output(Stream, #[serde(with = "serde_bytes")] Vec<u8>),
     /// The command ended: its exit code, or 128 + the number of the signal that killed it.
@@ -150,6 +164,20 @@ pub fn receive<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Option<T
     let mut bytes = vec![0; size];
     from.read_exact(&mut bytes)?;
     postcard::from_bytes(&bytes).map(Some).map_err(io::Error::other)
+}
+
+/// Takes the first message off bytes that arrive piece by piece; `None` while it is not all there.
+pub fn take<T: DeserializeOwned>(bytes: &mut Vec<u8>) -> io::Result<Option<T>> {
+    let Some(size) = bytes.first_chunk() else { return Ok(None) };
+    let size = u32::from_le_bytes(*size) as usize;
+    if size <= MAX_MESSAGE && bytes.len() < 4 + size {
+        return Ok(None);
+    }
+    let mut rest = bytes.as_slice();
+    let message = receive(&mut rest)?;
+    let taken = bytes.len() - rest.len();
+    bytes.drain(..taken);
+    Ok(message)
 }
 
 /// Writes a sparse file as its length, then for each extent with content its offset, its length
@@ -214,6 +242,23 @@ mod tests {
         assert_eq!(receive(&mut wire).unwrap(), Some(Request::Exec(exec)));
         assert_eq!(receive(&mut wire).unwrap(), Some(Event::Output(Stream::Stderr, vec![0, 255])));
         assert_eq!(receive::<Event>(&mut wire).unwrap(), None);
+    }
+
+    #[test]
+    fn messages_are_taken_when_they_are_whole() {
+        let mut wire = Vec::new();
+        send(&mut wire, &Event::Exited(7)).unwrap();
+        send(&mut wire, &Event::Done).unwrap();
+        let mut arrived = Vec::new();
+        let mut taken = Vec::new();
+        for byte in wire {
+            arrived.push(byte);
+            taken.extend(take::<Event>(&mut arrived).unwrap());
+        }
+        assert_eq!(taken, [Event::Exited(7), Event::Done]);
+        assert!(arrived.is_empty());
+        assert!(take::<Event>(&mut vec![255; 4]).is_err());
+        assert!(take::<Event>(&mut vec![1, 0, 0, 0, 255]).is_err());
     }
 
     #[test]

@@ -1,12 +1,16 @@
 //! PID 1 of the dev host VM.
 //!
 //! The first process only reaps orphans: it sets the machine up ([`setup`]), starts itself again
-//! as the server ([`serve`]) and, when that ends, ends the machine. So the server can wait for its
-//! own commands without meeting the exit codes of strangers.
+//! to run the machine's job ([`job`]) or, if there is none, as the server ([`serve`]), and when that
+//! ends, ends the machine. So the second can wait for its own commands without meeting the exit codes
+//! of strangers.
 //!
 //! It must never keep the host VM alive once nobody can talk to it: every failure prints a reason
 //! on the console and powers off.
 
+mod command;
+mod job;
+mod parallel;
 mod serve;
 mod setup;
 
@@ -18,7 +22,12 @@ use rustix::system::RebootCommand;
 
 fn main() {
     if rustix::process::getpid().as_raw_nonzero().get() != 1 {
-        if let Err(error) = serve::run() {
+        let ended = match job::find() {
+            Ok(Some(job)) => job::run(&job),
+            Ok(None) => serve::run(),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
             eprintln!("{FAILED_MARK}{error}");
             std::process::exit(1);
         }

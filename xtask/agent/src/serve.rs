@@ -3,40 +3,27 @@
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use firn_host_vm_agent::{
-    AGENT_PORT, CHUNK, DAEMON_PORTS, Event, Exec, Input, JOB_PATH, READY_MARK, Request, Stream,
-    receive, send,
+    AGENT_PORT, CHUNK, DAEMON_PORTS, Event, Exec, Input, READY_MARK, Request, Stream, receive, send,
 };
 use rustix::process::{Pid, Signal, kill_process_group};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::Winsize;
 
+use crate::command::{self, Started};
+
 /// The machine's own address.
 const ADDRESS: &str = "10.0.2.15";
 
-/// How long output may still come from processes that outlive the command.
-const DRAIN: Duration = Duration::from_millis(500);
-
-/// Where programs without a slash are looked up.
-const PATH: &str = "/firn/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
-
-/// Serves until the client powers the machine off, or runs the one job and returns.
+/// Serves until the client powers the machine off.
 pub fn run() -> io::Result<()> {
-    match fs::read(JOB_PATH) {
-        Ok(bytes) => return run_job(&bytes),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
     for port in DAEMON_PORTS {
         let outside = TcpListener::bind((ADDRESS, port))?;
         thread::spawn(move || {
@@ -72,36 +59,6 @@ fn forward(client: &TcpStream, port: u16) -> io::Result<()> {
         scope.spawn(|| carry(client, daemon));
         carry(daemon, client);
     });
-    Ok(())
-}
-
-/// Measurement mode: nothing of the agent runs while the command does, so output is spooled to
-/// memory and sent when the command has ended.
-fn run_job(bytes: &[u8]) -> io::Result<()> {
-    let exec: Exec = receive(&mut &bytes[..])?.ok_or_else(|| io::Error::other("empty job"))?;
-    let mut port = fs::OpenOptions::new().write(true).open("/dev/ttyS1")?;
-    let mut raw = rustix::termios::tcgetattr(&port)?;
-    raw.make_raw();
-    rustix::termios::tcsetattr(&port, rustix::termios::OptionalActions::Now, &raw)?;
-    println!("{READY_MARK}");
-    let spool = |name: &str| {
-        fs::OpenOptions::new().read(true).write(true).create_new(true).open(format!("/run/{name}"))
-    };
-    let (stdout, stderr) = (spool("stdout")?, spool("stderr")?);
-    let mut command = command(&exec);
-    command.stdin(Stdio::null()).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
-    match command.status() {
-        Ok(status) => {
-            for (stream, name) in [(Stream::Stdout, "stdout"), (Stream::Stderr, "stderr")] {
-                copy_out(fs::File::open(format!("/run/{name}"))?, stream, &mut |event| {
-                    send(&mut port, event)
-                })?;
-            }
-            send(&mut port, &Event::Exited(code(status)))?;
-        }
-        Err(error) => send(&mut port, &Event::Failed(cannot_run(&exec, &error)))?,
-    }
-    rustix::termios::tcdrain(&port)?;
     Ok(())
 }
 
@@ -146,15 +103,6 @@ fn get(path: &str, writer: &mut impl Write) -> io::Result<()> {
     io::copy(&mut file.take(size), writer).map(drop)
 }
 
-fn command(exec: &Exec) -> Command {
-    let mut command = Command::new(exec.argv.first().map_or("", String::as_str));
-    command.args(exec.argv.get(1..).unwrap_or_default());
-    command.env_clear().envs([("PATH", PATH), ("HOME", "/root"), ("TERM", "linux")]);
-    command.envs(exec.env.iter().map(|(name, value)| (name, value)));
-    command.current_dir(if exec.cwd.is_empty() { "/" } else { &exec.cwd });
-    command
-}
-
 fn run_command(
     exec: &Exec,
     reader: BufReader<TcpStream>,
@@ -162,10 +110,10 @@ fn run_command(
 ) -> Result<(), String> {
     let started = match exec.terminal {
         Some(size) => start_with_terminal(exec, size),
-        None => start_with_pipes(exec),
+        None => command::start_with_pipes(exec),
     };
     let Started { mut child, input, outputs, terminal } =
-        started.map_err(|error| cannot_run(exec, &error))?;
+        started.map_err(|error| command::cannot_run(exec, &error))?;
     // Each command leads its own process group, whose number is its own.
     let group = Pid::from_child(&child);
     let shared = writer.try_clone().map(|w| Arc::new(Mutex::new(w)));
@@ -175,7 +123,7 @@ fn run_command(
     for (stream, output) in outputs {
         let (shared, finished) = (shared.clone(), finished.clone());
         thread::spawn(move || {
-            let _ = copy_out(output, stream, &mut |event| {
+            let _ = command::copy_out(output, stream, &mut |event| {
                 send(&mut *shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner()), event)
             });
             drop(finished);
@@ -192,29 +140,9 @@ fn run_command(
     let status = child.wait().map_err(|error| error.to_string())?;
     // An error here means that all output is sent; a timeout that a process which the command left
     // behind holds the pipe open.
-    let _ = all_finished.recv_timeout(DRAIN);
+    let _ = all_finished.recv_timeout(command::DRAIN);
     let mut writer = shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    send(&mut *writer, &Event::Exited(code(status))).map_err(|error| error.to_string())
-}
-
-struct Started {
-    child: Child,
-    input: Option<fs::File>,
-    outputs: Vec<(Stream, fs::File)>,
-    terminal: Option<fs::File>,
-}
-
-fn start_with_pipes(exec: &Exec) -> io::Result<Started> {
-    let mut command = command(exec);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = command.spawn()?;
-    let file = |fd: Option<OwnedFd>| fd.map(fs::File::from);
-    let input = file(child.stdin.take().map(Into::into));
-    let stdout = file(child.stdout.take().map(Into::into));
-    let stderr = file(child.stderr.take().map(Into::into));
-    let outputs = [(Stream::Stdout, stdout), (Stream::Stderr, stderr)];
-    let outputs = outputs.into_iter().filter_map(|(s, file)| file.map(|f| (s, f))).collect();
-    Ok(Started { child, input, outputs, terminal: None })
+    send(&mut *writer, &Event::Exited(command::code(status))).map_err(|error| error.to_string())
 }
 
 fn start_with_terminal(exec: &Exec, (rows, columns): (u16, u16)) -> io::Result<Started> {
@@ -228,7 +156,7 @@ fn start_with_terminal(exec: &Exec, (rows, columns): (u16, u16)) -> io::Result<S
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC,
         rustix::fs::Mode::empty(),
     )?;
-    let mut command = command(exec);
+    let mut command = command::command(exec);
     command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
     // SAFETY: the closure runs between fork and exec and makes two system calls only, both
     // async-signal-safe: it allocates nothing and takes no lock.
@@ -269,28 +197,4 @@ fn feed(mut reader: BufReader<TcpStream>, mut input: Option<fs::File>, terminal:
             (Input::Data(_) | Input::Resize(..), ..) => {}
         }
     }
-}
-
-fn copy_out(
-    mut from: impl Read,
-    stream: Stream,
-    to: &mut impl FnMut(&Event) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(size) => to(&Event::Output(stream, buffer[..size].to_vec()))?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-fn cannot_run(exec: &Exec, error: &io::Error) -> String {
-    format!("cannot run {}: {error}", exec.argv.join(" "))
-}
-
-fn code(status: ExitStatus) -> i32 {
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use firn_host_vm_agent::Exec;
+use firn_host_vm_agent::{Exec, Stream};
 
 use super::client::Client;
-use super::{HostVm, Options, Series, measure};
+use super::sequence::{self, Ended, Limited};
+use super::{Cpu, HostVm, Options, Series, measure};
 use crate::artifacts;
 
 /// Boot the dev host VM, run a command in it, end it.
@@ -19,6 +20,10 @@ use crate::artifacts;
 /// ends.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// Whose virtualization it has. With intel it needs a command, has one CPU and no network, and takes 40 s to boot.
+    #[arg(long, value_enum, value_name = "VENDOR", default_value_t)]
+    cpu: Cpu,
+
     /// Open a shell instead of running a command.
     #[arg(long, conflicts_with_all = ["icount", "command"])]
     shell: bool,
@@ -74,7 +79,7 @@ pub struct Arguments {
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
 
-    /// Limit for a command in measurement mode.
+    /// Limit for a command in measurement mode, and with --cpu intel.
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     limit: u64,
 
@@ -85,6 +90,14 @@ pub struct Arguments {
 
 /// Runs it; the result is the exit code for this process.
 pub fn run(arguments: Arguments) -> Result<i32> {
+    if arguments.cpu == Cpu::Intel {
+        let alone = !arguments.shell && !arguments.icount && arguments.at.is_none();
+        ensure!(
+            alone && arguments.get.is_empty(),
+            "--cpu intel is a machine without a network: --shell, --icount, --at and --get need another"
+        );
+        ensure!(!arguments.command.is_empty(), "--cpu intel needs a command");
+    }
     let mut options = Options {
         memory_mib: arguments.memory,
         kernel: arguments.kernel,
@@ -126,6 +139,9 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         }
         return run_and_get(client, &exec, &wanted);
     }
+    if arguments.cpu == Cpu::Intel {
+        return run_on_vmx(&options, exec, Duration::from_secs(arguments.limit));
+    }
     if arguments.icount {
         ensure!(!exec.argv.is_empty(), "--icount needs a command");
         let limit = Duration::from_secs(arguments.limit);
@@ -147,6 +163,28 @@ pub fn run(arguments: Arguments) -> Result<i32> {
         return Ok(0);
     }
     run_and_get(vm.client(), &exec, &wanted).with_context(|| vm.describe())
+}
+
+/// Passes output on while the command runs.
+fn run_on_vmx(options: &Options, exec: Exec, limit: Duration) -> Result<i32> {
+    let mut broken = None;
+    let output = |_, stream, bytes: &[u8]| {
+        let written = match stream {
+            Stream::Stdout => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
+            Stream::Stderr => io::stderr().write_all(bytes),
+        };
+        broken = broken.take().or(written.err());
+    };
+    let runs = sequence::run(options, &[Limited { exec, limit }], output)?;
+    if let Some(error) = broken {
+        return Err(error).context("cannot pass the command's output on");
+    }
+    match runs.into_iter().next().map(|run| run.ended) {
+        Some(Ended::Exited(code)) => Ok(code),
+        Some(Ended::TimedOut) => bail!("the command still ran after {} s", limit.as_secs()),
+        Some(Ended::Failed(why)) => bail!("{why}"),
+        None => bail!("the command did not run"),
+    }
 }
 
 fn run_and_get(client: Client, exec: &Exec, wanted: &[(&str, &str)]) -> Result<i32> {

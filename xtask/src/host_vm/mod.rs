@@ -9,15 +9,19 @@
 //! this machine:  xtask ──TCP 127.0.0.1:<free>──▶ QEMU ──▶ host-vm-agent (PID 1) ──▶ firnd ──▶ microVM
 //! ```
 //!
-//! [`HostVm`] is the running machine, [`measure`] runs one command in virtual time.
+//! [`HostVm`] is the running machine, [`measure`] runs one command in virtual time. A machine of another emulator has
+//! KVM on VMX, and runs a [`sequence`] of commands.
 
+mod bochs;
 pub mod client;
 pub mod command;
+mod debian;
 mod emulator;
 mod kernel;
 mod modules;
 mod qemu;
 mod root;
+pub mod sequence;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
@@ -25,7 +29,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use firn_host_vm_agent::{AGENT_PORT, Event, Exec, Request};
+use firn_host_vm_agent::{AGENT_PORT, Event, Exec, Job, Request};
 
 use crate::scratch;
 use client::Client;
@@ -38,6 +42,16 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// Where the host VM has the one port of this machine that it reaches.
 pub const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 100), 4566);
 
+/// Whose virtualization the host VM's CPU has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cpu {
+    /// AMD's SVM, emulated by QEMU.
+    #[default]
+    Amd,
+    /// Intel's VMX, emulated by Bochs.
+    Intel,
+}
+
 /// What the host VM is made of.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -45,7 +59,7 @@ pub struct Options {
     pub memory_mib: u32,
     /// The kernel that it runs.
     pub kernel: Series,
-    /// CPUs; in virtual time it has one.
+    /// CPUs; in virtual time and with VMX it has one.
     pub cpus: u8,
     /// An artifacts directory; it appears as `/firn`.
     pub artifacts: Option<PathBuf>,
@@ -89,7 +103,7 @@ impl HostVm {
     /// Boots the host VM and waits until it takes commands.
     pub fn start(options: &Options) -> Result<Self> {
         let started = Instant::now();
-        let initrd = root::build(options, None)?;
+        let initrd = root::build(options, Cpu::Amd, None)?;
         let mut forward = options.forward.clone();
         forward.push(AGENT_PORT);
         forward.extend(options.outside.then_some(OUTSIDE.port()));
@@ -152,7 +166,8 @@ pub struct Measured {
 /// included: there is no network, and nothing reaches the machine from outside.
 pub fn measure(options: &Options, seed: u32, exec: &Exec, limit: Duration) -> Result<Measured> {
     ensure!(options.forward.is_empty(), "ports can't be forwarded in measurement mode");
-    let initrd = root::build(options, Some(exec))?;
+    let job = Job::Measure(exec.clone());
+    let initrd = root::build(options, Cpu::Amd, Some(&job))?;
     let output = scratch::directory()?.join("events");
     let mode = qemu::Mode::Measure { seed, output: &output };
     let mut qemu = Qemu::start(&initrd, options, &mode)?;

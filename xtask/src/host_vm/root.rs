@@ -13,19 +13,18 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use firn_host_vm_agent::{
-    EXTENTS_SUFFIX, Exec, JOB_PATH, MODULES_PATH, PLAIN_CGROUPS_PATH, SPARSE_PATH, pack, send,
+    EXTENTS_SUFFIX, JOB_PATH, Job, MODULES_PATH, PLAIN_CGROUPS_PATH, SPARSE_PATH, pack, send,
 };
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::Options;
 use super::kernel::Kernel;
+use super::{Cpu, Options};
 use crate::cargo;
 use crate::cpio::Archive;
 use crate::{packages, scratch};
 
-/// What the host VM can't be without: KVM, and in interactive mode the network.
-const KVM_MODULES: [&str; 1] = ["kvm-amd"];
+/// The network, which the host VM can't be without in interactive mode.
 const NETWORK_MODULES: [&str; 2] = ["virtio_mmio", "virtio_net"];
 
 const PAGE: u64 = 4096;
@@ -45,9 +44,13 @@ impl Drop for Initrd {
     }
 }
 
-/// Writes the initramfs; with a job for measurement mode.
-pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
-    packages::ensure(&[packages::HOST_VM])?;
+/// Writes the initramfs of a machine with that CPU; with a job for one without a network.
+pub fn build(options: &Options, cpu: Cpu, job: Option<&Job>) -> Result<Initrd> {
+    let emulator = match cpu {
+        Cpu::Amd => packages::EMULATOR,
+        Cpu::Intel => &[],
+    };
+    packages::ensure(&[packages::HOST_VM, emulator])?;
     let agent = cargo::build_release(&["firn-host-vm-agent"])?.binary("firn-host-vm-agent")?;
     let kernel = Kernel::find(options.kernel)?;
     let path = scratch::directory()?.join("initrd");
@@ -72,7 +75,7 @@ pub fn build(options: &Options, job: Option<&Exec>) -> Result<Initrd> {
     for program in PROGRAMS {
         add_program(&mut archive, Path::new(program), &mut present)?;
     }
-    add_modules(&mut archive, &initrd.kernel, options, job.is_none())?;
+    add_modules(&mut archive, &initrd.kernel, options, cpu, job.is_none())?;
     if let Some(artifacts) = &options.artifacts {
         add_tree(&mut archive, artifacts, "firn", &mut sparse)?;
     }
@@ -136,9 +139,13 @@ fn add_modules(
     archive: &mut Root,
     kernel: &Kernel,
     options: &Options,
+    cpu: Cpu,
     network: bool,
 ) -> Result<()> {
-    let mut names = KVM_MODULES.to_vec();
+    let mut names = vec![match cpu {
+        Cpu::Amd => "kvm-amd",
+        Cpu::Intel => "kvm-intel",
+    }];
     names.extend(NETWORK_MODULES.iter().filter(|_| network));
     names.extend(options.modules.iter().map(String::as_str));
     let mut list = String::new();

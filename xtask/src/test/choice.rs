@@ -14,7 +14,7 @@ pub const END_TO_END: &str = "tests/e2e/";
 const LINUX: &str = "vmm/tests/linux.rs";
 
 /// Before the name of one of them.
-pub const LINUX_PREFIX: &str = "linux::";
+const LINUX_PREFIX: &str = "linux::";
 
 /// A part of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -23,6 +23,7 @@ pub enum Stage {
     Unit,
     Linux,
     E2e,
+    Intel,
 }
 
 /// One value of `--only`.
@@ -32,7 +33,7 @@ pub enum Only {
     Stage(Stage),
     /// Rust tests, as arguments of `cargo test` and behind its `--`.
     Unit(Rust),
-    /// A test of the VMM with Linux, or a part of its name.
+    /// A test of the VMM with Linux, or a part of its name: all tests have the empty one.
     Linux(String),
     /// A file or test of `tests/e2e`, as pytest names it.
     EndToEnd(String),
@@ -73,7 +74,7 @@ impl FromStr for Only {
             return Ok(Self::Linux(name.to_owned()));
         }
         if text == LINUX {
-            return Ok(Self::Stage(Stage::Linux));
+            return Ok(Self::Linux(String::new()));
         }
         let file = text.split("::").next().unwrap_or(text);
         if file.ends_with(".py") {
@@ -132,7 +133,8 @@ mod tests {
     #[test]
     fn stages_files_and_tests_are_told_apart() {
         assert_eq!(only("e2e"), Only::Stage(Stage::E2e));
-        assert_eq!(only("vmm/tests/linux.rs"), Only::Stage(Stage::Linux));
+        assert_eq!(only("intel"), Only::Stage(Stage::Intel));
+        assert_eq!(only("vmm/tests/linux.rs"), Only::Linux(String::new()));
         assert_eq!(only("linux::snapshot_thaw"), Only::Linux("snapshot_thaw".into()));
         let whole = Only::EndToEnd("test_thaw.py".into());
         assert_eq!((only("tests/e2e/test_thaw.py"), only("test_thaw.py")), (whole.clone(), whole));

@@ -4,8 +4,9 @@
 //! |---|---|
 //! | `style` | rustfmt, clippy with warnings denied |
 //! | `unit` | `cargo test` of the workspace, tiny guests against this machine's `/dev/kvm` included |
-//! | `linux` | the VMM against Linux and `firn-init`, in the lane |
+//! | `linux` | the VMM's test programs in the lane: against tiny guests, and against Linux and `firn-init` |
 //! | `e2e` | `tests/e2e` with boto3, AWS's CLI and other SDKs against daemons, in the lane |
+//! | `intel` | the VMM's test programs and a round of `firn bench` in the host VM with VMX; nightly, or when asked for |
 //!
 //! The lane's host VMs boot once; end-to-end tests run in all of them at once. A failing test does not keep the
 //! others from running.
@@ -13,11 +14,13 @@
 mod choice;
 mod e2e;
 pub mod results;
+mod rig;
 mod rust;
 mod summary;
+mod table;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Instant;
 
@@ -27,9 +30,10 @@ use crate::clients::{self, Clients};
 use crate::host_vm::Series;
 use crate::lane::{self, Choice, Lane, Site};
 use crate::step::Outcome;
-use crate::{artifacts, cargo, packages, step};
+use crate::{artifacts, bench, cargo, packages, scratch, step};
 use choice::{Only, Stage};
 pub use e2e::{end_to_end, sites};
+use rig::Rig;
 pub use rust::linux;
 use summary::Summary;
 
@@ -39,13 +43,13 @@ pub const NIGHTLY: [(&str, &str); 2] = [(firn_nightly::VARIABLE, "1"), ("PROPTES
 /// Run all tests.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Run only this: a stage (style, unit, linux, e2e), a file of tests, a test of tests/e2e as pytest names it,
+    /// Run only this: a stage (style, unit, linux, e2e, intel), a file of tests, a test of tests/e2e as pytest names it,
     /// `linux::NAME`, or Rust tests with this in their names.
     #[arg(long, value_name = "WHAT")]
     only: Vec<Only>,
 
     /// Do all rounds of tests that ordinarily do a few: hundreds of kills, a thousand crashes. What runs in host VMs
-    /// runs a second time with the other Linux.
+    /// runs a second time with the other Linux, and the VMM's tests with KVM on Intel's VMX, too.
     #[arg(long)]
     nightly: bool,
 
@@ -64,7 +68,11 @@ pub struct Arguments {
 impl Arguments {
     fn stages(&self) -> BTreeSet<Stage> {
         if self.only.is_empty() {
-            return [Stage::Style, Stage::Unit, Stage::Linux, Stage::E2e].into();
+            let nightly = self.nightly.then_some(Stage::Intel);
+            return [Stage::Style, Stage::Unit, Stage::Linux, Stage::E2e]
+                .into_iter()
+                .chain(nightly)
+                .collect();
         }
         self.only.iter().map(Only::stage).collect()
     }
@@ -88,8 +96,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let stages = arguments.stages();
     let mut summary = Summary::default();
     let in_lane = stages.contains(&Stage::Linux) || stages.contains(&Stage::E2e);
-    packages::ensure(&[packages::RUN, if in_lane { packages::KERNEL } else { &[] }])?;
-    if in_lane {
+    let firn = in_lane || stages.contains(&Stage::Intel);
+    packages::ensure(&[packages::RUN, if firn { packages::KERNEL } else { &[] }])?;
+    if firn {
         packages::ensure(&[packages::IMAGES, packages::CLIENTS])?;
     }
     if stages.contains(&Stage::Style) {
@@ -110,7 +119,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         let outcomes = unit_tests.join().map_err(|_| anyhow!("a thread panicked"))??;
         for (part, outcome) in unit.iter().zip(outcomes) {
             summary.time("unit tests", outcome.elapsed);
-            if summary.rust("unit tests", "", &outcome) == 0 {
+            if summary.rust("unit tests", &outcome, str::to_owned).all() == 0 {
                 summary.none(&part.which.to_string());
             }
         }
@@ -125,6 +134,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         && let Some(lane) = linux_stage(&mut summary, &stages, arguments, Series::V6_1)?
     {
         end_to_end_stage(&mut summary, lane, arguments);
+    }
+    if stages.contains(&Stage::Intel) {
+        intel_stage(&mut summary);
     }
     Ok(i32::from(!summary.print(started.elapsed())))
 }
@@ -205,15 +217,13 @@ fn linux_stage(
         let build = || {
             let artifacts = artifacts::build()?;
             // All that takes a compiler, now: unit tests run meanwhile.
-            if stages.contains(&Stage::Linux) {
-                rust::build_linux()?;
-            }
-            Ok((artifacts, if end_to_end { Some(clients::prepare()?) } else { None }))
+            let tests = stages.contains(&Stage::Linux).then(rust::build_for_rigs).transpose()?;
+            Ok((artifacts, tests, if end_to_end { Some(clients::prepare()?) } else { None }))
         };
         Ok::<_, Error>((lane, summary.must(what, build())))
     })?;
-    let (lane, Some((artifacts, clients))) = built else { return Ok(None) };
-    if stages.contains(&Stage::Linux) {
+    let (lane, Some((artifacts, tests, clients))) = built else { return Ok(None) };
+    if let Some(tests) = tests {
         let site =
             summary.must("booting the host VM", Site::start(lane, kernel, lane::VMMS, &artifacts));
         let Some(site) = site else { return Ok(None) };
@@ -221,17 +231,54 @@ fn linux_stage(
             Only::Linux(name) => Some(name.as_str()),
             _ => None,
         });
-        let what = &in_kernel("the VMM's tests with Linux", kernel);
-        let result = summary.stage(what, |summary| {
-            summary.must(what, linux(&site, &artifacts, &names, arguments.environment()))
+        let choice =
+            rig::Choice { program: (!names.is_empty()).then_some(rig::LINUX), names: &names };
+        let rig = Rig::Site(&site, kernel);
+        let what = &format!("the VMM's tests, {rig}");
+        let verdicts = summary.stage(what, |summary| {
+            let verdicts = tests.run(rig, &artifacts, &choice, arguments.environment());
+            summary.must(what, verdicts)
         });
-        if let Some(outcome) = result
-            && summary.rust(what, choice::LINUX_PREFIX, &outcome) == 0
+        if let Some(verdicts) = verdicts
+            && summary.programs(&rig.to_string(), &verdicts) == 0
         {
             summary.none(&names.join(", "));
         }
     }
     Ok(clients.map(|clients| Ready { artifacts, clients, lane, kernel }))
+}
+
+/// Runs what can in the host VM with VMX, and prints the figures of the bench. Ordinary rounds only: it is slow.
+fn intel_stage(summary: &mut Summary) {
+    let rig = Rig::Vmx(Series::default());
+    let what = &format!("the VMM's tests, {rig}");
+    summary.stage(what, |summary| {
+        let built = artifacts::build().and_then(|all| Ok((all, rust::build_for_rigs()?)));
+        let Some((artifacts, tests)) = summary.must(what, built) else { return };
+        let choice = rig::Choice { program: None, names: &[] };
+        let verdicts = tests.run(rig, &artifacts, &choice, &[]);
+        let Some(verdicts) = summary.must(what, verdicts) else { return };
+        summary.programs(&rig.to_string(), &verdicts);
+        for (name, verdict) in &verdicts {
+            if let (&rig::BENCH_NAME, rig::Verdict::Command(outcome)) = (name, verdict)
+                && outcome.success
+                && let Some(figures) = summary.must("figures", figures(&artifacts, outcome))
+            {
+                println!("{figures}");
+            }
+        }
+    });
+}
+
+/// The short table of what `firn bench run` printed.
+fn figures(artifacts: &Path, outcome: &Outcome) -> Result<String> {
+    let out = scratch::directory()?.join("figures");
+    std::fs::create_dir_all(&out)?;
+    let records = outcome.lines.iter().filter(|line| line.starts_with('{'));
+    let records: String = records.map(|line| format!("{line}\n")).collect();
+    let file = out.join("results.jsonl");
+    std::fs::write(&file, records)?;
+    bench::report(artifacts, &file, &out)
 }
 
 /// A stage's name; with another kernel than the ordinary one its, too.

@@ -14,6 +14,20 @@ pub struct Test {
     pub time: Option<Duration>,
 }
 
+/// How many tests of a program passed, and how many failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    pub passed: usize,
+    pub failed: usize,
+}
+
+impl Count {
+    /// How many there were.
+    pub fn all(self) -> usize {
+        self.passed + self.failed
+    }
+}
+
 /// Reads `test name ... ok <1.234s>` as libtest prints it, or `(1.23 s)` as this project's own harness does. A
 /// doc test has no time. An ignored test is no result.
 pub fn rust(line: &str) -> Option<Test> {
@@ -27,6 +41,11 @@ pub fn rust(line: &str) -> Option<Test> {
     let time = time.trim_matches(['<', '>', '(', ')']).trim_end_matches('s').trim().parse();
     let time = time.ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     Some(Test { name: name.to_owned(), passed, time })
+}
+
+/// Whether a line is the result of a Rust test.
+pub fn is_rust(line: &str) -> bool {
+    rust(line).is_some()
 }
 
 /// Reads `[gw1] [ 10%] PASSED file.py::test`: a line of one of pytest's workers. A skipped test or a known failure

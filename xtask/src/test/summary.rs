@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::results::{self, Test};
+use super::results::{self, Count, Test};
+use super::rig::Verdict;
+use super::table::Table;
 use crate::step::{self, Outcome};
 
 /// How many of the slowest tests are named.
@@ -20,6 +22,7 @@ pub struct Summary {
     failed: Vec<String>,
     stages: Vec<(String, Duration)>,
     times: Vec<(Duration, String)>,
+    rigs: Table,
 }
 
 impl Summary {
@@ -66,14 +69,13 @@ impl Summary {
         self.failed.push(format!("there is no test {choice}"));
     }
 
-    /// Counts Rust tests and prints why some failed. Their names appear behind `prefix`. Returns how many there
-    /// were.
-    pub fn rust(&mut self, what: &str, prefix: &str, outcome: &Outcome) -> usize {
+    /// Counts Rust tests and prints why some failed. They appear under what `name` makes of their names.
+    pub fn rust(&mut self, what: &str, outcome: &Outcome, name: impl Fn(&str) -> String) -> Count {
         let tests: Vec<Test> =
             outcome.lines.iter().filter_map(|line| results::rust(line)).collect();
         let failed: Vec<&Test> = tests.iter().filter(|test| !test.passed).collect();
         for test in &failed {
-            eprintln!("xtask: {prefix}{} failed:", test.name);
+            eprintln!("xtask: {} failed:", name(&test.name));
             print(results::why_in_rust(&outcome.lines, &test.name));
         }
         // A test that takes its process along has no result.
@@ -86,9 +88,37 @@ impl Summary {
             }
             self.failed.push(format!("{what} (did not run to its end)"));
         }
-        let count = tests.len();
-        self.add(prefix, tests);
-        count
+        self.add(tests, name)
+    }
+
+    /// Counts the test programs that ran in a rig. Returns how many tests there were.
+    pub fn programs(&mut self, rig: &str, verdicts: &[(&'static str, Verdict)]) -> usize {
+        let mut tests = 0;
+        for (program, verdict) in verdicts {
+            let what = format!("{program}, {rig}");
+            let (count, outcome) = match verdict {
+                Verdict::Ran(outcome) => {
+                    let name = |test: &str| format!("{program}::{test} ({rig})");
+                    (self.rust(&what, outcome, name), outcome)
+                }
+                Verdict::Command(outcome) => {
+                    self.check(&what, outcome, "its exit code is not 0");
+                    let passed = usize::from(outcome.success);
+                    (Count { passed, failed: 1 - passed }, outcome)
+                }
+                Verdict::LeftOut(why) => {
+                    self.rigs.left_out(program, rig, why);
+                    continue;
+                }
+                Verdict::Without(test, why) => {
+                    self.rigs.without(&format!("{program}::{test}"), rig, why);
+                    continue;
+                }
+            };
+            tests += count.all();
+            self.rigs.ran(program, rig, count, outcome);
+        }
+        tests
     }
 
     /// Counts tests of pytest and prints why some failed. Returns how many there were.
@@ -101,20 +131,24 @@ impl Summary {
                 self.failed.push(format!("{what} (did not run to their end)"));
             }
         }
-        let count = tests.len();
-        self.add(prefix, tests);
-        count
+        self.add(tests, |name| format!("{prefix}{name}")).all()
     }
 
-    fn add(&mut self, prefix: &str, tests: Vec<Test>) {
+    fn add(&mut self, tests: Vec<Test>, name: impl Fn(&str) -> String) -> Count {
+        let mut count = Count::default();
         for test in tests {
-            let name = format!("{prefix}{}", test.name);
+            match test.passed {
+                true => count.passed += 1,
+                false => count.failed += 1,
+            }
+            let name = name(&test.name);
             self.times.extend(test.time.map(|time| (time, name.clone())));
             match test.passed {
                 true => self.passed += 1,
                 false => self.failed.push(name),
             }
         }
+        count
     }
 
     /// Prints it; the result is whether all passed.
@@ -130,6 +164,7 @@ impl Summary {
         for (time, name) in self.times.iter().take(SLOWEST) {
             println!("{:>14}  {name}", step::time(*time));
         }
+        print!("{}", self.rigs);
         for name in &self.failed {
             println!("FAILED  {name}");
         }
