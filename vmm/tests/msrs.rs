@@ -8,7 +8,7 @@ use std::arch::x86_64::__cpuid;
 use std::collections::BTreeSet;
 
 use firn_proto::control::CpuTemplate;
-use firn_vmm::arch::{cpuid::Signature, msrs, vcpu_state};
+use firn_vmm::arch::{confine, cpuid::Signature, msrs, vcpu_state};
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -103,9 +103,11 @@ impl Guest {
         ] {
             memory.write_slice(bytes, GuestAddress(address)).unwrap();
         }
+        confine::vm(kvm, &vm).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let signature = Signature::of_host(kvm, CpuTemplate::Host).unwrap();
         vcpu.set_cpuid2(&signature.for_vcpu(0, 1).unwrap()).unwrap();
+        confine::vcpu(kvm, &vcpu).unwrap();
         // The reset vector's segment is elsewhere.
         let mut special = vcpu.get_sregs().unwrap();
         (special.cs.base, special.cs.selector) = (0, 0);

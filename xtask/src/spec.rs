@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::host_vm::Series;
-use crate::lane::{self, Choice, Lane, Machine, Site};
+use crate::lane::{self, Choice, Lane, Site};
 use crate::test::results::{self, Test};
 use crate::{artifacts, bench, cargo, clients, packages, scratch, step, test};
 
@@ -382,7 +382,7 @@ impl Rig {
             return Ok(());
         }
         // Nightly counts take nightly memory.
-        let machine = Machine { cpus: lane::DAEMONS.cpus, ..lane::NIGHTLY_DAEMONS };
+        let machine = lane::NIGHTLY_DAEMONS;
         let count = if end_to_end.is_empty() { 1 } else { test::sites(self.lane, machine, None) };
         let start = |_| Site::start(self.lane, Series::default(), machine, &self.artifacts);
         let sites = (0..count).map(start).collect::<Result<Vec<_>>>()?;

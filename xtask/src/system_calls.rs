@@ -45,7 +45,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let artifacts = artifacts::build()?;
     let vmm = cargo::build("dev", &["firn-vmm"])?.binary("firn-vmm")?;
     with_linux(
-        &Site::start(lane, Series::default(), lane::VMMS, &artifacts)?,
+        &Site::start(lane, Series::default(), lane::DAEMONS, &artifacts)?,
         &artifacts,
         &vmm,
         &linux,

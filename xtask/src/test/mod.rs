@@ -224,8 +224,8 @@ fn linux_stage(
     })?;
     let (lane, Some((artifacts, tests, clients))) = built else { return Ok(None) };
     if let Some(tests) = tests {
-        let site =
-            summary.must("booting the host VM", Site::start(lane, kernel, lane::VMMS, &artifacts));
+        let site = summary
+            .must("booting the host VM", Site::start(lane, kernel, lane::DAEMONS, &artifacts));
         let Some(site) = site else { return Ok(None) };
         let names = arguments.parts(Stage::Linux, |only| match only {
             Only::Linux(name) => Some(name.as_str()),
