@@ -206,7 +206,11 @@ fn environment(memory_mb: u32) -> Vec<(String, String)> {
     .to_vec()
 }
 
-fn zip(code: &str) -> Result<Vec<u8>> {
+/// An archive with `code` as its `lambda_function.py`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn zip(code: &str) -> Result<Vec<u8>> {
     let failed = |e: zip::result::ZipError| Error::Io {
         what: "make an archive".into(),
         source: std::io::Error::other(e),

@@ -14,7 +14,7 @@ pub mod compare;
 pub mod error;
 pub mod frames;
 pub mod functions;
-mod host;
+pub mod host;
 pub mod observe;
 pub mod record;
 pub mod replay;
