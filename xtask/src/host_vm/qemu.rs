@@ -52,7 +52,7 @@ impl Qemu {
     /// Starts QEMU. It is killed when the calling *thread* ends: call this from one that lives as
     /// long as the process.
     pub fn start(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Self> {
-        let mut command = emulator::command(options.kernel)?;
+        let mut command = emulator::command()?;
         command.args(arguments(initrd, options, mode)?);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for this process, which then ends QEMU.
