@@ -134,14 +134,19 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn run_guests(arguments: &Arguments) -> ExitCode {
-    let report = match run::run(&arguments.artifacts, &arguments.only, arguments.patience) {
+    let tell = |line: &run::Line| {
+        if !arguments.json {
+            println!("{}", run::words(line));
+        }
+    };
+    let report = match run::run(&arguments.artifacts, &arguments.only, arguments.patience, tell) {
         Ok(report) => report,
         Err(error) => {
             eprintln!("firn doctor: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let text = if arguments.json { json(&report) } else { run::text(&report) };
+    let text = if arguments.json { json(&report) } else { run::summary(&report) };
     print!("{text}");
     if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

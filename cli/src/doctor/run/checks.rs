@@ -27,6 +27,9 @@ const ROUNDS: usize = 5;
 /// By how much a guest's clocks may be off.
 const MOST_OFF: Duration = Duration::from_millis(1);
 
+/// Within what a wall clock must have been seen to be judged, before patience.
+const CLOSELY: Duration = Duration::from_millis(10);
+
 /// Bytes of memory that the machine needs beyond the guests'.
 const RESERVE: u64 = 512 << 20;
 
@@ -120,6 +123,9 @@ pub async fn clocks(guests: &Guests, frozen: &Frozen) -> Result<Verdict, Failure
     }
     if off > MOST_OFF {
         return Err(format!("a guest's wall clock is off by {off:?} or more"));
+    }
+    if within > CLOSELY * guests.patience() {
+        return Ok(NotRun(format!("answers take {within:?}: too long to judge a clock by")));
     }
     let seconds = 0.5;
     let answer = guest.ask(json!({"what": "pause", "seconds": seconds})).await?;

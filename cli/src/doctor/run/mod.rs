@@ -83,11 +83,16 @@ const NAMES: [&str; 12] = [
     "memory-4096",
 ];
 
-/// Runs the checks of these names, or all.
+/// Runs the checks of these names, or all, and tells each as it is done.
 ///
 /// # Errors
 /// A name that there is not, or the runtime's.
-pub fn run(artifacts: &Path, only: &[String], patience: u32) -> Result<Report, String> {
+pub fn run(
+    artifacts: &Path,
+    only: &[String],
+    patience: u32,
+    tell: impl Fn(&Line),
+) -> Result<Report, String> {
     if let Some(unknown) = only.iter().find(|name| !NAMES.contains(&name.as_str())) {
         return Err(format!("there is no check {unknown:?}; there are {}", NAMES.join(", ")));
     }
@@ -97,7 +102,7 @@ pub fn run(artifacts: &Path, only: &[String], patience: u32) -> Result<Report, S
         .collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
-    let checks = runtime.block_on(all(artifacts, &chosen, patience));
+    let checks = runtime.block_on(all(artifacts, &chosen, patience, tell));
     let failed = checks.iter().any(|line| matches!(line.outcome, Outcome::Failed(_)));
     let passed = checks.iter().any(|line| line.outcome == Outcome::Passed);
     Ok(Report {
@@ -109,22 +114,26 @@ pub fn run(artifacts: &Path, only: &[String], patience: u32) -> Result<Report, S
     })
 }
 
-async fn all(artifacts: &Path, chosen: &[&str], patience: u32) -> Vec<Line> {
+async fn all(artifacts: &Path, chosen: &[&str], patience: u32, tell: impl Fn(&Line)) -> Vec<Line> {
     let begun = Instant::now();
     let guests = match Guests::open(artifacts, patience).await {
         Ok(guests) => guests,
         Err(failure) => {
             let not_run = |check: &&str| line(check, Outcome::NotRun(failure.clone()), begun);
-            return chosen.iter().map(not_run).collect();
+            return chosen.iter().map(not_run).inspect(tell).collect();
         }
     };
     let mut frozen = None;
-    let mut lines = Vec::new();
+    let mut lines: Vec<Line> = Vec::new();
+    let mut keep = |line: Line| {
+        tell(&line);
+        lines.push(line);
+    };
     for &check in chosen {
         let begun_check = Instant::now();
         if begun.elapsed() > ALL * patience {
             let reason = format!("all checks together took over {:?}", ALL * patience);
-            lines.push(line(check, Outcome::NotRun(reason), begun_check));
+            keep(line(check, Outcome::NotRun(reason), begun_check));
             continue;
         }
         // What clones are made of is made once, for whoever comes first.
@@ -133,7 +142,7 @@ async fn all(artifacts: &Path, chosen: &[&str], patience: u32) -> Vec<Line> {
             match limited(patience, guests.freeze("small", class)).await {
                 Ok(made) => frozen = Some(made),
                 Err(failure) => {
-                    lines.push(line(check, Outcome::Failed(failure), begun_check));
+                    keep(line(check, Outcome::Failed(failure), begun_check));
                     continue;
                 }
             }
@@ -157,7 +166,7 @@ async fn all(artifacts: &Path, chosen: &[&str], patience: u32) -> Vec<Line> {
             Err(failure) => (Outcome::Failed(failure), Vec::new()),
         };
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), json!(value)));
-        lines.push(Line { figures: figures.collect(), ..line(check, outcome, begun_check) });
+        keep(Line { figures: figures.collect(), ..line(check, outcome, begun_check) });
     }
     drop(frozen);
     guests.close().await;
@@ -191,19 +200,22 @@ fn host() -> Value {
     host
 }
 
-/// The report for people.
-pub fn text(report: &Report) -> String {
+/// A check for people.
+pub fn words(line: &Line) -> String {
+    let Line { check, outcome, figures, took_ms } = line;
+    let (mark, why) = match outcome {
+        Outcome::Passed => ("passed ", ""),
+        Outcome::Failed(why) => ("FAILED ", why.as_str()),
+        Outcome::NotRun(why) => ("not run", why.as_str()),
+    };
+    let figures: Vec<String> =
+        figures.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    format!("{mark}  {check:12} {took_ms:>7} ms  {why}{}", figures.join(", "))
+}
+
+/// What comes behind the checks, for people.
+pub fn summary(report: &Report) -> String {
     let mut text = String::new();
-    for Line { check, outcome, figures, took_ms } in &report.checks {
-        let (mark, why) = match outcome {
-            Outcome::Passed => ("passed ", ""),
-            Outcome::Failed(why) => ("FAILED ", why.as_str()),
-            Outcome::NotRun(why) => ("not run", why.as_str()),
-        };
-        let figures: Vec<String> =
-            figures.iter().map(|(name, value)| format!("{name} {value}")).collect();
-        let _ = writeln!(text, "{mark}  {check:12} {took_ms:>7} ms  {why}{}", figures.join(", "));
-    }
     let cpu = &report.host["cpu"];
     let word = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     let _ = writeln!(
@@ -234,17 +246,19 @@ mod tests {
 
     #[test]
     fn a_check_that_there_is_not_is_named() {
-        let error = run(Path::new("/nonexistent"), &["bot".into()], 1).unwrap_err();
+        let error = run(Path::new("/nonexistent"), &["bot".into()], 1, |_| {}).unwrap_err();
         assert!(error.contains("\"bot\"") && error.contains("boot, thaw"), "{error}");
     }
 
     #[test]
     fn without_an_installation_nothing_ran_and_the_report_says_why() {
-        let report = run(Path::new("/nonexistent"), &["boot".into(), "thaw".into()], 1).unwrap();
+        let report =
+            run(Path::new("/nonexistent"), &["boot".into(), "thaw".into()], 1, |_| {}).unwrap();
         assert!(!report.ok);
         assert_eq!(report.checks.len(), 2);
-        let text = text(&report);
+        let text = words(&report.checks[0]) + &summary(&report);
         assert!(text.contains("not run  boot") && text.contains("open the installation"), "{text}");
+        assert!(text.contains("does not keep"), "{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["checks"][0]["verdict"], "not-run");
         assert!(json["checks"][0]["why"].as_str().unwrap().contains("open the installation"));
