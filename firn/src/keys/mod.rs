@@ -328,9 +328,11 @@ mod tests {
         assert_ne!(key.derive("one").as_bytes(), key.derive("two").as_bytes());
         let (_dir, path) = temporary();
         let service = LocalKeyFile::open_or_create(&path).unwrap();
+        assert_eq!(format!("{key:?}"), "Key(…)");
+        assert_eq!(format!("{key:#?}"), "Key(…)");
+        // The key's id is random and may hold any number: what may not stand here is the key.
         let bytes = service.wrapping.as_bytes().map(|byte| byte.to_string()).join(", ");
-        for text in [format!("{key:?} {key:#?}"), format!("{service:?}")] {
-            assert!(!text.contains("171") && !text.contains(&bytes), "{text}");
-        }
+        let text = format!("{service:?}");
+        assert!(text.contains("Key(…)") && !text.contains(&bytes), "{text}");
     }
 }
