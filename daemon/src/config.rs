@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use firn::keys::KeyService;
+use firn::{control::CpuTemplate, keys::KeyService};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
@@ -134,6 +134,10 @@ pub struct Options {
     /// 512: never. The lower, the faster a thaw, and the more memory until an instance is idle.
     #[arg(long, default_value_t = 21, value_name = "FAULTS")]
     pub dense_pages: u32,
+    /// What CPU functions see: `host`, this machine's; or `x86-64-v2`, `x86-64-v3`, what each machine
+    /// of a fleet has, so that a snapshot of one is thawed on another.
+    #[arg(long, default_value = "host", value_name = "TEMPLATE")]
+    pub cpu_template: CpuTemplate,
     /// Seconds that invocations in flight get when the daemon is told to stop.
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub stop_timeout: f64,
@@ -317,6 +321,7 @@ impl Options {
         config.shells = self.shells;
         config.spare_pages = self.spare_pages;
         config.dense_pages = self.dense_pages;
+        config.cpu_template = self.cpu_template;
         config.serial = self.serial;
         config.patience = self.patience;
         config.cpu_limits = !self.no_cpu_limits;

@@ -39,7 +39,10 @@ use std::{io, io::Write, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
-use firn::keys::{KeyService, LocalKeyFile};
+use firn::{
+    control::CpuTemplate,
+    keys::{KeyService, LocalKeyFile},
+};
 use rustix::{
     fs::Mode,
     process::{DumpableBehavior, Resource, Rlimit},
@@ -173,10 +176,25 @@ async fn run(options: Options) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("{error}{hint}")
     })?;
-    let result = daemon(&options, keys, identity, host.clone(), listener, stop).await;
+    let result = match gives_cpu(&host, options.cpu_template).await {
+        Ok(()) => daemon(&options, keys, identity, host.clone(), listener, stop).await,
+        Err(error) => Err(error),
+    };
     // Also when start-up failed half way: nothing may stay behind.
     host.shutdown().await;
     result
+}
+
+/// Memory of the smallest functions.
+const LEAST_MEMORY_MB: u32 = 128;
+
+/// Tries to make a microVM of a fleet's CPU: without one no function would run.
+async fn gives_cpu(host: &firn::Host, template: CpuTemplate) -> anyhow::Result<()> {
+    if template == CpuTemplate::Host {
+        return Ok(());
+    }
+    let smallest = firn::ShellClass::for_memory(LEAST_MEMORY_MB);
+    host.stock(smallest, 1).await.with_context(|| format!("--cpu-template {template}"))
 }
 
 /// Has SIGHUP read the identity file again.

@@ -2,6 +2,8 @@
 
 use std::{ops::Range, path::PathBuf, sync::Arc};
 
+use firn_proto::control::CpuTemplate;
+
 use crate::keys::KeyService;
 
 /// How a [`Host`](crate::Host) runs.
@@ -19,6 +21,9 @@ pub struct HostConfig {
     /// A thaw copies a region of 2 MiB that clones write to whole, into a huge page, if that is
     /// known to save at least so many page faults for each 512 pages that it has to copy.
     pub dense_pages: u32,
+    /// What CPU guests see: this host's, or what each host of a fleet has, so that a snapshot of one is
+    /// thawed on another. Snapshots of another template are refused.
+    pub cpu_template: CpuTemplate,
     /// Give every guest a serial console whose output is logged at debug level.
     pub serial: bool,
     /// Multiplies every time limit that this crate sets by itself (boot, thaw, requests to the
@@ -55,6 +60,7 @@ impl HostConfig {
             shells: 0,
             spare_pages: 24,
             dense_pages: 21,
+            cpu_template: CpuTemplate::Host,
             serial: false,
             patience: 1,
             cpu_limits: true,

@@ -2,9 +2,7 @@
 
 use std::{ffi::CString, fmt::Display, io, os::fd::AsFd, sync::Arc, time::Duration};
 
-use firn_proto::control::{
-    self, CpuTemplate, DiskKind, FromVmm, MAX_VCPUS, ShellConfig, Stamps, ToVmm,
-};
+use firn_proto::control::{self, DiskKind, FromVmm, MAX_VCPUS, ShellConfig, Stamps, ToVmm};
 
 use crate::{
     ShellClass, VmmExit,
@@ -161,7 +159,7 @@ pub(crate) async fn spawn(inner: &Arc<Inner>, class: ShellClass) -> Result<Shell
         version: control::VERSION,
         vcpus,
         memory_mib,
-        cpu_template: CpuTemplate::Host,
+        cpu_template: inner.config.cpu_template,
         disks: DISKS.to_vec(),
         serial: inner.config.serial,
         spares: inner.spares(class),

@@ -7,12 +7,14 @@
 //! The order of a VMM's life: [`ToVmm::Build`] once, then one of [`ToVmm::Boot`] and
 //! [`ToVmm::Thaw`], then any of the others.
 
+use std::{fmt, str::FromStr};
+
 use serde::{Deserialize, Serialize};
 
 use crate::CodecError;
 
 /// Version of this protocol; the first field of [`ShellConfig`].
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// So many bytes come first on the invoke connection of a thaw or reset, in one piece: the host's TSC, a
 /// little-endian `u64`, at the moment when the guest's clocks go on. They are for the VMM; a guest that
@@ -102,6 +104,39 @@ pub struct MemoryPlan {
 pub enum CpuTemplate {
     /// The host's own features, as far as KVM supports them.
     Host,
+    /// What a fleet of hosts has whose CPUs are of level x86-64-v2 at least, and no more.
+    X86_64V2,
+    /// What a fleet of hosts has whose CPUs are of level x86-64-v3 at least, and no more.
+    X86_64V3,
+}
+
+impl CpuTemplate {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Host, Self::X86_64V2, Self::X86_64V3];
+}
+
+impl fmt::Display for CpuTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Host => "host",
+            Self::X86_64V2 => "x86-64-v2",
+            Self::X86_64V3 => "x86-64-v3",
+        })
+    }
+}
+
+/// There is no CPU template of this name.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no CPU template {0:?}; there are host, x86-64-v2 and x86-64-v3")]
+pub struct UnknownTemplate(String);
+
+impl FromStr for CpuTemplate {
+    type Err = UnknownTemplate;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().find(|template| template.to_string() == name);
+        found.ok_or_else(|| UnknownTemplate(name.to_owned()))
+    }
 }
 
 /// What a block device may do, fixed when the shell is built.

@@ -14,12 +14,12 @@ use firn_proto::control::{DiskKind, FailureKind};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    arch::{cpuid::Signature, vcpu_state::VcpuState, vm_state::VmState},
+    arch::{cpuid::Signature, tsc::Frequency, vcpu_state::VcpuState, vm_state::VmState},
     machine::MachineState,
 };
 
 /// Version of the format. A change of any saved struct changes it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Longest body in bytes.
 pub const MAX_BODY: usize = 8 << 20;
@@ -34,8 +34,8 @@ pub struct SavedVm {
     pub memory_mib: u32,
     /// The CPU that the guest saw.
     pub signature: Signature,
-    /// TSC frequency in kHz.
-    pub tsc_khz: u32,
+    /// How the guest's TSC ticked.
+    pub tsc: Frequency,
     /// The host's TSC at the save, in ticks.
     pub host_tsc: u64,
     /// The shell's block devices.
@@ -44,15 +44,18 @@ pub struct SavedVm {
     pub vm: VmState,
     /// All vCPUs in order.
     pub vcpus: Vec<VcpuState>,
+    /// Their MSRs as they are in a vCPU that has never run.
+    pub power_on_msrs: Vec<(u32, u64)>,
     /// All devices.
     pub machine: MachineState,
 }
 
 impl SavedVm {
-    /// What the guest's TSC read at the save, and reads at the moment when its clocks go on.
-    pub fn guest_tsc(&self) -> u64 {
-        let offset = self.vcpus.first().map_or(0, VcpuState::tsc_offset);
-        self.host_tsc.wrapping_add_signed(offset)
+    /// What a vCPU's TSC read at the save, and reads at the moment when its clocks go on; the first one's
+    /// is the guest's.
+    pub fn guest_tsc(&self, vcpu: usize) -> u64 {
+        let offset = self.vcpus.get(vcpu).map_or(0, VcpuState::tsc_offset);
+        self.tsc.scale(self.host_tsc).wrapping_add_signed(offset)
     }
 }
 

@@ -22,6 +22,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::{
     arch::{
         boot, describe,
+        tsc::Frequency,
         vcpu_state::{self, VcpuState, VcpuStateError},
     },
     descriptors::{BELL, place},
@@ -86,17 +87,33 @@ pub enum Part {
 /// interrupts.
 pub struct ThawPlan {
     saved: Arc<SavedVm>,
-    tsc_shift: i64,
+    clock: TscPlan,
     part: Part,
     resume: bool,
     gate: Gate,
 }
 
+/// How TSCs go on.
+#[derive(Debug, Clone, Copy)]
+pub struct TscPlan {
+    /// At which frequency.
+    pub frequency: Frequency,
+    /// The host's TSC, in ticks, at the moment from which they do.
+    pub at: u64,
+}
+
+impl TscPlan {
+    /// Guest TSC minus host TSC, scaled, of one vCPU of a snapshot.
+    pub fn offset(self, saved: &SavedVm, vcpu: usize) -> i64 {
+        saved.guest_tsc(vcpu).wrapping_sub(self.frequency.scale(self.at)) as i64
+    }
+}
+
 impl ThawPlan {
-    /// A plan for all vCPUs. `tsc_shift`: see [`VcpuState::restore`].
-    pub fn new(saved: Arc<SavedVm>, tsc_shift: i64, part: Part, resume: bool) -> Self {
+    /// A plan for all vCPUs.
+    pub fn new(saved: Arc<SavedVm>, clock: TscPlan, part: Part, resume: bool) -> Self {
         let gate = Gate::new(saved.vcpus.len());
-        Self { saved, tsc_shift, part, resume, gate }
+        Self { saved, clock, part, resume, gate }
     }
 
     /// Waits until all vCPUs are restored and about to run; `None` if one of them could not be.
@@ -315,13 +332,15 @@ impl Worker {
             return Reply::Stopped;
         };
         hold::back(seccomp::Thread::Vcpu(self.id));
+        let tsc_offset = plan.clock.offset(&plan.saved, usize::from(self.id));
         let result = match plan.part {
             _ if hold::refuses_restore() => Err(VcpuStateError::refused()),
-            Part::Thaw => state.restore(&self.fd, plan.tsc_shift),
+            Part::Thaw => vcpu_state::set_frequency(&self.fd, plan.clock.frequency)
+                .and_then(|()| state.restore(&self.fd, tsc_offset)),
             Part::Reset => vcpu_state::accept_pending(&self.fd)
                 .and_then(|()| vcpu_state::set_msrs(&self.fd, &self.shared.power_on_msrs))
-                .and_then(|()| state.restore(&self.fd, plan.tsc_shift)),
-            Part::Clocks => state.restore_clocks(&self.fd, plan.tsc_shift),
+                .and_then(|()| state.restore(&self.fd, tsc_offset)),
+            Part::Clocks => state.restore_clocks(&self.fd, tsc_offset),
         };
         if let Err(error) = result {
             plan.gate.break_down();

@@ -24,10 +24,17 @@ use firn_proto::control::{
     self, DiskSource, Exit, Failure, FailureKind, MemoryPlan, Phase, SaveReport, ShellConfig, Stats,
 };
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::{
-    arch::{self, boot, confine, cpuid::Signature, msrs, vcpu_state, vm_state::VmState},
+    arch::{
+        self, boot, confine,
+        cpuid::Signature,
+        msrs,
+        tsc::{self, Frequency},
+        vcpu_state,
+        vm_state::VmState,
+    },
     descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
     handover::Lapics,
     machine::{Machine, MachineRestoreError},
@@ -39,10 +46,6 @@ use crate::{
 };
 use reset::Origin;
 use running::{Deaf, State};
-
-/// Largest difference of TSC frequencies that a thaw tolerates, in millionths: what NTP corrects
-/// without stepping.
-const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Why a request was not carried out.
 #[derive(Debug)]
@@ -107,7 +110,14 @@ pub struct Vm {
     copied: Vec<std::ops::Range<u64>>,
     machine: Arc<Machine>,
     signature: Signature,
-    tsc_khz: u32,
+    /// What the MSRs of a vCPU are that has never run.
+    power_on_msrs: Vec<(u32, u64)>,
+    /// The host's TSC frequency.
+    host_khz: u32,
+    /// Whether KVM can give guests another one.
+    scales_tsc: bool,
+    /// The guest's.
+    tsc: Frequency,
     vcpus: Vec<Vcpu>,
     shared: Arc<Shared>,
     statistics: Vec<KvmStats>,
@@ -153,7 +163,7 @@ impl Vm {
 
         let spares = Spares::make(config.spares)?;
         let signature = Signature::of_host(kvm, config.cpu_template)
-            .map_err(kvm_error("GET_SUPPORTED_CPUID"))?;
+            .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
         let machine = Arc::new(Machine::new(&config, memory.guest(), &vm));
         let mut statistics: Vec<_> = KvmStats::open(vm.as_ref(), "vm").into_iter().collect();
         let mut descriptors = Vec::with_capacity(usize::from(config.vcpus));
@@ -167,11 +177,12 @@ impl Vm {
             statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));
             descriptors.push(fd);
         }
-        let msrs = vcpu_state::msr_list(kvm, &descriptors[0])
+        let listed = vcpu_state::msr_list(kvm, &descriptors[0])
             .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
+        let msrs: Vec<u32> = listed.iter().map(|&(index, _)| index).collect();
         let power_on_msrs = msrs::beyond(&descriptors[0], &msrs)
             .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
-        let tsc_khz = descriptors[0].get_tsc_khz().map_err(kvm_error("GET_TSC_KHZ"))?;
+        let host_khz = descriptors[0].get_tsc_khz().map_err(kvm_error("GET_TSC_KHZ"))?;
 
         let shared = Arc::new(Shared {
             machine: machine.clone(),
@@ -198,7 +209,10 @@ impl Vm {
             copied: Vec::new(),
             machine,
             signature,
-            tsc_khz,
+            power_on_msrs: listed,
+            host_khz,
+            scales_tsc: kvm.check_extension(Cap::TscControl),
+            tsc: Frequency::of_host(host_khz),
             vcpus,
             shared,
             statistics,
@@ -270,7 +284,7 @@ impl Vm {
                 .map_err(bad_kernel)?;
         self.clock.stamp(Phase::Mapped);
         // The guest's TSC starts at 0 now, on all vCPUs.
-        self.tsc_offset = (arch::tsc() as i64).wrapping_neg();
+        self.tsc_offset = (tsc::now() as i64).wrapping_neg();
         for (id, vcpu) in self.vcpus.iter().enumerate() {
             let entry = (id == 0).then_some(entry);
             vcpu.tell(Command::Boot { entry, tsc_offset: self.tsc_offset });
@@ -302,6 +316,7 @@ impl Vm {
         let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
         let mut media = all_to(&DISKS, descriptors)?;
         let saved = Arc::new(self.read_state(&state)?);
+        self.tsc = Frequency::on_host(saved.tsc.khz, self.host_khz);
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
         self.copied = plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
@@ -328,9 +343,13 @@ impl Vm {
         }
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, 0).map_err(io)?;
-        let saved =
+        let mut saved =
             SavedVm::decode(&bytes).map_err(|error| RequestError::refused(error.kind(), error))?;
         self.check_shape(&saved)?;
+        for vcpu in &mut saved.vcpus {
+            vcpu.adapt(&saved.power_on_msrs, &self.power_on_msrs)
+                .map_err(|error| RequestError::refused(FailureKind::SnapshotCpu, error))?;
+        }
         Ok(saved)
     }
 
@@ -359,14 +378,12 @@ impl Vm {
         if let Some(difference) = saved.signature.difference(&self.signature) {
             return Err(cpu(difference));
         }
-        let (theirs, ours) = (u64::from(saved.tsc_khz), u64::from(self.tsc_khz));
-        if theirs.abs_diff(ours) * 1_000_000 > ours * TSC_TOLERANCE_PPM {
+        if Frequency::on_host(saved.tsc.khz, self.host_khz).is_scaled() && !self.scales_tsc {
             return Err(cpu(format!(
-                "TSC frequency is {theirs} kHz in the snapshot, {ours} kHz on this host"
+                "TSC frequency is {} kHz in the snapshot, {} kHz on this host, whose KVM or CPU can't scale \
+                 it (no KVM_CAP_TSC_CONTROL)",
+                saved.tsc.khz, self.host_khz
             )));
-        }
-        for vcpu in &saved.vcpus {
-            vcpu.check(&self.shared.msrs).map_err(|error| cpu(error.to_string()))?;
         }
         Ok(())
     }
@@ -437,14 +454,15 @@ impl Vm {
         let saved = SavedVm {
             memory_mib: self.config.memory_mib,
             signature: self.signature.clone(),
-            tsc_khz: self.tsc_khz,
+            tsc: self.tsc,
             host_tsc,
+            power_on_msrs: self.power_on_msrs.clone(),
             disks: self.config.disks.clone(),
             vm,
             vcpus,
             machine: self.machine.save(),
         };
-        let guest_tsc = saved.guest_tsc();
+        let guest_tsc = saved.guest_tsc(0);
         // SAFETY: every vCPU has answered `Saved` and waits for its next command, and devices
         // only work on vCPU threads or on this one, which is here.
         let written = unsafe { self.memory.save(&pagemap, base, &memory_out) };
@@ -464,7 +482,7 @@ impl Vm {
             bitmap_bytes: bitmap.as_bytes().len() as u64,
             duration_ns: monotonic_ns() - started,
             guest_tsc,
-            tsc_khz: self.tsc_khz,
+            tsc_khz: self.tsc.khz,
         })
     }
 
@@ -482,7 +500,7 @@ impl Vm {
             exits: self.shared.exits.read(),
             kvm,
             tsc_offset: self.tsc_offset,
-            tsc_khz: self.tsc_khz,
+            tsc_khz: self.tsc.khz,
             paused: self.state.is_paused(),
             memory_address: self.memory.host_pointer(0) as u64,
             interrupts_raised_again: self.shared.raised_again.load(Ordering::Relaxed),

@@ -190,6 +190,7 @@ fn every_msr_that_keeps_a_value_goes_back() {
     };
     let mut guest = Guest::new(&kvm);
     let listed = vcpu_state::msr_list(&kvm, &guest.vcpu).unwrap();
+    let listed: Vec<u32> = listed.into_iter().map(|(index, _)| index).collect();
     let beyond = msrs::beyond(&guest.vcpu, &listed).unwrap();
     // Writing the power-on values is possible, as a whole.
     vcpu_state::set_msrs(&guest.vcpu, &beyond).unwrap();

@@ -126,6 +126,7 @@ const KVM_GET_XSAVE: u32 = kvm_read::<kvm::kvm_xsave>(0xa4);
 const KVM_SET_XSAVE: u32 = kvm_write::<kvm::kvm_xsave>(0xa5);
 const KVM_GET_XCRS: u32 = kvm_read::<kvm::kvm_xcrs>(0xa6);
 const KVM_SET_XCRS: u32 = kvm_write::<kvm::kvm_xcrs>(0xa7);
+const KVM_SET_TSC_KHZ: u32 = kvm_none(0xa2);
 const KVM_KVMCLOCK_CTRL: u32 = kvm_none(0xad);
 const KVM_SET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe1);
 const KVM_GET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe2);
@@ -185,6 +186,8 @@ const VCPU: &[Entry] = table! {
     SYS_ioctl(KVM_SET_XSAVE),       [Ask::OwnVcpu], "thaw, reset";
     SYS_ioctl(KVM_GET_XCRS),        [Ask::OwnVcpu], "save";
     SYS_ioctl(KVM_SET_XCRS),        [Ask::OwnVcpu], "boot, thaw, reset";
+    SYS_ioctl(KVM_SET_TSC_KHZ),     [Ask::OwnVcpu], "thaw",
+        unseen: "only a snapshot of a host whose TSC ticks otherwise needs it";
     SYS_ioctl(KVM_KVMCLOCK_CTRL),   [Ask::OwnVcpu], "the guest was paused";
     SYS_ioctl(KVM_SET_DEVICE_ATTR), [Ask::OwnVcpu], "the TSC's offset";
     SYS_ioctl(KVM_GET_DEVICE_ATTR), [Ask::OwnVcpu], "the TSC's offset";

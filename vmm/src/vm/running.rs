@@ -15,13 +15,13 @@ use firn_proto::control::{Exit, ExitReason, FailureKind, Phase};
 
 use super::{RequestError, Result, Vm, io_error, kvm_error};
 use crate::{
-    arch::{self, describe::Redirection},
+    arch::{self, describe::Redirection, tsc},
     handover::Lapics,
     hold,
     machine::Unacknowledged,
     seccomp::Thread,
     snapshot::SavedVm,
-    vcpu::{Command, Part, Reply, ThawPlan},
+    vcpu::{Command, Part, Reply, ThawPlan, TscPlan},
 };
 
 /// What the vCPUs of a microVM do.
@@ -90,17 +90,16 @@ impl Vm {
         // Until the vCPUs have met again nothing may be raised.
         self.state = State::Fresh;
         // Of a guest that stays paused, the clocks are set anew when it runs.
-        let at = if resume { self.moment()? } else { arch::tsc() };
+        let at = if resume { self.moment()? } else { tsc::now() };
         match part {
-            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm, at, self.tsc_khz),
-            Part::Clocks => saved.vm.restore_clock(&self.vm, at, self.tsc_khz),
+            Part::Thaw | Part::Reset => saved.vm.restore(&self.vm, at, self.host_khz),
+            Part::Clocks => saved.vm.restore_clock(&self.vm, at, self.host_khz),
         }
         .map_err(kvm_error("SET_IRQCHIP or SET_CLOCK"))?;
         self.clock.stamp(Phase::DevicesSet);
-        let shift = (saved.host_tsc as i64).wrapping_sub(at as i64);
-        self.tsc_offset =
-            saved.vcpus.first().map_or(0, |vcpu| vcpu.tsc_offset().wrapping_add(shift));
-        let thaw = Arc::new(ThawPlan::new(saved.clone(), shift, part, resume));
+        let clock = TscPlan { frequency: self.tsc, at };
+        self.tsc_offset = clock.offset(saved, 0);
+        let thaw = Arc::new(ThawPlan::new(saved.clone(), clock, part, resume));
         self.machine.halt(false);
         for vcpu in &self.vcpus {
             vcpu.tell(Command::Thaw(thaw.clone()));
@@ -120,14 +119,14 @@ impl Vm {
 
     /// The host's TSC when the guest's clocks go on: as the host says, else now.
     fn moment(&self) -> Result<u64> {
-        let now = arch::tsc();
+        let now = tsc::now();
         let Some(at) = self.machine.take_moment().map_err(io_error("the invoke connection"))?
         else {
             return Ok(now);
         };
         // Two CPUs may differ by little, and it may be a message's way ago. A guest whose clocks
         // leap would believe that it stood still.
-        let second = i64::from(self.tsc_khz) * 1000;
+        let second = i64::from(self.host_khz) * 1000;
         let ago = now.wrapping_sub(at) as i64;
         if !(-second..60 * second).contains(&ago) {
             let message = format!("the clocks are to go on {ago} ticks ago");

@@ -253,7 +253,7 @@ pub fn empty(n: usize) -> Vec<DiskSource> {
 
 /// `bytes` as they begin a new invoke connection: behind the moment when the guest's clocks go on.
 pub fn from_now(bytes: &[u8]) -> Vec<u8> {
-    let mut all = firn_vmm::arch::tsc().to_le_bytes().to_vec();
+    let mut all = firn_vmm::arch::tsc::now().to_le_bytes().to_vec();
     all.extend(bytes);
     all
 }

@@ -246,7 +246,8 @@ mod tests {
             cpuid::Signature::of_host(&kvm, firn_proto::control::CpuTemplate::Host).unwrap();
         vcpu.set_cpuid2(&signature.for_vcpu(0, 1).unwrap()).unwrap();
         confine::vcpu(&kvm, &vcpu).unwrap();
-        let saved = vcpu_state::msr_list(&kvm, &vcpu).unwrap();
+        let listed = vcpu_state::msr_list(&kvm, &vcpu).unwrap();
+        let saved: Vec<u32> = listed.into_iter().map(|(index, _)| index).collect();
         let beyond = msrs::beyond(&vcpu, &saved).unwrap();
         let mut wrong = Vec::new();
         for index in &saved {
@@ -282,7 +283,9 @@ mod tests {
         let page = std::fs::read_to_string(path).unwrap();
         let (head, rest) = page.split_once(MARKS[0]).unwrap();
         let (found, tail) = rest.split_once(MARKS[1]).unwrap();
-        let tables = format!("\n{}\n### CPUID\n\n{}\n", tables(), cpuid::table());
+        let (table, fleets) = (cpuid::table(), cpuid::fleets());
+        let tables =
+            format!("\n{}\n### CPUID\n\n{table}\n### CPUs of fleets\n\n{fleets}\n", tables());
         if std::env::var_os("FIRN_WRITE_DOCS").is_some() {
             let page = [head, MARKS[0], &tables, MARKS[1], tail].concat();
             std::fs::write(path, page).unwrap();

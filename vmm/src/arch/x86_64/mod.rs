@@ -21,6 +21,7 @@ pub mod describe;
 pub mod inventory;
 pub mod mptable;
 pub mod msrs;
+pub mod tsc;
 pub mod vcpu_state;
 pub mod vm_state;
 
@@ -41,10 +42,3 @@ pub const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// Where KVM on Intel keeps the TSS of a vCPU in real mode (three pages).
 pub const TSS_ADDRESS: usize = 0xfffb_d000;
-
-/// Reads this CPU's time-stamp counter, in ticks.
-pub fn tsc() -> u64 {
-    // SAFETY: RDTSC exists on every x86_64 CPU and is permitted in user mode unless the process
-    // asked otherwise (PR_SET_TSC), which Firn doesn't; it has no side effects.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}

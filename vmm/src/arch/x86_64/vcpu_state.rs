@@ -16,6 +16,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
+use super::tsc::{self, Frequency};
 use crate::stats::ioctl_error;
 
 pub(super) const MSR_TSC: u32 = 0x10;
@@ -72,11 +73,23 @@ pub enum VcpuStateError {
          guests would be wrong"
     )]
     NoTscOffset,
-    /// The snapshot has MSRs that this host's KVM does not know.
-    #[error("MSR {index:#x} is in the snapshot but not settable on this host")]
+    /// The guest of the snapshot has used an MSR that this host's KVM does not know.
+    #[error("MSR {index:#x} is {value:#x} in the snapshot and not settable on this host")]
     UnknownMsr {
         /// Its index.
         index: u32,
+        /// What it was to be.
+        value: u64,
+    },
+    /// KVM was told to have a guest's TSC tick as it did where it was saved, and does not.
+    #[error("KVM does not scale the TSC to {khz} kHz: it reads {found}, not {expected}")]
+    NotScaled {
+        /// The frequency.
+        khz: u32,
+        /// What it reads without an offset.
+        found: u64,
+        /// What it should read.
+        expected: u64,
     },
 }
 
@@ -103,7 +116,7 @@ pub struct VcpuState {
     lapic: kvm_lapic_state,
     msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
-    /// Guest TSC minus host TSC in ticks, on the host that saved.
+    /// Guest TSC minus host TSC, scaled, in ticks, on the host that saved.
     tsc_offset: i64,
 }
 
@@ -120,14 +133,15 @@ pub fn prepare(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     set_msrs(vcpu, &[(MSR_MISC_ENABLE, FAST_STRINGS), (MSR_MTRR_DEF_TYPE, MTRRS_ON | WRITE_BACK)])
 }
 
-/// Which MSRs make up a vCPU's state on this host: all that KVM lists and lets us write back.
+/// Which MSRs make up a vCPU's state on this host, with the values of one that has never run: all that KVM
+/// lists and lets us write back.
 ///
 /// What can't be written back from user space can't have been written by the guest either: KVM
 /// checks both through the same function, and the host's check is the laxer one.
 ///
 /// # Errors
 /// KVM's.
-pub fn msr_list(kvm_fd: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, VcpuStateError> {
+pub fn msr_list(kvm_fd: &Kvm, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, VcpuStateError> {
     let list = kvm_fd.get_msr_index_list().map_err(kvm("GET_MSR_INDEX_LIST"))?;
     let mut indices: Vec<u32> = list
         .as_slice()
@@ -137,10 +151,9 @@ pub fn msr_list(kvm_fd: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, VcpuStateError>
         .filter(|&index| index != MSR_TSC && index != MSR_TSC_DEADLINE)
         .collect();
     retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
-    let values = retain_writable(vcpu, read_msrs(vcpu, &indices)?)?;
-    let mut writable: Vec<u32> = values.into_iter().map(|(index, _)| index).collect();
+    let mut writable = retain_writable(vcpu, read_msrs(vcpu, &indices)?)?;
     if kvm_fd.check_extension(Cap::TscDeadlineTimer) {
-        writable.push(MSR_TSC_DEADLINE);
+        writable.push((MSR_TSC_DEADLINE, 0));
     }
     Ok(writable)
 }
@@ -221,29 +234,42 @@ impl VcpuState {
         Ok(Self { mp_state, regs, sregs, xsave, xcrs, debug, lapic, msrs, events, tsc_offset })
     }
 
-    /// Whether this host can take the state.
+    /// Makes the state one of this host, whose KVM may have other MSRs than the one that saved it: what
+    /// it lacks may go if no guest has changed it, and what it has besides is as in a vCPU that has never
+    /// run. `theirs` and `ours` are the MSRs of such a vCPU, there and here.
     ///
     /// # Errors
     /// [`VcpuStateError::UnknownMsr`].
-    pub fn check(&self, msr_indices: &[u32]) -> Result<(), VcpuStateError> {
-        match self.msrs.iter().find(|(index, _)| !msr_indices.contains(index)) {
-            Some(&(index, _)) => Err(VcpuStateError::UnknownMsr { index }),
-            None => Ok(()),
+    pub fn adapt(
+        &mut self,
+        theirs: &[(u32, u64)],
+        ours: &[(u32, u64)],
+    ) -> Result<(), VcpuStateError> {
+        if self.msrs.iter().map(|msr| msr.0).eq(ours.iter().map(|msr| msr.0)) {
+            return Ok(());
         }
+        let has = |msrs: &[(u32, u64)], wanted: u32| msrs.iter().any(|(index, _)| *index == wanted);
+        let (known, unknown): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.msrs).into_iter().partition(|(index, _)| has(ours, *index));
+        if let Some(&(index, value)) = unknown.iter().find(|msr| !theirs.contains(msr)) {
+            return Err(VcpuStateError::UnknownMsr { index, value });
+        }
+        // The deadline of a timer stays the last one.
+        self.msrs = ours.iter().copied().filter(|(index, _)| !has(&known, *index)).collect();
+        self.msrs.extend(known);
+        Ok(())
     }
 
-    /// Guest TSC minus host TSC in ticks, as saved.
+    /// Guest TSC minus host TSC, scaled, in ticks, as saved.
     pub fn tsc_offset(&self) -> i64 {
         self.tsc_offset
     }
 
-    /// Writes the state to a stopped and drained vCPU. `tsc_shift` is the host's TSC at the save
-    /// minus the host's TSC now: the same for all vCPUs, so that they stay as synchronous as they
-    /// were.
+    /// Writes the state to a stopped and drained vCPU. `tsc_offset`: see [`set_tsc_offset`].
     ///
     /// # Errors
     /// KVM's; a short count of MSRs is one.
-    pub fn restore(&self, vcpu: &VcpuFd, tsc_shift: i64) -> Result<(), VcpuStateError> {
+    pub fn restore(&self, vcpu: &VcpuFd, tsc_offset: i64) -> Result<(), VcpuStateError> {
         vcpu.set_mp_state(self.mp_state).map_err(kvm("SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("SET_REGS"))?;
         vcpu.set_sregs(&self.sregs).map_err(kvm("SET_SREGS"))?;
@@ -254,7 +280,7 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debug).map_err(kvm("SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
         // Before the deadline MSR, which counts in guest TSC.
-        set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(tsc_shift))?;
+        set_tsc_offset(vcpu, tsc_offset)?;
         set_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("SET_VCPU_EVENTS"))?;
         mark_paused(vcpu);
@@ -266,10 +292,10 @@ impl VcpuState {
     ///
     /// # Errors
     /// KVM's.
-    pub fn restore_clocks(&self, vcpu: &VcpuFd, tsc_shift: i64) -> Result<(), VcpuStateError> {
+    pub fn restore_clocks(&self, vcpu: &VcpuFd, tsc_offset: i64) -> Result<(), VcpuStateError> {
         // A timer that is not armed by its MSR counts in the LAPIC.
         vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
-        set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(tsc_shift))?;
+        set_tsc_offset(vcpu, tsc_offset)?;
         let deadline = self.msrs.iter().find(|(index, _)| *index == MSR_TSC_DEADLINE);
         set_msrs(vcpu, deadline.map_or(&[], std::slice::from_ref))?;
         mark_paused(vcpu);
@@ -338,7 +364,30 @@ pub fn mark_paused(vcpu: &VcpuFd) {
     let _ = vcpu.kvmclock_ctrl();
 }
 
-/// Sets guest TSC minus host TSC.
+/// Has the TSC of a vCPU that has never run tick by a frequency that is not the host's, and makes sure that
+/// it does; without effect where it is the host's. Its offset is to be set anew afterwards.
+///
+/// # Errors
+/// KVM's; [`VcpuStateError::NotScaled`].
+pub fn set_frequency(vcpu: &VcpuFd, frequency: Frequency) -> Result<(), VcpuStateError> {
+    if !frequency.is_scaled() {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(frequency.khz).map_err(kvm("SET_TSC_KHZ"))?;
+    set_tsc_offset(vcpu, 0)?;
+    // A millisecond either way: two CPUs of the host may differ by little.
+    let slack = u64::from(frequency.khz);
+    let before = frequency.scale(tsc::now()).saturating_sub(slack);
+    let found = read_msrs(vcpu, &[MSR_TSC])?.first().map_or(0, |&(_, value)| value);
+    let after = frequency.scale(tsc::now()).saturating_add(slack);
+    match (before..=after).contains(&found) {
+        true => Ok(()),
+        false => Err(VcpuStateError::NotScaled { khz: frequency.khz, found, expected: after }),
+    }
+}
+
+/// Sets guest TSC minus host TSC, scaled: for all vCPUs from one moment, so that they stay as synchronous
+/// as they were.
 ///
 /// By attribute, never by writing MSR 0x10: KVM takes a write within a second of the expected
 /// value for an attempt at synchronising vCPUs and changes it (`kvm_synchronize_tsc`).
@@ -374,4 +423,40 @@ fn tsc_attribute(
     ioctl_error(result)
         .map(drop)
         .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(msrs: &[(u32, u64)]) -> VcpuState {
+        VcpuState {
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug: Default::default(),
+            lapic: Default::default(),
+            msrs: msrs.to_vec(),
+            events: Default::default(),
+            tsc_offset: 0,
+        }
+    }
+
+    #[test]
+    fn msrs_that_a_host_lacks_may_go_if_no_guest_has_changed_them() {
+        let theirs = [(1, 0), (2, 7), (MSR_TSC_DEADLINE, 0)];
+        let same = [(1, 5), (2, 7), (MSR_TSC_DEADLINE, 9)];
+        let adapted = |msrs: &[(u32, u64)], ours: &[(u32, u64)]| {
+            let mut state = state(msrs);
+            state.adapt(&theirs, ours).map(|()| state.msrs)
+        };
+        assert_eq!(adapted(&same, &[(1, 1), (2, 2), (MSR_TSC_DEADLINE, 0)]).unwrap(), same);
+        // Neither 2, which is as it was, nor the value that this host's 3 was saved with: it was not.
+        let ours = [(1, 0), (3, 4), (MSR_TSC_DEADLINE, 0)];
+        assert_eq!(adapted(&same, &ours).unwrap(), [(3, 4), (1, 5), (MSR_TSC_DEADLINE, 9)]);
+        let error = adapted(&[(1, 5), (2, 8)], &ours).unwrap_err().to_string();
+        assert_eq!(error, "MSR 0x2 is 0x8 in the snapshot and not settable on this host");
+    }
 }

@@ -85,10 +85,10 @@ fn in_a_moment<T>(
 ) -> Result<(T, u64), kvm_ioctls::Error> {
     let mut attempt = 0;
     loop {
-        let before = tsc();
+        let before = tsc::now();
         let done = work(before)?;
         hold::clock();
-        let took = tsc().wrapping_sub(before);
+        let took = tsc::now().wrapping_sub(before);
         attempt += 1;
         if took <= CLOSE || attempt == ATTEMPTS {
             return Ok((done, before.wrapping_add(took / 2)));
@@ -126,7 +126,7 @@ mod tests {
 
             hold::stop_once(Duration::from_millis(5));
             // The clock is set a while after the moment from which it goes on.
-            let moment = tsc();
+            let moment = tsc::now();
             std::thread::sleep(Duration::from_millis(2));
             saved.restore(&vm, moment, khz as u32).unwrap();
             let (clock, at) = now(&vm);

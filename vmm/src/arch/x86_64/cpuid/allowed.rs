@@ -8,10 +8,10 @@
 //! Sources: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
 
 /// The registers that CPUID answers in, as indices.
-const EAX: usize = 0;
-const EBX: usize = 1;
-const ECX: usize = 2;
-const EDX: usize = 3;
+pub(super) const EAX: usize = 0;
+pub(super) const EBX: usize = 1;
+pub(super) const ECX: usize = 2;
+pub(super) const EDX: usize = 3;
 
 /// Bits of a register of a leaf.
 pub(super) struct Row {

@@ -5,6 +5,7 @@
 //! be thawed where the template yields the same table, and a refusal names the first difference.
 
 mod allowed;
+mod fleet;
 mod leaf;
 mod topology;
 
@@ -20,9 +21,41 @@ pub fn table() -> String {
     allowed::table()
 }
 
+/// What guests of a fleet see of a CPU, as lists in Markdown: `docs/cpu-state.md` has them.
+pub fn fleets() -> String {
+    fleet::lists()
+}
+
+/// A host can't give the CPU of a template to its guests.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// KVM refused to say what it offers.
+    #[error("KVM {what}: {source}")]
+    Kvm {
+        /// Which ioctl.
+        what: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// The host's CPU, or its KVM, has less than all CPUs of the fleet.
+    #[error("CPU template {template}: this host has no {}", lacks.join(", "))]
+    Lacks {
+        /// The template.
+        template: CpuTemplate,
+        /// Names of features.
+        lacks: Vec<&'static str>,
+    },
+}
+
+fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> TemplateError {
+    move |source| TemplateError::Kvm { what, source }
+}
+
 /// The CPU that a shell gives to its guest, without what differs between its vCPUs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Signature {
+    /// What it was made by.
+    pub template: CpuTemplate,
     /// All leaves, by function and index.
     pub leaves: Vec<Leaf>,
     /// MSRs that tell guests what the CPU can, or need not mitigate: index and value.
@@ -52,24 +85,29 @@ const HYBRID: u32 = 1 << 15;
 const XSAVE_LEGACY: u32 = 512 + 64;
 
 /// Feature MSRs that guests read: IA32_ARCH_CAPABILITIES, and AMD's DE_CFG.
-const FEATURES: [u32; 2] = [0x10a, 0xc001_1029];
+const ARCH_CAPABILITIES: u32 = 0x10a;
+const DE_CFG: u32 = 0xc001_1029;
 
 impl Signature {
     /// What `template` yields on this host.
     ///
     /// # Errors
-    /// KVM's.
-    pub fn of_host(kvm: &Kvm, template: CpuTemplate) -> Result<Self, kvm_ioctls::Error> {
-        match template {
-            // The one template so far; naming it here makes the compiler ask about the next.
-            CpuTemplate::Host => {}
-            _ => return Err(kvm_ioctls::Error::new(libc::EINVAL)),
-        }
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    /// KVM's; [`TemplateError::Lacks`].
+    pub fn of_host(kvm: &Kvm, template: CpuTemplate) -> Result<Self, TemplateError> {
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm_error("GET_SUPPORTED_CPUID"))?;
         let offered: Vec<Leaf> = supported.as_slice().iter().map(Leaf::from).collect();
         let hybrid = core::arch::x86_64::__cpuid_count(LEAF_EXTENDED, 0).edx & HYBRID != 0;
-        let leaves = make(&offered, kvm.check_extension(Cap::TscDeadlineTimer), hybrid);
-        Ok(Self { leaves, features: features(kvm)? })
+        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        let leaves = make(&offered, template, deadline_timer, hybrid)
+            .map_err(|lacks| TemplateError::Lacks { template, lacks })?;
+        let features = match template {
+            CpuTemplate::Host => features(kvm, &[ARCH_CAPABILITIES, DE_CFG]),
+            // A fleet's guests have no CPUID bit for the other one.
+            _ => features(kvm, &[DE_CFG]),
+        };
+        Ok(Self { template, leaves, features: features.map_err(kvm_error("GET_MSRS"))? })
     }
 
     /// The table for one vCPU of `vcpus`.
@@ -84,6 +122,12 @@ impl Signature {
 
     /// The first difference to `other` in words, if there is one.
     pub fn difference(&self, other: &Self) -> Option<String> {
+        if self.template != other.template {
+            return Some(format!(
+                "the CPU template is {} in the snapshot, {} on this host",
+                self.template, other.template
+            ));
+        }
         let find = |table: &Self, leaf: &Leaf| {
             table
                 .leaves
@@ -128,10 +172,10 @@ impl Signature {
     }
 }
 
-/// Those of [`FEATURES`] that KVM has, with their values.
-fn features(kvm: &Kvm) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
+/// Those of `wanted` that KVM has, with their values.
+fn features(kvm: &Kvm, wanted: &[u32]) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
     let known = kvm.get_msr_feature_index_list()?;
-    let known = FEATURES.into_iter().filter(|index| known.as_slice().contains(index));
+    let known = wanted.iter().copied().filter(|index| known.as_slice().contains(index));
     let entries: Vec<_> =
         known.map(|index| kvm_msr_entry { index, ..Default::default() }).collect();
     let mut msrs = Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
@@ -142,19 +186,29 @@ fn features(kvm: &Kvm) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
 /// Makes a guest's leaves of those that KVM offers.
 ///
 /// On a host whose cores are of several kinds, caches are not told: they are what differs.
-fn make(offered: &[Leaf], deadline_timer: bool, hybrid: bool) -> Vec<Leaf> {
+///
+/// # Errors
+/// What the template needs and KVM does not offer.
+fn make(
+    offered: &[Leaf],
+    template: CpuTemplate,
+    deadline_timer: bool,
+    hybrid: bool,
+) -> Result<Vec<Leaf>, Vec<&'static str>> {
     let highest = |function| {
+        // Leaves of topology that not every host has are not a fleet's.
         let leaf = offered.iter().find(|leaf| leaf.function == function);
-        leaf.map_or(0, |leaf| leaf.registers[0])
+        leaf.filter(|_| template == CpuTemplate::Host).map_or(0, |leaf| leaf.registers[0])
     };
     let mut leaves: Vec<Leaf> = offered.iter().filter_map(allow).collect();
+    fleet::narrow(&mut leaves, template)?;
     topology::make(&mut leaves, highest(LEAF_VENDOR), highest(LEAF_MAXIMUM));
     if hybrid {
         leaves.retain(|leaf| ![LEAF_DESCRIPTORS, LEAF_CACHE, LEAF_L2].contains(&leaf.function));
     }
     leaves.sort_by_key(|leaf| (leaf.function, leaf.index));
     complete(&mut leaves, deadline_timer);
-    leaves
+    Ok(leaves)
 }
 
 /// What of a leaf is for guests, if any.
@@ -201,7 +255,7 @@ mod tests {
     }
 
     fn signature(leaves: Vec<Leaf>) -> Signature {
-        Signature { leaves, features: Vec::new() }
+        Signature { template: CpuTemplate::Host, leaves, features: Vec::new() }
     }
 
     #[test]
@@ -216,13 +270,17 @@ mod tests {
 
     #[test]
     fn a_differing_feature_msr_is_named() {
-        let of = |features: Vec<(u32, u64)>| Signature { leaves: vec![], features };
+        let of = |features: Vec<(u32, u64)>| Signature { features, ..signature(vec![]) };
         let (a, b) = (of(vec![(0x10a, 1)]), of(vec![(0x10a, 3)]));
         assert_eq!(a.difference(&a), None);
         let text = a.difference(&b).unwrap();
         assert!(text.contains("MSR 0x10a is 0x1") && text.contains("0x3 on this host"), "{text}");
         assert!(a.difference(&of(vec![])).unwrap().contains("not on this host"));
         assert!(of(vec![]).difference(&a).unwrap().contains("not in the snapshot"));
+    }
+
+    fn host(offered: &[Leaf], deadline_timer: bool, hybrid: bool) -> Vec<Leaf> {
+        make(offered, CpuTemplate::Host, deadline_timer, hybrid).unwrap()
     }
 
     /// A CPU that can all that can be said.
@@ -240,7 +298,7 @@ mod tests {
 
     #[test]
     fn guests_see_what_is_on_the_list_and_nothing_else() {
-        let made = make(&everything(), true, false);
+        let made = host(&everything(), true, false);
         for leaf in &made {
             for vcpu in 0..6 {
                 let seen = topology::of_vcpu(*leaf, vcpu, 6).registers;
@@ -265,16 +323,62 @@ mod tests {
 
     #[test]
     fn a_cpu_of_two_kinds_of_cores_does_not_tell_its_caches() {
-        let made = make(&everything(), true, true);
+        let made = host(&everything(), true, true);
         assert!(!made.iter().any(|leaf| [2, 4, 0x8000_0006].contains(&leaf.function)));
         assert!(made.iter().any(|leaf| leaf.function == 0x8000_0008));
     }
 
     #[test]
     fn the_least_cpu_has_what_every_guest_has() {
-        let made = make(&[leaf(0, 0, [1, 0, 0, 0]), leaf(1, 0, [0; 4])], false, false);
+        let made = host(&[leaf(0, 0, [1, 0, 0, 0]), leaf(1, 0, [0; 4])], false, false);
         assert_eq!(made[0].registers[0], 0xb);
         assert_eq!(made[1].registers[2], HYPERVISOR | X2APIC);
+    }
+
+    /// Whatever a host has beyond the level, whatever it is called and however large its caches are.
+    #[test]
+    fn hosts_of_a_fleet_have_one_signature() {
+        let vendor = |leaves: &mut Vec<Leaf>, name: &[u8; 12]| {
+            for leaf in leaves.iter_mut().filter(|leaf| leaf.function == LEAF_VENDOR) {
+                let word = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
+                leaf.registers = [leaf.registers[0], word(0), word(8), word(4)];
+            }
+        };
+        let (v2, v3) = (CpuTemplate::X86_64V2, CpuTemplate::X86_64V3);
+        let (intel, amd) = (b"GenuineIntel", b"AuthenticAMD");
+        for (name, template, model) in [
+            (intel, v2, 0x0001_06a5),
+            (intel, v3, 0x0003_06c3),
+            (amd, v2, 0x0083_0f10),
+            (amd, v3, 0x0083_0f10),
+        ] {
+            let mut best = everything();
+            vendor(&mut best, name);
+            best.iter_mut().filter(|l| l.function == 0x8000_0008).for_each(|l| {
+                l.registers[0] = 57 << 8 | 46;
+            });
+            // The least that is of the fleet: what the other one leaves of the best.
+            let seen = make(&best, template, true, false).unwrap();
+            let mut least = seen.clone();
+            least.iter_mut().filter(|l| l.function == 0x8000_0008).for_each(|l| {
+                l.registers[0] = 48 << 8 | 46;
+            });
+            least.iter_mut().filter(|l| l.function == 1).for_each(|l| l.registers[0] = 0x1234);
+            least.retain(|l| l.function != 0xb);
+            assert_eq!(make(&least, template, true, true).unwrap(), seen);
+            let get = |function, index| {
+                let found = seen.iter().find(|l| (l.function, l.index) == (function, index));
+                found.map(|leaf| leaf.registers)
+            };
+            assert_eq!(get(1, 0).unwrap()[0], model);
+            assert_eq!(get(0x8000_0008, 0).unwrap()[0], 48 << 8 | 46);
+            assert_eq!(get(0x8000_0002, 0).unwrap()[..2], [0x2d36_3878, 0x762d_3436]);
+            let xsave = (template == CpuTemplate::X86_64V3).then_some([7, 0, 576 + 64 * 2 + 64, 0]);
+            assert_eq!(get(0xd, 0), xsave);
+            for absent in [2, 4, 0x1f, 0x8000_0006, 0x8000_0007, 0x8000_001d, 0x8000_0026] {
+                assert_eq!(get(absent, 0), None, "{absent:#x}");
+            }
+        }
     }
 
     /// Whichever of its CPUs asks: of a host whose CPUs differ, snapshots would fit some of the time.
