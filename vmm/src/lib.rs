@@ -18,7 +18,6 @@
 //! | [`control`] | the control socket and the device thread's event loop |
 //! | [`descriptors`] | the plan of descriptor numbers |
 //! | [`seccomp`] | what each thread may ask of the kernel |
-//! | [`sealed`] | sealed files as plain memory |
 //! | [`hold`] | in debug builds: holds a thread back, for tests of races |
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
@@ -32,7 +31,6 @@ pub mod hold;
 pub mod machine;
 pub mod memory;
 pub mod plan;
-pub mod sealed;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;

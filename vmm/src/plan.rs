@@ -18,10 +18,11 @@ use std::{
     ptr::NonNull,
 };
 
-use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
+use firn_pages::{PAGE, REGION};
+use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun};
 
 use crate::memory::{
-    Memory, MemoryError, PAGE,
+    Memory, MemoryError,
     source::{self, Source},
 };
 
@@ -352,7 +353,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::sealed::tests::{seal, sealable};
+    use crate::memory::source::tests::{seal, sealable};
 
     const MIB: u64 = 1 << 20;
 
