@@ -14,6 +14,7 @@
 //! | [`vcpu`] | the vCPU threads |
 //! | `handover` | what device thread and vCPU threads hand over |
 //! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
+//! | [`plan`] | what a thaw copies before the guest runs |
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
 //! | [`descriptors`] | the plan of descriptor numbers |
