@@ -87,7 +87,6 @@ impl Pages {
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
-    /// The kernel has `PAGEMAP_SCAN`.
     scans: bool,
 }
 
@@ -117,6 +116,11 @@ impl Pagemap {
             Err(error) => return Err(error),
         };
         Ok(Self { file, scans })
+    }
+
+    /// Whether the kernel has `PAGEMAP_SCAN`.
+    pub fn scans(&self) -> bool {
+        self.scans
     }
 
     /// Whether it is this process's: what another one's did not tell would go unnoticed.
