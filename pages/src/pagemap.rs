@@ -150,7 +150,7 @@ impl Pagemap {
             return read(&self.file, address, pages, which, &mut found);
         }
         scan(&self.file, address, pages, which, &mut found)?;
-        // A process that is gone has no pages, and only a read says why.
+        // A scan need not fail where the process is gone; a read does.
         self.file.read_exact_at(&mut [0; 8], address / PAGE * 8)
     }
 }
@@ -182,8 +182,8 @@ fn scan(
             category_inverted: excluded,
             category_mask: excluded,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            // What is told apart would not be merged.
-            return_mask: 0,
+            // Runs are cut where this changes: between a file's pages and others only.
+            return_mask: PAGE_IS_FILE,
             ..ScanArgument::default()
         };
         let request = PAGEMAP_SCAN.into();
