@@ -6,30 +6,22 @@
 //! library has the same flags): where no mappings are so long, guest memory is the one place within longer ones
 //! that is aligned to 2 MiB, as monitors place it. Its pages are in `/proc/PID/pagemap`:
 //!
-//! - **present** pages are mapped into the VMM's address space. A read fault on a file maps up to 16
-//!   pages around it as well ("fault-around"), so this is an upper bound of what the guest touched.
+//! - **present** pages are mapped into the VMM's address space, or were and are in swap. A read fault on a
+//!   file maps up to 16 pages around it as well ("fault-around"), so this is an upper bound of what the guest touched.
 //! - **private** pages are those that are no page of a file any more: written by guest or VMM, and
 //!   so copied; for a booted guest, every page that was touched.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    ops::Range,
-    os::unix::fs::FileExt,
+use std::{collections::BTreeMap, fs, io, ops::Range};
+
+use firn_pages::{
+    PAGE, REGION,
+    pagemap::{Pagemap, Pages},
 };
 
 use crate::error::{Error, Result, io_at};
 
-const PAGE: u64 = 4096;
-
 /// Where guest memory may start: at the bounds of large pages.
-const ALIGNMENT: u64 = 2 << 20;
-
-/// `pagemap`: the page is in memory.
-const PRESENT: u64 = 1 << 63;
-
-/// `pagemap`: it is a page of a file, or shared.
-const OF_FILE: u64 = 1 << 61;
+const ALIGNMENT: u64 = REGION;
 
 /// A line of `maps`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,19 +162,17 @@ fn smaps(text: &str, wanted: impl Fn(u64) -> bool) -> BTreeMap<String, u64> {
 
 /// Present and private pages of the range.
 fn pages(pid: u32, range: &Range<u64>) -> Result<(u64, u64)> {
-    let path = format!("/proc/{pid}/pagemap");
-    let file = File::open(&path).map_err(io_at(path.clone()))?;
-    let mut entries = vec![0; ((range.end - range.start) / PAGE * 8) as usize];
-    file.read_exact_at(&mut entries, range.start / PAGE * 8).map_err(io_at(path))?;
-    let mut counts = (0, 0);
-    for entry in entries.chunks_exact(8) {
-        let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
-        if entry & PRESENT != 0 {
-            counts.0 += 1;
-            counts.1 += u64::from(entry & OF_FILE == 0);
-        }
-    }
-    Ok(counts)
+    let counts = || {
+        let pagemap = Pagemap::open(pid)?;
+        let count = |which| {
+            let mut count = 0;
+            let pages = (range.end - range.start) / PAGE;
+            pagemap.runs(range.start, pages, which, |run| count += run.end - run.start)?;
+            io::Result::Ok(count)
+        };
+        Ok((count(Pages::Mapped)?, count(Pages::Private)?))
+    };
+    counts().map_err(io_at(format!("/proc/{pid}/pagemap")))
 }
 
 /// Memory charged to a process's control group (v2): guest memory, page tables, kernel memory.

@@ -14,6 +14,8 @@ use std::{
     sync::Arc,
 };
 
+use firn_pages::ioctl::KVM_GET_API_VERSION;
+
 use crate::{
     Disk, Image, ImageError, OpenError,
     image::ImageInner,
@@ -24,9 +26,6 @@ use crate::{
 
 /// The version of KVM's interface that every kernel since 2007 has.
 const KVM_API_VERSION: i32 = 12;
-
-/// `_IO(KVMIO, 0x00)`.
-const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 
 /// Everything of the installation, opened once.
 #[derive(Debug)]
@@ -210,7 +209,7 @@ fn open_kvm() -> Result<OwnedFd, OpenError> {
         }
     })?;
     // SAFETY: the request takes no argument and changes nothing.
-    let version = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION, 0) };
+    let version = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION.into(), 0) };
     match version {
         KVM_API_VERSION => Ok(kvm.into()),
         -1 => Err(OpenError::Kvm(io::Error::last_os_error())),

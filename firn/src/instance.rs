@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use firn_pages::PAGE;
 use firn_proto::{
     control::{self, DiskSource, FromVmm, ToVmm},
     guest::{self, Done, FromGuest, Invoke, Load, Outcome, ToGuest},
@@ -21,7 +22,7 @@ use crate::{
     phases::Stopwatch,
     response::Streamed,
     shell::CODE_SLOT,
-    snapshot::{self, PAGE, Sample},
+    snapshot::{self, Sample},
     stream::Stream,
     vm::{Trouble, Vm, diagnosed, unexpected},
 };

@@ -37,7 +37,6 @@ mod memfile;
 mod moment;
 mod open;
 mod outlets;
-mod pagemap;
 mod phases;
 mod process;
 mod reset;

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use firn_pages::pagemap::Pagemap;
 use firn_proto::{
     control::{Failure, FromVmm, ToVmm},
     guest::{FromGuest, ToGuest},
@@ -19,7 +20,6 @@ use crate::{
     cgroup::Group,
     channel::{self, Control, ControlError},
     host::Inner,
-    pagemap,
     phases::Stopwatch,
     process::Process,
     stream::{Stream, StreamError},
@@ -71,7 +71,7 @@ pub(crate) struct Vm {
     /// The empty private delta of `/tmp`, until the guest is given it.
     pub(crate) delta: Option<OwnedFd>,
     /// Its page tables as the kernel tells them, once it has needed them.
-    pub(crate) pagemap: Option<Arc<OwnedFd>>,
+    pub(crate) pagemap: Option<Arc<Pagemap>>,
     /// The invoke connection, once there is a guest.
     pub(crate) stream: Option<Stream>,
     pub(crate) patience: u32,
@@ -100,11 +100,11 @@ impl Vm {
     }
 
     /// Its own page tables, for it to read.
-    pub(crate) async fn pagemap(&mut self) -> Result<Arc<OwnedFd>, Trouble> {
+    pub(crate) async fn pagemap(&mut self) -> Result<Arc<Pagemap>, Trouble> {
         if let Some(pagemap) = &self.pagemap {
             return Ok(pagemap.clone());
         }
-        let opened = pagemap::open(self.process.pid());
+        let opened = Pagemap::open(self.process.pid());
         let opened = Arc::new(self.step(opened).await?);
         Ok(self.pagemap.insert(opened).clone())
     }

@@ -32,9 +32,6 @@ pub const MAX_DESCRIPTORS: usize = 32;
 /// Most block devices of one microVM.
 pub const MAX_DISKS: usize = 8;
 
-/// Bytes of a region: what one huge page covers.
-pub const REGION: u64 = 2 << 20;
-
 /// Most huge pages that a shell keeps in reserve.
 pub const MAX_SPARES: u16 = 512;
 
@@ -68,7 +65,7 @@ pub struct ShellConfig {
     pub disks: Vec<DiskKind>,
     /// Give the guest a 16550A on port 0x3f8 whose output goes to the VMM's standard error.
     pub serial: bool,
-    /// Huge pages of [`REGION`] bytes to have zeroed and ready for [`MemoryPlan::copied`], at most
+    /// Huge pages, of 2 MiB each, to have zeroed and ready for [`MemoryPlan::copied`], at most
     /// [`MAX_SPARES`].
     pub spares: u16,
 }
@@ -92,7 +89,7 @@ pub struct MemoryPlan {
     /// of the file, which nobody gives back.
     pub holes: Vec<PageRun>,
     /// In ascending order and disjoint: all pages that are not zero, and no holes, in those regions
-    /// of [`REGION`] bytes which are to be copied whole, each into a huge page.
+    /// of 2 MiB which are to be copied whole, each into a huge page.
     pub copied: Vec<PageRun>,
     /// Pages to be copied one by one before the guest runs.
     pub populated: Vec<PageRun>,

@@ -1,5 +1,5 @@
 //! Firn's two wire protocols, and nothing else: this crate is all that the host, the VMM and the
-//! guest init share.
+//! guest init share. What host and VMM need alike of pages and of the kernel is in `firn-pages`.
 //!
 //! - [`control`]: host ↔ `firn-vmm`, one datagram a message on a `SOCK_SEQPACKET` socket, with
 //!   descriptors.

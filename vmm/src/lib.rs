@@ -14,11 +14,11 @@
 //! | [`vcpu`] | the vCPU threads |
 //! | `handover` | what device thread and vCPU threads hand over |
 //! | [`vm`] | shell, boot, thaw, pause, save: what the control messages do |
+//! | [`plan`] | what a thaw copies before the guest runs |
 //! | [`snapshot`] | the bytes of a saved VM |
 //! | [`control`] | the control socket and the device thread's event loop |
 //! | [`descriptors`] | the plan of descriptor numbers |
 //! | [`seccomp`] | what each thread may ask of the kernel |
-//! | [`sealed`] | sealed files as plain memory |
 //! | [`hold`] | in debug builds: holds a thread back, for tests of races |
 //! | [`stats`] | phase stamps, exit counters and KVM's statistics |
 
@@ -32,7 +32,6 @@ pub mod hold;
 pub mod machine;
 pub mod memory;
 pub mod plan;
-pub mod sealed;
 pub mod seccomp;
 pub mod snapshot;
 pub mod stats;

@@ -25,15 +25,11 @@ use std::{
     sync::Arc,
 };
 
+use firn_pages::{PAGE, REGION, mapping::SealedError};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-
-use crate::sealed::SealedError;
 
 /// Guest memory as devices see it.
 pub type GuestMemory = GuestMemoryMmap<()>;
-
-/// Size of a page in bytes.
-pub const PAGE: u64 = 4096;
 
 /// End of low RAM at most: what lies from here to 4 GiB belongs to devices.
 pub const LOW_RAM_END: u64 = 3 << 30;
@@ -45,7 +41,7 @@ pub const HIGH_RAM_START: u64 = 4 << 30;
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 16..=10_240;
 
 /// Huge pages can back the range only if it starts where one does.
-const ALIGNMENT: usize = 2 << 20;
+const ALIGNMENT: usize = REGION as usize;
 
 /// Guest memory can't be had or mapped.
 #[derive(Debug, thiserror::Error)]
@@ -265,7 +261,7 @@ mod tests {
 
     use vm_memory::{Bytes, GuestMemoryBackend};
 
-    use super::*;
+    use super::{source::tests::sealable, *};
 
     #[test]
     fn small_memory_is_one_region_and_large_memory_leaves_the_gap() {
@@ -306,7 +302,7 @@ mod tests {
     #[test]
     fn a_mapped_file_shows_and_writes_stay_private() {
         let memory = Memory::reserve(16).unwrap();
-        let mut file = tempfile();
+        let mut file = sealable();
         file.write_all(&vec![7u8; 16 << 20]).unwrap();
         memory.map_file(file.as_fd()).unwrap();
         let at = GuestAddress(0x1234);
@@ -319,12 +315,8 @@ mod tests {
     #[test]
     fn a_short_file_is_refused() {
         let memory = Memory::reserve(16).unwrap();
-        let file = tempfile();
+        let file = sealable();
         file.set_len((16 << 20) - 1).unwrap();
         assert!(matches!(memory.map_file(file.as_fd()), Err(MemoryError::FileSize { .. })));
-    }
-
-    fn tempfile() -> std::fs::File {
-        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
     }
 }

@@ -12,11 +12,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use firn_pages::ioctl::KVM_GET_STATS_FD;
 use firn_proto::control::{Phase, Stamps};
 
 use crate::descriptors::{STATISTICS, place};
-
-const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
 
 /// Longest statistics file that is believed, in bytes.
 const MAX_STATS: usize = 1 << 20;
@@ -135,7 +134,7 @@ impl KvmStats {
     pub fn open(kvm_object: &impl AsRawFd, prefix: &str) -> Option<Self> {
         // SAFETY: the request takes no argument and returns a new descriptor or an error; the
         // descriptor that it is made on is open for the duration of the borrow.
-        let result = unsafe { libc::ioctl(kvm_object.as_raw_fd(), KVM_GET_STATS_FD, 0) };
+        let result = unsafe { libc::ioctl(kvm_object.as_raw_fd(), KVM_GET_STATS_FD.into(), 0) };
         let descriptor = ioctl_error(result).ok()?;
         // SAFETY: KVM has just returned this descriptor to us; nobody else owns it.
         let statistics = unsafe { OwnedFd::from_raw_fd(descriptor) };

@@ -38,7 +38,7 @@ use crate::{
     descriptors::{DISKS, MEMORY, Numbers, STREAM, VCPUS, VM, place},
     handover::Lapics,
     machine::{Machine, MachineRestoreError},
-    memory::{Memory, MemoryError, written::Pagemap},
+    memory::{Memory, MemoryError, written::own_pagemap},
     plan::{self, PlanError, Spares},
     snapshot::{self, SavedVm},
     stats::{Clock, ExitCounters, KvmStats, monotonic_ns},
@@ -427,7 +427,7 @@ impl Vm {
         let mut descriptors = expect_descriptors(descriptors, 3 + writable.len())?;
         let memory_out = File::from(next(&mut descriptors)?);
         let mut state_out = File::from(next(&mut descriptors)?);
-        let pagemap = Pagemap::new(File::from(next(&mut descriptors)?))?;
+        let pagemap = own_pagemap(File::from(next(&mut descriptors)?))?;
         let origin = self.origin.as_ref();
         let base = origin.map(|origin| origin.source(self.memory.bytes())).transpose()?;
         self.machine
@@ -466,20 +466,21 @@ impl Vm {
         // SAFETY: every vCPU has answered `Saved` and waits for its next command, and devices
         // only work on vCPU threads or on this one, which is here.
         let written = unsafe { self.memory.save(&pagemap, base, &memory_out) };
-        let (pages_written, bitmap) = written.map_err(io_error("snapshot memory"))?;
+        let pages = written.map_err(io_error("snapshot memory"))?;
+        let bitmap = pages.to_bytes();
         let state =
             saved.encode().map_err(|error| RequestError::refused(FailureKind::Io, error))?;
         let written = state_out.rewind().and_then(|()| {
             use std::io::Write;
             state_out.write_all(&state)?;
-            state_out.write_all(bitmap.as_bytes())
+            state_out.write_all(&bitmap)
         });
         written.map_err(io_error("snapshot state"))?;
         Ok(SaveReport {
             memory_bytes: self.memory.bytes(),
-            pages_written,
+            pages_written: pages.count(),
             state_bytes: state.len() as u64,
-            bitmap_bytes: bitmap.as_bytes().len() as u64,
+            bitmap_bytes: bitmap.len() as u64,
             duration_ns: monotonic_ns() - started,
             guest_tsc,
             tsc_khz: self.tsc.khz,

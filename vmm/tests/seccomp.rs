@@ -6,6 +6,7 @@ use std::{
     process::{Command, ExitStatus},
 };
 
+use firn_pages::ioctl::PAGEMAP_SCAN;
 use firn_vmm::{
     descriptors::{BELL, CONTROL, DISKS, EPOLL, MEMORY, RECEIVED, STREAM, VCPUS, VM},
     seccomp::{Thread, confine, tame_allocator},
@@ -102,7 +103,7 @@ const FORBIDDEN_TO_VCPUS: &[Call] = &[
 const FORBIDDEN_TO_THE_DEVICE_THREAD: &[Call] = &[
     ioctl("KVM_RUN", OWN_VCPU, 0xae80),
     ioctl("KVM_SET_REGS", OWN_VCPU, 0x4090_ae82),
-    ioctl("PAGEMAP_SCAN of the snapshot", MEMORY.start, 0xc060_6610),
+    ioctl("PAGEMAP_SCAN of the snapshot", MEMORY.start, PAGEMAP_SCAN as _),
     ("F_DUPFD", libc::SYS_fcntl, [RECEIVED.start as _, libc::F_DUPFD as _, 0]),
     ("F_SETFL", libc::SYS_fcntl, [CONTROL.start as _, libc::F_SETFL as _, 0]),
     (

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use firn_pages::pagemap::Pagemap;
+
 use super::{Finding, Severity, read};
 
 /// Memory below which nothing but the smallest functions fits.
@@ -9,9 +11,6 @@ const LITTLE_MEMORY_MIB: u64 = 1024;
 
 /// The oldest kernel that Firn has been run on.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
-
-/// The first kernel that says by one call which pages of a process are private (PAGEMAP_SCAN).
-const PAGEMAP_SCAN_SINCE: (u32, u32) = (6, 7);
 
 /// Looks at everything.
 pub fn examine() -> Vec<Finding> {
@@ -21,7 +20,8 @@ pub fn examine() -> Vec<Finding> {
         programs(std::env::var("PATH").unwrap_or_default().as_str()),
         memory(&read("/proc/meminfo")),
     ];
-    findings.extend(kernel(&read("/proc/sys/kernel/osrelease")));
+    let scans = Pagemap::open(std::process::id()).is_ok_and(|pagemap| pagemap.scans());
+    findings.extend(kernel(&read("/proc/sys/kernel/osrelease"), scans));
     findings.extend(shared_huge_pages(&huge("shmem_enabled")));
     findings.extend(private_huge_pages(&huge("enabled")));
     findings
@@ -72,8 +72,9 @@ fn memory(meminfo: &str) -> Finding {
         .fix(format!("Free some: at least {LITTLE_MEMORY_MIB} MiB are advised."))
 }
 
-/// `release` is as `uname -r` prints it.
-fn kernel(release: &str) -> Option<Finding> {
+/// `release` is as `uname -r` prints it; `scans`: it says by one call which pages of a process are private
+/// (PAGEMAP_SCAN).
+fn kernel(release: &str, scans: bool) -> Option<Finding> {
     let release = release.trim();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else { return None };
@@ -82,7 +83,7 @@ fn kernel(release: &str) -> Option<Finding> {
     Some(if (major, minor) < OLDEST_KERNEL {
         let why = "Firn has never been run on one so old, and old kernels close fewer leaks.";
         Finding::new(id, Severity::Warning, what, why).fix("Run Linux 6.1 or newer.")
-    } else if (major, minor) < PAGEMAP_SCAN_SINCE {
+    } else if !scans {
         let why = "With `--isolation per-invocation`, finding what an instance wrote takes an entry \
                    for each page that it has: 1.6 of 2.3 ms for 128 MiB in the dev host VM.";
         Finding::new(id, Severity::Note, what, why).fix("Run Linux 6.7 or newer (PAGEMAP_SCAN).")
@@ -144,9 +145,9 @@ mod tests {
 
     #[test]
     fn old_kernels_are_told_from_new_ones() {
-        let severity = |release| kernel(release).map(|finding| finding.severity);
+        let severity = |release| kernel(release, true).map(|finding| finding.severity);
         assert_eq!(severity("5.15.0-100-generic\n"), Some(Severity::Warning));
-        assert_eq!(severity("6.1.0-18-cloud-amd64"), Some(Severity::Note));
+        assert_eq!(kernel("6.1.0-18-cloud-amd64", false).unwrap().severity, Severity::Note);
         assert_eq!(severity("6.12.3+deb"), Some(Severity::Ok));
         assert_eq!(severity("7.0-rc1"), Some(Severity::Ok));
         assert_eq!(severity("10.0"), Some(Severity::Ok));

@@ -11,6 +11,7 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use firn_pages::ioctl::KVM_HAS_DEVICE_ATTR;
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_regs,
     kvm_segment, kvm_userspace_memory_region,
@@ -37,9 +38,6 @@ const LARGE: u64 = 1 << 7;
 const CR0_PE_PG: u64 = 1 | 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-
-/// `_IOW(0xae, 0xe3, struct kvm_device_attr)`; kvm-ioctls has it for vCPUs of Arm only.
-const KVM_HAS_DEVICE_ATTR: libc::Ioctl = 0x4018_aee3;
 
 /// Turns of the loop, two instructions each: first few, so that the slowest KVM takes 40 ms a run;
 /// many if those were quick, so that entering the guest does not count.
@@ -126,7 +124,8 @@ impl Probe {
         // SAFETY: the descriptor is a vCPU's, and the request reads the one structure that it is
         // given.
         unsafe {
-            libc::ioctl(self.vcpu.as_raw_fd(), KVM_HAS_DEVICE_ATTR, &raw const attribute) == 0
+            libc::ioctl(self.vcpu.as_raw_fd(), KVM_HAS_DEVICE_ATTR.into(), &raw const attribute)
+                == 0
         }
     }
 

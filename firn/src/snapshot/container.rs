@@ -26,14 +26,12 @@ use std::{
     io::{Read, Write},
 };
 
+use firn_pages::{PAGE, bitmap::Bitmap};
 use firn_proto::guest::GuestTsc;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::{
-    SnapshotError, SnapshotMeta, at,
-    pages::{PAGE, PageSet},
-};
+use super::{SnapshotError, SnapshotMeta, at};
 use crate::keys::{Key, KeyService, MAX_WRAPPED, SealReader, SealWriter, sealed_length};
 
 const MAGIC: &[u8; 8] = b"FIRNSNAP";
@@ -111,7 +109,7 @@ impl Manifest {
 pub(crate) struct State {
     pub(crate) manifest: Manifest,
     pub(crate) vm_state: Vec<u8>,
-    pub(crate) pages: PageSet,
+    pub(crate) pages: Bitmap,
 }
 
 impl fmt::Debug for State {
@@ -173,7 +171,7 @@ pub(crate) fn encode(
 ) -> Result<(Vec<u8>, Id), SnapshotError> {
     let manifest = postcard::to_stdvec(&state.manifest)
         .map_err(|e| SnapshotError::Malformed { section: "manifest", reason: e.to_string() })?;
-    let contents: [&[u8]; 3] = [&manifest, &state.vm_state, state.pages.bits()];
+    let contents: [&[u8]; 3] = [&manifest, &state.vm_state, &state.pages.to_bytes()];
     let mut body = Vec::with_capacity(
         BODY_HEAD + contents.iter().map(|c| c.len() + SECTION_HEAD).sum::<usize>(),
     );
@@ -334,8 +332,10 @@ fn parse(manifest: &[u8], vm_state: &[u8], pages: &[u8]) -> Result<State, Snapsh
     if !rest.is_empty() {
         return Err(malformed("manifest", format!("{} bytes follow", rest.len())));
     }
-    let pages = PageSet::from_bits(pages.to_vec(), manifest.memory_bytes() / PAGE)
-        .map_err(|reason| malformed("pages", reason))?;
+    let (count, bytes) = (manifest.memory_bytes() / PAGE, pages.len() as u64);
+    let pages = Bitmap::from_bytes(pages, count)
+        .filter(|_| bytes == Bitmap::byte_count(count))
+        .ok_or_else(|| malformed("pages", format!("{bytes} bytes are no bitmap of {count}")))?;
     Ok(State { manifest, vm_state: vm_state.to_vec(), pages })
 }
 
@@ -383,7 +383,7 @@ mod tests {
                 meta: SnapshotMeta { label: "golden".into(), key: "key".into() },
             },
             vm_state: b"opaque".to_vec(),
-            pages: PageSet::from_bits(bits, 256).unwrap(),
+            pages: Bitmap::from_bytes(&bits, 256).unwrap(),
         }
     }
 

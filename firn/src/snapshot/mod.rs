@@ -26,6 +26,7 @@ use std::{
     sync::Arc,
 };
 
+use firn_pages::PAGE;
 use firn_proto::control;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +36,7 @@ use crate::{
     keys::{KeyError, SealReader},
 };
 
-pub(crate) use self::pages::{PAGE, copy_sparse, hash_file};
+pub(crate) use self::pages::{copy_sparse, hash_file};
 pub use self::resident::ResidentSnapshot;
 pub use self::working_set::WorkingSetReport;
 pub(crate) use self::working_set::{Sample, Use, observe};

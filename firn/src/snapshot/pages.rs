@@ -1,4 +1,4 @@
-//! Sets of pages, and hashes and copies of sparse files.
+//! Hashes and copies of sparse files.
 
 use std::{
     fs::File,
@@ -7,122 +7,8 @@ use std::{
     os::{fd::AsFd, unix::fs::FileExt},
 };
 
+use firn_pages::{PAGE, bitmap::Bitmap};
 use rustix::{fs::SeekFrom, io::Errno};
-
-/// Bytes of a page.
-pub(crate) const PAGE: u64 = 4096;
-
-/// A set of 4 KiB pages as a bitmap, least significant bit first.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PageSet {
-    bits: Vec<u8>,
-    pages: u64,
-}
-
-impl PageSet {
-    /// Takes over a bitmap for `pages` pages, if it is exactly that.
-    pub(crate) fn from_bits(bits: Vec<u8>, pages: u64) -> Result<Self, String> {
-        let expected = pages.div_ceil(8);
-        if bits.len() as u64 != expected {
-            return Err(format!("{} bytes for {pages} pages instead of {expected}", bits.len()));
-        }
-        let surplus = expected * 8 - pages;
-        if surplus > 0 && bits.last().is_some_and(|last| last >> (8 - surplus) != 0) {
-            return Err(format!("bits beyond the last of {pages} pages are set"));
-        }
-        Ok(Self { bits, pages })
-    }
-
-    /// No page of `pages`.
-    pub(crate) fn empty(pages: u64) -> Self {
-        Self { bits: vec![0; pages.div_ceil(8) as usize], pages }
-    }
-
-    /// Adds a page that is one of [`PageSet::pages`].
-    pub(crate) fn insert(&mut self, page: u64) {
-        assert!(page < self.pages, "page {page} of {}", self.pages);
-        self.bits[(page / 8) as usize] |= 1 << (page % 8);
-    }
-
-    /// Number of pages that the set is chosen from.
-    pub(crate) fn pages(&self) -> u64 {
-        self.pages
-    }
-
-    /// As in [`PageSet::from_bits`].
-    pub(crate) fn bits(&self) -> &[u8] {
-        &self.bits
-    }
-
-    /// Number of pages in the set.
-    pub(crate) fn count(&self) -> u64 {
-        self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum()
-    }
-
-    pub(crate) fn contains(&self, page: u64) -> bool {
-        page < self.pages && self.bits[(page / 8) as usize] >> (page % 8) & 1 == 1
-    }
-
-    /// Pages of either.
-    pub(crate) fn union(&self, other: &Self) -> Self {
-        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a | b).collect();
-        Self { bits, pages: self.pages }
-    }
-
-    /// Pages of both.
-    pub(crate) fn intersection(&self, other: &Self) -> Self {
-        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a & b).collect();
-        Self { bits, pages: self.pages }
-    }
-
-    /// Pages of this one that the other does not have.
-    pub(crate) fn minus(&self, other: &Self) -> Self {
-        let bits = self.bits.iter().zip(&other.bits).map(|(a, b)| a & !b).collect();
-        Self { bits, pages: self.pages }
-    }
-
-    /// Pages that it does not have.
-    pub(crate) fn complement(&self) -> Self {
-        let mut bits: Vec<u8> = self.bits.iter().map(|byte| !byte).collect();
-        if let (Some(last), used @ 1..) = (bits.last_mut(), self.pages % 8) {
-            *last &= (1 << used) - 1;
-        }
-        Self { bits, pages: self.pages }
-    }
-
-    /// Number of pages of the set within `range`.
-    pub(crate) fn count_in(&self, range: Range<u64>) -> u64 {
-        range.filter(|page| self.contains(*page)).count() as u64
-    }
-
-    /// Maximal runs of pages, in order.
-    pub(crate) fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.runs_in(0..self.pages)
-    }
-
-    /// Maximal runs of pages within `range`, in order.
-    pub(crate) fn runs_in(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-        let (mut next, end) = (range.start, range.end.min(self.pages));
-        std::iter::from_fn(move || {
-            while next < end && !self.contains(next) {
-                // Whole bytes of nothing are the common case.
-                next = if next % 8 == 0 && self.bits[(next / 8) as usize] == 0 {
-                    next + 8
-                } else {
-                    next + 1
-                };
-            }
-            if next >= end {
-                return None;
-            }
-            let start = next;
-            while next < end && self.contains(next) {
-                next += 1;
-            }
-            Some(start..next)
-        })
-    }
-}
 
 /// Hash of all of `file`, without moving its offset.
 pub(crate) fn hash_file(file: &File) -> io::Result<blake3::Hash> {
@@ -143,14 +29,14 @@ pub(crate) fn hash_file(file: &File) -> io::Result<blake3::Hash> {
 }
 
 /// Hash of the pages of `set` in `file`, one after the other.
-pub(crate) fn hash_pages(file: &File, set: &PageSet) -> io::Result<blake3::Hash> {
+pub(crate) fn hash_pages(file: &File, set: &Bitmap) -> io::Result<blake3::Hash> {
     write_pages(file, set, &mut io::sink())
 }
 
 /// Writes the pages of `set` in `file`, one after the other, and hashes them.
 pub(crate) fn write_pages(
     file: &File,
-    set: &PageSet,
+    set: &Bitmap,
     target: &mut impl Write,
 ) -> io::Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
@@ -280,29 +166,6 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_are_the_set(pages in 0u64..200, seed in proptest::collection::vec(any::<u8>(), 25)) {
-            let mut bits = seed[..pages.div_ceil(8) as usize].to_vec();
-            if pages % 8 != 0 && let Some(last) = bits.last_mut() {
-                *last &= (1 << (pages % 8)) - 1;
-            }
-            let set = PageSet::from_bits(bits, pages).unwrap();
-            let runs: Vec<_> = set.runs().collect();
-            prop_assert!(runs.windows(2).all(|w| w[0].end < w[1].start));
-            let listed: Vec<u64> = runs.into_iter().flatten().collect();
-            let expected: Vec<u64> = (0..pages).filter(|p| set.contains(*p)).collect();
-            prop_assert_eq!(listed.len() as u64, set.count());
-            prop_assert_eq!(&listed, &expected);
-            prop_assert_eq!(set.count_in(0..pages), set.count());
-        }
-
-        #[test]
-        fn wrong_bitmaps_are_refused(bits in proptest::collection::vec(any::<u8>(), 0..8), pages in 0u64..64) {
-            let fits = bits.len() as u64 == pages.div_ceil(8)
-                && (pages..bits.len() as u64 * 8).all(|p| bits[p as usize / 8] >> (p % 8) & 1 == 0);
-            prop_assert_eq!(PageSet::from_bits(bits, pages).is_ok(), fits);
-        }
-
-        #[test]
         fn sparse_copies_hash_alike(writes in proptest::collection::vec((0u64..40_000, any::<u8>()), 0..20)) {
             let dir = tempfile::tempdir().unwrap();
             let (a, b) = (
@@ -340,13 +203,5 @@ mod tests {
         for list in [[at(4096), at(0)], [at(0), at(0)]] {
             read(&list.concat(), 12_288).unwrap_err();
         }
-    }
-
-    #[test]
-    fn set_operations() {
-        let set = |bits: [u8; 2]| PageSet::from_bits(bits.to_vec(), 16).unwrap();
-        let (a, b) = (set([0b0011, 0x80]), set([0b0110, 0]));
-        assert_eq!(a.union(&b), set([0b0111, 0x80]));
-        assert_eq!(a.minus(&b), set([0b0001, 0x80]));
     }
 }

@@ -5,6 +5,7 @@
 use std::{
     fs::File,
     io::{self, BufReader, Read},
+    ops::Range,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
@@ -13,13 +14,13 @@ use std::{
     sync::Arc,
 };
 
+use firn_pages::{PAGE, REGION, bitmap::Bitmap, mapping::Writable};
 use firn_proto::guest::GuestTsc;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::{
     Snapshot, SnapshotError, SnapshotMeta, at,
     container::{Manifest, hex},
-    pages::{PAGE, PageSet, copy_sparse, read_sparse},
+    pages::{copy_sparse, read_sparse},
     working_set::{self, Sample, Use, WorkingSet, WorkingSetReport},
 };
 use crate::{
@@ -28,9 +29,6 @@ use crate::{
     keys::{Key, SealReader, sealed_length},
     memfile,
 };
-
-/// Pages of a huge page.
-const HUGE: u64 = 512;
 
 /// A verified snapshot in sealed memory, ready to thaw. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -42,7 +40,7 @@ struct Resident {
     manifest: Manifest,
     memory: OwnedFd,
     /// Pages that `memory` holds.
-    pages: PageSet,
+    pages: Bitmap,
     state: OwnedFd,
     delta: OwnedFd,
     image: Image,
@@ -236,9 +234,9 @@ fn check_environment(
 /// what the file says.
 fn flatten(
     snapshot: &Snapshot,
-    pages: &PageSet,
+    pages: &Bitmap,
     base: Option<&ResidentSnapshot>,
-) -> Result<(OwnedFd, PageSet), SnapshotError> {
+) -> Result<(OwnedFd, Bitmap), SnapshotError> {
     let manifest = &snapshot.0.state.manifest;
     let length = manifest.memory_bytes();
     let mut source = Source::open(snapshot, length, pages)?;
@@ -250,19 +248,22 @@ fn flatten(
         None => pages.clone(),
     };
     {
-        let mut map = Mapping::writable(&target, length).map_err(at("map a memory file"))?;
-        map.advise_dense(&all);
+        // SAFETY: this function has made the file, which is as long as that, and gives it to nobody
+        // before the mapping is gone.
+        let map = unsafe { Writable::map(&target, length as usize) };
+        let mut map = map.map_err(at("map a memory file"))?;
+        advise_dense(&mut map, &all);
         if let Some(base) = base {
             let from = File::from(memfile::reopen(base.memory()).map_err(at("read the base"))?);
             for run in base.0.pages.minus(pages).runs() {
                 let offset = run.start * PAGE;
-                from.read_exact_at(map.pages(run), offset).map_err(at("copy the base"))?;
+                from.read_exact_at(&mut map[bytes(run)], offset).map_err(at("copy the base"))?;
             }
         }
         let mut hasher = blake3::Hasher::new();
         for run in pages.runs() {
             let offset = run.start * PAGE;
-            let target = map.pages(run);
+            let target = &mut map[bytes(run)];
             source.read(target, offset).map_err(at("copy memory"))?;
             hasher.update(target);
         }
@@ -286,7 +287,7 @@ enum Source {
 }
 
 impl Source {
-    fn open(snapshot: &Snapshot, length: u64, pages: &PageSet) -> Result<Self, SnapshotError> {
+    fn open(snapshot: &Snapshot, length: u64, pages: &Bitmap) -> Result<Self, SnapshotError> {
         let sealed = snapshot.open_sealed("memory")?;
         let expected = match sealed {
             Some(_) => sealed_length(pages.count() * PAGE),
@@ -342,61 +343,19 @@ fn read_delta(snapshot: &Snapshot) -> Result<OwnedFd, SnapshotError> {
     memfile::seal(target).map_err(at("seal a memory file"))
 }
 
-/// A shared mapping of a memory file that nobody else has.
-struct Mapping {
-    start: *mut u8,
-    length: usize,
-}
-
-impl Mapping {
-    fn writable(file: &File, length: u64) -> io::Result<Self> {
-        let length = usize::try_from(length).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                length,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file,
-                0,
-            )?
-        };
-        Ok(Self { start: start.cast(), length })
-    }
-
-    /// Asks for huge pages where at least half of one would be used; elsewhere the saving of
-    /// faults is not worth the memory. Before the first write. Only advice: hosts may not have it.
-    fn advise_dense(&self, pages: &PageSet) {
-        let count = self.length as u64 / PAGE;
-        for start in (0..count).step_by(HUGE as usize) {
-            if start + HUGE <= count && pages.count_in(start..start + HUGE) >= HUGE / 2 {
-                // SAFETY: the range lies within this mapping, as just checked, and the advice
-                // changes no content.
-                let _ = unsafe {
-                    rustix::mm::madvise(
-                        self.start.add((start * PAGE) as usize).cast(),
-                        (HUGE * PAGE) as usize,
-                        Advice::LinuxHugepage,
-                    )
-                };
-            }
+/// Asks for huge pages where at least half of one would be used; elsewhere the saving of faults is not
+/// worth the memory. Before the first write.
+fn advise_dense(memory: &mut Writable, pages: &Bitmap) {
+    const PAGES: u64 = REGION / PAGE;
+    for start in (0..pages.size()).step_by(PAGES as usize) {
+        let end = start + PAGES;
+        if end <= pages.size() && pages.count_in(start..end) >= PAGES / 2 {
+            memory.advise_huge(bytes(start..end));
         }
     }
-
-    /// The bytes of a run of pages. Runs come from a [`PageSet`] of this memory's size.
-    fn pages(&mut self, run: std::ops::Range<u64>) -> &mut [u8] {
-        let (start, end) = ((run.start * PAGE) as usize, (run.end * PAGE) as usize);
-        assert!(start <= end && end <= self.length, "pages {run:?} of {} bytes", self.length);
-        // SAFETY: within the mapping, as just checked; the file is private to this function's
-        // caller, so nothing else reads or writes it, and the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
-    }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: this is the whole mapping that `writable` made, and no slice of it is alive.
-        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.length) };
-    }
+/// Where a run of pages lies in memory.
+fn bytes(run: Range<u64>) -> Range<usize> {
+    (run.start * PAGE) as usize..(run.end * PAGE) as usize
 }

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use firn_pages::{PAGE, bitmap::Bitmap};
 use firn_proto::{
     control::{FailureKind, FromVmm, SaveReport, ToVmm},
     guest::{FromGuest, GuestTsc, ToGuest},
@@ -23,7 +24,7 @@ use tempfile::TempDir;
 use super::{
     Opened, Snapshot, SnapshotError, SnapshotMeta, at,
     container::{self, Manifest, Protection},
-    pages::{PAGE, PageSet, hash_pages, hash_sparse, write_pages, write_sparse},
+    pages::{hash_pages, hash_sparse, write_pages, write_sparse},
 };
 use crate::{
     Instance, InstanceError,
@@ -290,14 +291,14 @@ fn read_state(
     file: &File,
     report: &SaveReport,
     pages: u64,
-) -> Result<(Vec<u8>, PageSet), SnapshotError> {
+) -> Result<(Vec<u8>, Bitmap), SnapshotError> {
     let malformed = |section, reason| SnapshotError::Malformed { section, reason };
     let SaveReport { state_bytes, bitmap_bytes, .. } = *report;
     if state_bytes == 0 || state_bytes > container::MAX_VM_STATE {
         let limit = container::MAX_VM_STATE;
         return Err(malformed("vm state", format!("{state_bytes} bytes; the limit is {limit}")));
     }
-    if bitmap_bytes != pages.div_ceil(8) {
+    if bitmap_bytes != Bitmap::byte_count(pages) {
         return Err(malformed("pages", format!("{bitmap_bytes} bytes for {pages} pages")));
     }
     let expected = state_bytes + bitmap_bytes;
@@ -309,8 +310,8 @@ fn read_state(
     file.read_exact_at(&mut vm_state, 0).map_err(at("read the VM's state"))?;
     let mut bits = vec![0; bitmap_bytes as usize];
     file.read_exact_at(&mut bits, state_bytes).map_err(at("read the VM's state"))?;
-    let pages = PageSet::from_bits(bits, pages).map_err(|reason| malformed("pages", reason))?;
-    Ok((vm_state, pages))
+    let past = || malformed("pages", format!("bits beyond the last of {pages} pages are set"));
+    Ok((vm_state, Bitmap::from_bytes(&bits, pages).ok_or_else(past)?))
 }
 
 fn sync_dir(dir: &Path) -> Result<(), SnapshotError> {

@@ -24,12 +24,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun, REGION};
-
-use super::{
-    container::Id,
-    pages::{PAGE, PageSet},
+use firn_pages::{
+    PAGE, REGION,
+    bitmap::Bitmap,
+    pagemap::{Pagemap, Pages},
 };
+use firn_proto::control::{MAX_RUNS, MAX_SPARES, MemoryPlan, PageRun};
+
+use super::container::Id;
 use crate::keys::Key;
 
 const MAGIC: [u8; 8] = *b"FIRN-WS\0";
@@ -81,9 +83,9 @@ pub struct WorkingSetReport {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Sets {
     samples: u32,
-    written: PageSet,
-    always: PageSet,
-    touched: PageSet,
+    written: Bitmap,
+    always: Bitmap,
+    touched: Bitmap,
 }
 
 /// The sets of one resident snapshot, as they become known.
@@ -108,8 +110,8 @@ struct State {
 /// One clone that is watched.
 #[derive(Debug)]
 pub(crate) struct Sample {
-    pub(crate) written: PageSet,
-    pub(crate) touched: PageSet,
+    pub(crate) written: Bitmap,
+    pub(crate) touched: Bitmap,
 }
 
 /// What to do with a clone.
@@ -125,8 +127,8 @@ pub(crate) struct Use {
 
 impl WorkingSet {
     /// What is known of the snapshot in `dir`; nothing, if there is nothing or it is damaged.
-    pub(super) fn load(dir: &Path, id: &Id, key: &Key, content: &PageSet, dense: u32) -> Self {
-        let sets = match read(dir, id, key, content.pages()) {
+    pub(super) fn load(dir: &Path, id: &Id, key: &Key, content: &Bitmap, dense: u32) -> Self {
+        let sets = match read(dir, id, key, content.size()) {
             Ok(sets) => sets,
             Err(error) => {
                 tracing::warn!(%error, dir = %dir.display(), "ignoring what is known of a snapshot's working set");
@@ -142,7 +144,7 @@ impl WorkingSet {
             None => (unknown.clone(), 0),
         };
         let state = State { sets, watching: 0, unknown, plan, regions };
-        Self { pages: content.pages(), state: Mutex::new(state) }
+        Self { pages: content.size(), state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -167,13 +169,13 @@ impl WorkingSet {
     pub(super) fn watched(
         &self,
         sample: Option<Sample>,
-        content: &PageSet,
+        content: &Bitmap,
         dense: u32,
     ) -> Option<Vec<u8>> {
         let mut state = self.state();
         state.watching = state.watching.saturating_sub(1);
         let Sample { written, touched } = sample?;
-        if written.pages() != self.pages || touched.pages() != self.pages {
+        if written.size() != self.pages || touched.size() != self.pages {
             return None;
         }
         let sets = match state.sets.take() {
@@ -226,11 +228,11 @@ pub(super) fn keep(dir: &Path, id: &Id, key: &Key, sets: &[u8]) -> io::Result<()
 
 /// What follows the id.
 fn encode(sets: &Sets) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(12 + 3 * sets.written.bits().len());
+    let mut bytes = Vec::new();
     bytes.extend(sets.samples.to_le_bytes());
-    bytes.extend(sets.written.pages().to_le_bytes());
+    bytes.extend(sets.written.size().to_le_bytes());
     for set in [&sets.written, &sets.always, &sets.touched] {
-        bytes.extend(set.bits());
+        bytes.extend(set.to_bytes());
     }
     bytes
 }
@@ -241,7 +243,7 @@ fn read(dir: &Path, id: &Id, key: &Key, pages: u64) -> Result<Option<Sets>, Stri
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.to_string()),
     };
-    let bitmap = pages.div_ceil(8) as usize;
+    let bitmap = Bitmap::byte_count(pages) as usize;
     let expected = HEADER + 3 * bitmap + TAG;
     let found = file.metadata().map_err(|e| e.to_string())?.len();
     if found != expected as u64 {
@@ -268,9 +270,9 @@ fn decode(bytes: &[u8], id: &Id, key: &Key, pages: u64) -> Result<Sets, String> 
     }
     let samples = u32::from_le_bytes([header[44], header[45], header[46], header[47]]);
     let mut sets = bitmaps
-        .chunks_exact(pages.div_ceil(8) as usize)
-        .map(|bits| PageSet::from_bits(bits.to_vec(), pages));
-    let mut next = || sets.next().unwrap_or_else(|| Err("a bitmap is missing".into()));
+        .chunks_exact(Bitmap::byte_count(pages) as usize)
+        .map(|bits| Bitmap::from_bytes(bits, pages));
+    let mut next = || sets.next().flatten().ok_or("a bitmap is missing, or has bits past its end");
     Ok(Sets { samples, written: next()?, always: next()?, touched: next()? })
 }
 
@@ -278,16 +280,16 @@ fn decode(bytes: &[u8], id: &Id, key: &Key, pages: u64) -> Result<Sets, String> 
 /// region in which pages are written is copied whole if this saves at least `dense` faults for each
 /// 512 pages that it takes; elsewhere written pages are copied one by one. With it comes how many
 /// regions are copied.
-fn plan(sets: Option<&Sets>, content: &PageSet, dense: u32) -> (MemoryPlan, u16) {
+fn plan(sets: Option<&Sets>, content: &Bitmap, dense: u32) -> (MemoryPlan, u16) {
     let large = |run: &std::ops::Range<u64>| run.end - run.start >= HOLE;
     let holes = content.complement().runs().filter(large).map(page_run).take(RUNS).collect();
     let mut plan = MemoryPlan { holes, ..MemoryPlan::default() };
     let mut regions = 0;
     let Some(sets) = sets else { return (plan, regions) };
-    for start in (0..content.pages()).step_by(REGION_PAGES as usize) {
+    for start in (0..content.size()).step_by(REGION_PAGES as usize) {
         let region = start..start + REGION_PAGES;
         let written = sets.written.count_in(region.clone());
-        let whole = region.end <= content.pages();
+        let whole = region.end <= content.size();
         // One page that is copied alone keeps the region from being mapped by a huge page, so that
         // those that are only read fault, too.
         let read = sets.touched.count_in(region.clone()).saturating_sub(written);
@@ -302,7 +304,7 @@ fn plan(sets: Option<&Sets>, content: &PageSet, dense: u32) -> (MemoryPlan, u16)
             regions += 1;
             plan.copied.extend(runs);
         } else if written > 0 {
-            let end = region.end.min(content.pages());
+            let end = region.end.min(content.size());
             plan.populated.extend(sets.written.runs_in(start..end).map(page_run));
         }
     }
@@ -317,33 +319,13 @@ fn page_run(run: std::ops::Range<u64>) -> PageRun {
 /// Reads from the page tables of process `pid` which pages of its `pages` from `address` are there
 /// (touched), and which of these are private copies (written). Needs the right to trace it.
 pub(crate) fn observe(pid: u32, address: u64, pages: u64) -> io::Result<Sample> {
-    const ENTRY: u64 = 8;
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
-    const OF_FILE: u64 = 1 << 61;
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut written = PageSet::empty(pages);
-    let mut touched = PageSet::empty(pages);
-    let mut buffer = vec![0; 1 << 16];
-    let mut page = 0;
-    while page < pages {
-        let want = buffer.len().min(((pages - page) * ENTRY) as usize);
-        pagemap.read_exact_at(&mut buffer[..want], (address / PAGE + page) * ENTRY)?;
-        for entry in buffer[..want].chunks_exact(ENTRY as usize) {
-            let mut bytes = [0; ENTRY as usize];
-            bytes.copy_from_slice(entry);
-            let entry = u64::from_ne_bytes(bytes);
-            // What was swapped out had been written; file pages are dropped instead.
-            if entry & (PRESENT | SWAPPED) != 0 {
-                touched.insert(page);
-                if entry & OF_FILE == 0 {
-                    written.insert(page);
-                }
-            }
-            page += 1;
-        }
-    }
-    Ok(Sample { written, touched })
+    let pagemap = Pagemap::open(pid)?;
+    let set = |which| {
+        let mut set = Bitmap::new(pages);
+        pagemap.runs(address, pages, which, |run| set.insert(run))?;
+        io::Result::Ok(set)
+    };
+    Ok(Sample { written: set(Pages::Private)?, touched: set(Pages::Mapped)? })
 }
 
 #[cfg(test)]
@@ -354,9 +336,9 @@ mod tests {
 
     const PAGES: u64 = 4 * REGION_PAGES;
 
-    fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
-        let mut set = PageSet::empty(PAGES);
-        pages.into_iter().for_each(|page| set.insert(page));
+    fn set(pages: impl IntoIterator<Item = u64>) -> Bitmap {
+        let mut set = Bitmap::new(PAGES);
+        pages.into_iter().for_each(|page| set.insert(page..page + 1));
         set
     }
 
@@ -364,11 +346,11 @@ mod tests {
         Key::from_bytes([1; 32])
     }
 
-    fn sample(written: &PageSet) -> Sample {
+    fn sample(written: &Bitmap) -> Sample {
         Sample { written: written.clone(), touched: written.clone() }
     }
 
-    fn fresh(content: &PageSet) -> WorkingSet {
+    fn fresh(content: &Bitmap) -> WorkingSet {
         let dir = tempfile::tempdir().unwrap();
         WorkingSet::load(dir.path(), &[7; 32], &key(), content, 8)
     }
@@ -406,14 +388,14 @@ mod tests {
         assert!(sets.next(true).watch);
         let bytes = sets.watched(Some(sample(&set(3..90))), &content, 8).unwrap();
         keep(dir.path(), &id, &key(), &bytes).unwrap();
-        let load = |id: &Id, content: &PageSet| {
+        let load = |id: &Id, content: &Bitmap| {
             WorkingSet::load(dir.path(), id, &key(), content, 8).report()
         };
         let other = Key::from_bytes([2; 32]);
         assert_eq!(WorkingSet::load(dir.path(), &id, &other, &content, 8).report().samples, 0);
         assert_eq!(load(&id, &content), sets.report());
         assert_eq!(load(&[8; 32], &content).samples, 0);
-        assert_eq!(load(&id, &PageSet::empty(PAGES + 8)).samples, 0);
+        assert_eq!(load(&id, &Bitmap::new(PAGES + 8)).samples, 0);
         let path = dir.path().join(FILE);
         let good = std::fs::read(&path).unwrap();
         for at in [0, 9, 20, 45, 50, 60, good.len() - 1] {
@@ -498,7 +480,7 @@ mod tests {
             let mut content =
                 set(content.iter().flat_map(|&(at, n)| at..(at + n).min(PAGES)));
             for &page in &written {
-                content.insert(page);
+                content.insert(page..page + 1);
             }
             let written = set(written);
             let sets =

@@ -33,6 +33,7 @@ use firn::{
     },
     guest::{self, Done, FromGuest, Log, Outcome, Ready, Renewed, ToGuest},
 };
+use firn_pages::bitmap::Bitmap;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 
 const PAGE: usize = 4096;
@@ -197,14 +198,12 @@ impl Vmm {
     fn save(&self, memory: &File, state: &File) -> io::Result<SaveReport> {
         let own = self.memory.lock().unwrap();
         memory.set_len(self.bytes())?;
-        let mut bitmap = vec![0u8; (self.bytes() / PAGE as u64 / 8) as usize];
-        let mut pages_written = 0;
+        let mut pages = Bitmap::new(self.bytes() / PAGE as u64);
         for (number, page) in &own.pages {
             let before = self.origin.as_ref().and_then(|origin| origin.pages.get(number));
             if before.map_or(&[0; PAGE][..], Vec::as_slice) != page {
                 memory.write_all_at(page, number * PAGE as u64)?;
-                bitmap[(number / 8) as usize] |= 1 << (number % 8);
-                pages_written += 1;
+                pages.insert(*number..number + 1);
             }
         }
         let head: &[u8] = match (own.keeps_identity, own.sleeps) {
@@ -213,10 +212,11 @@ impl Vmm {
             _ => b"state",
         };
         state.write_all_at(head, 0)?;
+        let bitmap = pages.to_bytes();
         state.write_all_at(&bitmap, head.len() as u64)?;
         Ok(SaveReport {
             memory_bytes: self.bytes(),
-            pages_written,
+            pages_written: pages.count(),
             state_bytes: head.len() as u64,
             bitmap_bytes: bitmap.len() as u64,
             duration_ns: 1,

@@ -20,9 +20,9 @@ use std::{
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
+use firn_pages::bitmap::Bitmap;
 use firn_proto::control::{DiskKind, DiskSource};
 
-use super::bitmap::Bitmap;
 use crate::{
     hold,
     virtio::{Halt, RestoreError, chain::Buffers},
@@ -276,7 +276,11 @@ impl Disk {
     pub(super) fn written(&self) -> Vec<u8> {
         match &self.layers {
             Layers::CopyOnWrite(layers) => {
-                layers.frozen_blocks.union(&layers.delta_blocks).to_bytes()
+                let blocks = layers.frozen_blocks.union(&layers.delta_blocks);
+                let mut bytes = blocks.to_bytes();
+                // The zeroes at the end are left out.
+                bytes.truncate(Bitmap::byte_count(blocks.end()) as usize);
+                bytes
             }
             _ => Vec::new(),
         }
@@ -314,7 +318,7 @@ impl Disk {
         if sectors != self.sectors {
             return Err(RestoreError::Capacity { found: sectors, expected: self.sectors });
         }
-        let bitmap = Bitmap::from_bytes(blocks(sectors), written)
+        let bitmap = Bitmap::from_bytes(written, blocks(sectors))
             .ok_or(RestoreError::Written("the bitmap is longer than the medium"))?;
         let Layers::CopyOnWrite(layers) = &mut self.layers else {
             return match bitmap.end() {
@@ -345,9 +349,9 @@ impl Disk {
 
 impl CopyOnWrite {
     fn layer(&self, block: u64) -> Layer {
-        if self.delta_blocks.get(block) {
+        if self.delta_blocks.contains(block) {
             Layer::Delta
-        } else if self.frozen_blocks.get(block) {
+        } else if self.frozen_blocks.contains(block) {
             Layer::Frozen
         } else {
             Layer::Backing
@@ -385,7 +389,7 @@ impl CopyOnWrite {
         }
         buffers.write_all_at(&self.delta, (end - start) as usize, start)?;
         // Last: until here a failure leaves every block as it was.
-        self.delta_blocks.set(first..last + 1);
+        self.delta_blocks.insert(first..last + 1);
         Ok(())
     }
 

@@ -3,7 +3,6 @@
 //! A device trusts nobody: what the guest wrote is read once and checked, and work per kick is
 //! bounded. It knows nothing of KVM, of registers or of threads.
 
-mod bitmap;
 pub mod block;
 pub mod medium;
 pub mod rng;

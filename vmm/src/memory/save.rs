@@ -6,28 +6,13 @@
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use super::{Memory, PAGE, source::Source, written::Pagemap};
+use firn_pages::{
+    PAGE,
+    bitmap::Bitmap,
+    pagemap::{Pagemap, Pages},
+};
 
-/// Which pages of guest memory a snapshot's memory file holds: one bit a page, least significant
-/// bit first.
-#[derive(Debug)]
-pub struct PageBitmap(Vec<u8>);
-
-impl PageBitmap {
-    /// No page of `memory_bytes` bytes.
-    pub fn empty(memory_bytes: u64) -> Self {
-        Self(vec![0; memory_bytes.div_ceil(PAGE).div_ceil(8) as usize])
-    }
-
-    fn set(&mut self, page: usize) {
-        self.0[page / 8] |= 1 << (page % 8);
-    }
-
-    /// The bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
+use super::{Memory, source::Source};
 
 /// Writes guest memory as a sparse linear file: of the pages that may differ, which it is told, those
 /// that do. All others are holes.
@@ -36,8 +21,7 @@ struct Writer<'a> {
     /// `None`: it is compared with zeroes.
     base: Option<&'a Source>,
     out: &'a File,
-    pages: u64,
-    bitmap: PageBitmap,
+    pages: Bitmap,
 }
 
 impl<'a> Writer<'a> {
@@ -47,8 +31,8 @@ impl<'a> Writer<'a> {
     /// I/O.
     fn new(contents: &'a [u8], base: Option<&'a Source>, out: &'a File) -> io::Result<Self> {
         out.set_len(contents.len() as u64)?;
-        let bitmap = PageBitmap::empty(contents.len() as u64);
-        Ok(Self { contents, base, out, pages: 0, bitmap })
+        let pages = Bitmap::new(contents.len() as u64 / PAGE);
+        Ok(Self { contents, base, out, pages })
     }
 
     /// Looks at a run of pages; those beyond guest memory are none.
@@ -67,27 +51,21 @@ impl<'a> Writer<'a> {
                 &self.contents[at..at + PAGE_BYTES] != before.unwrap_or(&[0; PAGE_BYTES])
             };
             if differs {
-                self.bitmap.set(page as usize);
-                self.pages += 1;
                 first.get_or_insert(page);
             } else if let Some(first) = first.take() {
+                self.pages.insert(first..page);
                 let start = first as usize * PAGE_BYTES;
                 self.out.write_all_at(&self.contents[start..at], start as u64)?;
             }
         }
         Ok(())
     }
-
-    /// How many pages were written, and which.
-    fn finish(self) -> (u64, PageBitmap) {
-        (self.pages, self.bitmap)
-    }
 }
 
 impl Memory {
     /// Writes to `out`, a sparse linear file, what differs from `base`, which is what is mapped here;
-    /// without one, what is not zero. Returns how many pages that were, and which. It touches no page
-    /// of guest memory or of the base that is not there.
+    /// without one, what is not zero. Returns which pages that were. It touches no page of guest memory
+    /// or of the base that is not there.
     ///
     /// # Errors
     /// I/O; a full disk is one.
@@ -99,17 +77,18 @@ impl Memory {
         pagemap: &Pagemap,
         base: Option<&Source>,
         out: &File,
-    ) -> io::Result<(u64, PageBitmap)> {
+    ) -> io::Result<Bitmap> {
         // SAFETY: the caller's promise.
         let contents = unsafe { self.contents() };
         let mut writer = Writer::new(contents, base, out)?;
         let mut result = Ok(());
-        pagemap.private_runs(self.base.as_ptr() as u64, self.bytes / PAGE, |run| {
+        let base = self.base.as_ptr() as u64;
+        pagemap.runs(base, self.bytes / PAGE, Pages::Private, |run| {
             if result.is_ok() {
                 result = writer.look(run);
             }
         })?;
-        result.map(|()| writer.finish())
+        result.map(|()| writer.pages)
     }
 }
 
@@ -118,7 +97,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::sealed::tests::{seal, sealable};
+    use crate::memory::source::tests::{seal, sealable};
 
     #[test]
     fn only_pages_that_differ_are_written() {
@@ -131,9 +110,7 @@ mod tests {
         let mut writer = Writer::new(&contents, None, &out).unwrap();
         writer.look(0..4).unwrap();
         writer.look(4..21).unwrap();
-        let (pages, bitmap) = writer.finish();
-        assert_eq!(pages, 3);
-        assert_eq!(bitmap.as_bytes(), [0b11000, 0, 0b1000]);
+        assert_eq!(writer.pages.to_bytes(), [0b11000, 0, 0b1000]);
         let mut back = vec![9u8; contents.len()];
         out.read_exact_at(&mut back, 0).unwrap();
         assert_eq!(back, contents);
@@ -146,7 +123,6 @@ mod tests {
         let mut writer = Writer::new(&contents, Some(&base), &differences).unwrap();
         // Whoever is not told of a page does not look at it.
         writer.look(0..5).unwrap();
-        let (pages, bitmap) = writer.finish();
-        assert_eq!((pages, bitmap.as_bytes()), (1, &[0b10000, 0, 0][..]));
+        assert_eq!(writer.pages.to_bytes(), [0b10000, 0, 0]);
     }
 }

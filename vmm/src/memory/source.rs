@@ -2,10 +2,10 @@
 
 use std::{ops::Range, os::fd::BorrowedFd};
 
+use firn_pages::{PAGE, mapping::Sealed};
 use rustix::fs::SeekFrom;
 
-use super::{MemoryError, PAGE};
-use crate::sealed::Sealed;
+use super::MemoryError;
 
 /// The memory of a snapshot, as what written pages are put back from.
 pub struct Source {
@@ -96,13 +96,25 @@ pub(crate) fn map(file: BorrowedFd<'_>, bytes: u64) -> Result<Sealed, MemoryErro
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{fs::File, os::fd::AsFd, sync::LazyLock};
 
     use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
     use super::*;
     use crate::memory::written::tests::snapshot;
+
+    /// An empty file that can be sealed.
+    pub(crate) fn sealable() -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        memfd_create("test", flags).unwrap().into()
+    }
+
+    /// Makes it one that can be mapped for reading.
+    pub(crate) fn seal(file: &File) {
+        fcntl_add_seals(file, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+    }
 
     proptest! {
         #[test]

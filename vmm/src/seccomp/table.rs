@@ -3,6 +3,10 @@
 //! `cargo xtask system-calls` says which entries the tests use. One that they can't reach says why
 //! in `unseen`; one that nobody uses and that has no such reason does not belong here.
 
+use firn_pages::ioctl::{
+    KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, KVMIO, Opcode, PAGEMAP_SCAN,
+    opcode::{none, read, read_write, write},
+};
 use kvm_bindings as kvm;
 
 use super::Thread;
@@ -81,63 +85,37 @@ const NO_FILE: Numbers = -1..0;
 
 const NO_CODE: Ask = Ask::Lacks(2, libc::PROT_EXEC as u32);
 
-/// `_IO`, `_IOR`, `_IOW`, `_IOWR` of `asm-generic/ioctl.h`.
-const fn request(direction: u32, kind: u32, number: u32, bytes: usize) -> u32 {
-    direction << 30 | (bytes as u32) << 16 | kind << 8 | number
-}
+// What `kvm-ioctls` calls: it keeps these numbers private.
+const KVM_RUN: Opcode = none(KVMIO, 0x80);
+const KVM_IRQ_LINE: Opcode = write::<kvm::kvm_irq_level>(KVMIO, 0x61);
+const KVM_GET_REGS: Opcode = read::<kvm::kvm_regs>(KVMIO, 0x81);
+const KVM_SET_REGS: Opcode = write::<kvm::kvm_regs>(KVMIO, 0x82);
+const KVM_GET_SREGS: Opcode = read::<kvm::kvm_sregs>(KVMIO, 0x83);
+const KVM_SET_SREGS: Opcode = write::<kvm::kvm_sregs>(KVMIO, 0x84);
+const KVM_TRANSLATE: Opcode = read_write::<kvm::kvm_translation>(KVMIO, 0x85);
+const KVM_GET_MSRS: Opcode = read_write::<kvm::kvm_msrs>(KVMIO, 0x88);
+const KVM_SET_MSRS: Opcode = write::<kvm::kvm_msrs>(KVMIO, 0x89);
+const KVM_GET_LAPIC: Opcode = read::<kvm::kvm_lapic_state>(KVMIO, 0x8e);
+const KVM_SET_LAPIC: Opcode = write::<kvm::kvm_lapic_state>(KVMIO, 0x8f);
+const KVM_GET_CPUID2: Opcode = read_write::<kvm::kvm_cpuid2>(KVMIO, 0x91);
+const KVM_GET_MP_STATE: Opcode = read::<kvm::kvm_mp_state>(KVMIO, 0x98);
+const KVM_SET_MP_STATE: Opcode = write::<kvm::kvm_mp_state>(KVMIO, 0x99);
+const KVM_GET_VCPU_EVENTS: Opcode = read::<kvm::kvm_vcpu_events>(KVMIO, 0x9f);
+const KVM_SET_VCPU_EVENTS: Opcode = write::<kvm::kvm_vcpu_events>(KVMIO, 0xa0);
+const KVM_GET_DEBUGREGS: Opcode = read::<kvm::kvm_debugregs>(KVMIO, 0xa1);
+const KVM_SET_DEBUGREGS: Opcode = write::<kvm::kvm_debugregs>(KVMIO, 0xa2);
+const KVM_GET_XSAVE: Opcode = read::<kvm::kvm_xsave>(KVMIO, 0xa4);
+const KVM_SET_XSAVE: Opcode = write::<kvm::kvm_xsave>(KVMIO, 0xa5);
+const KVM_GET_XCRS: Opcode = read::<kvm::kvm_xcrs>(KVMIO, 0xa6);
+const KVM_SET_XCRS: Opcode = write::<kvm::kvm_xcrs>(KVMIO, 0xa7);
+const KVM_SET_TSC_KHZ: Opcode = none(KVMIO, 0xa2);
+const KVM_KVMCLOCK_CTRL: Opcode = none(KVMIO, 0xad);
 
-const KVMIO: u32 = 0xae;
-
-const fn kvm_none(number: u32) -> u32 {
-    request(0, KVMIO, number, 0)
-}
-
-const fn kvm_write<T>(number: u32) -> u32 {
-    request(1, KVMIO, number, size_of::<T>())
-}
-
-const fn kvm_read<T>(number: u32) -> u32 {
-    request(2, KVMIO, number, size_of::<T>())
-}
-
-const fn kvm_both<T>(number: u32) -> u32 {
-    request(3, KVMIO, number, size_of::<T>())
-}
-
-const KVM_RUN: u32 = kvm_none(0x80);
-const KVM_IRQ_LINE: u32 = kvm_write::<kvm::kvm_irq_level>(0x61);
-const KVM_GET_REGS: u32 = kvm_read::<kvm::kvm_regs>(0x81);
-const KVM_SET_REGS: u32 = kvm_write::<kvm::kvm_regs>(0x82);
-const KVM_GET_SREGS: u32 = kvm_read::<kvm::kvm_sregs>(0x83);
-const KVM_SET_SREGS: u32 = kvm_write::<kvm::kvm_sregs>(0x84);
-const KVM_TRANSLATE: u32 = kvm_both::<kvm::kvm_translation>(0x85);
-const KVM_GET_MSRS: u32 = kvm_both::<kvm::kvm_msrs>(0x88);
-const KVM_SET_MSRS: u32 = kvm_write::<kvm::kvm_msrs>(0x89);
-const KVM_GET_LAPIC: u32 = kvm_read::<kvm::kvm_lapic_state>(0x8e);
-const KVM_SET_LAPIC: u32 = kvm_write::<kvm::kvm_lapic_state>(0x8f);
-const KVM_GET_CPUID2: u32 = kvm_both::<kvm::kvm_cpuid2>(0x91);
-const KVM_GET_MP_STATE: u32 = kvm_read::<kvm::kvm_mp_state>(0x98);
-const KVM_SET_MP_STATE: u32 = kvm_write::<kvm::kvm_mp_state>(0x99);
-const KVM_GET_VCPU_EVENTS: u32 = kvm_read::<kvm::kvm_vcpu_events>(0x9f);
-const KVM_SET_VCPU_EVENTS: u32 = kvm_write::<kvm::kvm_vcpu_events>(0xa0);
-const KVM_GET_DEBUGREGS: u32 = kvm_read::<kvm::kvm_debugregs>(0xa1);
-const KVM_SET_DEBUGREGS: u32 = kvm_write::<kvm::kvm_debugregs>(0xa2);
-const KVM_GET_XSAVE: u32 = kvm_read::<kvm::kvm_xsave>(0xa4);
-const KVM_SET_XSAVE: u32 = kvm_write::<kvm::kvm_xsave>(0xa5);
-const KVM_GET_XCRS: u32 = kvm_read::<kvm::kvm_xcrs>(0xa6);
-const KVM_SET_XCRS: u32 = kvm_write::<kvm::kvm_xcrs>(0xa7);
-const KVM_SET_TSC_KHZ: u32 = kvm_none(0xa2);
-const KVM_KVMCLOCK_CTRL: u32 = kvm_none(0xad);
-const KVM_SET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe1);
-const KVM_GET_DEVICE_ATTR: u32 = kvm_write::<kvm::kvm_device_attr>(0xe2);
-
-const KVM_GET_IRQCHIP: u32 = kvm_both::<kvm::kvm_irqchip>(0x62);
+const KVM_GET_IRQCHIP: Opcode = read_write::<kvm::kvm_irqchip>(KVMIO, 0x62);
 /// A write that its header has as a read.
-const KVM_SET_IRQCHIP: u32 = kvm_read::<kvm::kvm_irqchip>(0x63);
-const KVM_SET_CLOCK: u32 = kvm_write::<kvm::kvm_clock_data>(0x7b);
-const KVM_GET_CLOCK: u32 = kvm_read::<kvm::kvm_clock_data>(0x7c);
-/// `_IOWR('f', 16, struct pm_scan_arg)`.
-const PAGEMAP_SCAN: u32 = request(3, 0x66, 16, 96);
+const KVM_SET_IRQCHIP: Opcode = read::<kvm::kvm_irqchip>(KVMIO, 0x63);
+const KVM_SET_CLOCK: Opcode = write::<kvm::kvm_clock_data>(KVMIO, 0x7b);
+const KVM_GET_CLOCK: Opcode = read::<kvm::kvm_clock_data>(KVMIO, 0x7c);
 
 const F_GETFD: u32 = libc::F_GETFD as u32;
 const F_GET_SEALS: u32 = libc::F_GET_SEALS as u32;

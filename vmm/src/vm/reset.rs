@@ -22,6 +22,7 @@ use std::{
     sync::Arc,
 };
 
+use firn_pages::pagemap::Pagemap;
 use firn_proto::control::{Exit, ExitReason, FailureKind, Phase, ResetReport};
 
 use super::{RequestError, Result, Vm, expect_descriptors, next, next_to};
@@ -29,7 +30,7 @@ use crate::{
     descriptors::STREAM,
     memory::{
         source::Source,
-        written::{Pagemap, WrittenError},
+        written::{WrittenError, own_pagemap},
     },
     snapshot::SavedVm,
     stats::monotonic_ns,
@@ -92,7 +93,7 @@ impl Vm {
         }
         let mut descriptors = expect_descriptors(descriptors, 2)?;
         let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
-        let pagemap = Pagemap::new(File::from(next(&mut descriptors)?))?;
+        let pagemap = own_pagemap(File::from(next(&mut descriptors)?))?;
         let origin = self.origin.take().ok_or_else(|| bad("only a thawed microVM can be reset"))?;
         self.clock.restart();
         self.clock.stamp_at(Phase::Received, received);

@@ -14,6 +14,7 @@ use std::{
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
 };
 
+use firn_pages::bitmap::Bitmap;
 use firn_proto::control::{
     self, CONTROL_FD, CpuTemplate, DiskKind, DiskSource, FromVmm, KVM_FD, SaveReport, ShellConfig,
     ToVmm,
@@ -178,11 +179,12 @@ impl Vmm {
         assert_eq!(report.memory_bytes, memory.metadata().unwrap().len());
         let mut bitmap = vec![0; report.bitmap_bytes as usize];
         state.read_exact_at(&mut bitmap, report.state_bytes).unwrap();
+        let pages = Bitmap::from_bytes(&bitmap, report.memory_bytes / 4096).unwrap();
         state.set_len(report.state_bytes).unwrap();
         let mut written = 0;
         let mut page = [0; 4096];
         for number in 0..report.memory_bytes / 4096 {
-            if bitmap[number as usize / 8] >> (number % 8) & 1 == 1 {
+            if pages.contains(number) {
                 written += 1;
             } else if let Some(base) = base {
                 base.read_exact_at(&mut page, number * 4096).unwrap();

@@ -8,7 +8,7 @@ use std::{
     ops::Range,
 };
 
-use firn_proto::control::REGION;
+use firn_pages::{PAGE, REGION, mapping::Sealed};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::{
     BzImage, Elf, KernelLoader, KernelLoaderResult,
@@ -17,10 +17,7 @@ use linux_loader::loader::{
 use vm_memory::{ByteValued, Bytes, GuestAddress, ReadVolatile};
 
 use super::mptable;
-use crate::{
-    memory::{HIGH_RAM_START, Memory, PAGE},
-    sealed::Sealed,
-};
+use crate::memory::{HIGH_RAM_START, Memory};
 
 /// Where `boot_params` go.
 pub const ZERO_PAGE: u64 = 0x7000;

@@ -8,6 +8,7 @@
 
 use std::os::fd::AsRawFd;
 
+use firn_pages::ioctl::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, Opcode};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs,
     kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
@@ -37,10 +38,6 @@ const MSRS_AT_ONCE: usize = 255;
 /// MSRs of one probing ioctl. Each one that KVM does not have ends the ioctl early, and the rest of
 /// the batch was copied in for nothing; of the candidates beyond KVM's list most are not there.
 const MSRS_TO_PROBE: usize = 16;
-
-// Device attributes of a vCPU: kvm-ioctls has them for aarch64 only. `_IOW(KVMIO, nr, 24 bytes)`.
-const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
-const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
 
 /// A vCPU's state could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -405,11 +402,7 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Option<i64> {
     tsc_attribute(vcpu, KVM_GET_DEVICE_ATTR, &mut offset).ok().map(|()| offset)
 }
 
-fn tsc_attribute(
-    vcpu: &VcpuFd,
-    request: libc::c_ulong,
-    value: &mut i64,
-) -> Result<(), kvm_ioctls::Error> {
+fn tsc_attribute(vcpu: &VcpuFd, request: Opcode, value: &mut i64) -> Result<(), kvm_ioctls::Error> {
     let attribute = kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
@@ -419,7 +412,7 @@ fn tsc_attribute(
     // SAFETY: the descriptor is a vCPU's; both requests read `attribute`, and read or write the 8 bytes
     // at its `addr`, which is `value`: borrowed mutably, so alive, writable and unaliased across the
     // call.
-    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &attribute) };
+    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), request.into(), &attribute) };
     ioctl_error(result)
         .map(drop)
         .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)))
