@@ -269,6 +269,8 @@ pub async fn memory(guests: &Guests, memory_mib: u32) -> Result<Verdict, Failure
         }
         guest.ask(json!({"what": "cpus"})).await?;
     }
+    // The next check may need its memory.
+    guests.end(guest).await;
     Ok(match charge {
         Ok(_) => Passed(figures),
         Err(why) => NotRun(format!("all but the charge holds, which can't be read: {why}")),

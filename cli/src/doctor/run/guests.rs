@@ -140,6 +140,11 @@ impl Guests {
         Ok(Frozen { resident: resident.map_err(at("make the function resident"))? })
     }
 
+    /// Ends a guest, and waits until its memory is free.
+    pub async fn end(&self, guest: Guest) {
+        self.host.end(guest.instance).await;
+    }
+
     /// Thaws a clone with its first event.
     pub async fn thaw(&self, frozen: &Frozen, event: Value) -> Result<(Guest, Answer), Failure> {
         let class = frozen.resident.class();
