@@ -33,6 +33,10 @@ pub fn describe() -> Value {
                 "/sys/module/kvm_amd/parameters/npt",
                 "/sys/module/kvm_intel/parameters/ept",
             ]),
+            "virtual_apic": first_of(&[
+                "/sys/module/kvm_amd/parameters/avic",
+                "/sys/module/kvm_intel/parameters/enable_apicv",
+            ]),
             "nx_huge_pages": first_line("/sys/module/kvm/parameters/nx_huge_pages"),
             "halt_poll_ns": first_line("/sys/module/kvm/parameters/halt_poll_ns"),
         },

@@ -23,7 +23,7 @@ pub struct Machine {
 /// For a daemon and a handful of small functions. Two CPUs show races that one hides.
 pub const DAEMONS: Machine = Machine { cpus: 2, memory_mib: 3072 };
 
-/// The same for nightly tests: two functions of 3,008 MB fill their memory.
+/// The same for nightly tests: two functions of 3,008 MB, or one guest of 4,096 MiB, fill their memory.
 pub const NIGHTLY_DAEMONS: Machine = Machine { memory_mib: 8192, ..DAEMONS };
 
 /// More would wait for each other.

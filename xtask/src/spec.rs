@@ -26,6 +26,9 @@ const RESET_SCENARIOS: &str = "warm,reset";
 const PEER_SCENARIOS: &str = "thaw,thaw-fresh,churn,clones,clones-fresh";
 const PEER_FUNCTIONS: &str = "nothing,echo";
 
+/// The source that is `firn doctor --run`, and its name among what ran in the lane.
+const GATE: &str = "gate";
+
 /// Memory of their host VM: clones need room.
 const PEER_MEMORY_MIB: u32 = 4096;
 
@@ -91,6 +94,8 @@ enum Source {
     Rust(String, String),
     /// A test of the VMM with Linux.
     Linux(String),
+    /// `firn doctor --run`.
+    Gate,
 }
 
 impl Source {
@@ -316,6 +321,7 @@ impl Rig {
                 Ok((failures, self.place().into()))
             }
             Source::Linux(name) => Ok((self.failures_of(name)?, self.place().into())),
+            Source::Gate => Ok((self.failures_of(GATE)?, self.place().into())),
             Source::Rust(package, word) => {
                 Ok((rust_failures(package, word)?, "this machine".into()))
             }
@@ -370,15 +376,16 @@ impl Rig {
     /// Runs all the tests that rows name: the lane is made once, and the daemon starts once.
     fn run_in_lane(&mut self, promises: &[Promise]) -> Result<()> {
         let mut end_to_end = Vec::new();
-        let mut linux = false;
+        let (mut linux, mut gate) = (false, false);
         for promise in promises {
             match &promise.source {
                 Source::EndToEnd(names) => end_to_end.extend(names.iter().cloned()),
                 Source::Linux(_) => linux = true,
+                Source::Gate => gate = true,
                 _ => {}
             }
         }
-        if end_to_end.is_empty() && !linux {
+        if end_to_end.is_empty() && !linux && !gate {
             return Ok(());
         }
         // Nightly counts take nightly memory.
@@ -389,6 +396,10 @@ impl Rig {
         if linux {
             let outcome = test::linux(&sites[0], &self.artifacts, &[], &test::NIGHTLY)?;
             self.keep(outcome.lines.iter().filter_map(|line| results::rust(line)));
+        }
+        if gate {
+            let passed = test::gate(&sites[0], &self.artifacts)?.success;
+            self.in_lane.insert(GATE.into(), passed);
         }
         if end_to_end.is_empty() {
             return Ok(());
@@ -518,6 +529,7 @@ fn parse_source(text: &str) -> Result<Source> {
             Source::EndToEnd(names.iter().map(ToString::to_string).collect())
         }
         ["linux", name] => Source::Linux(name.into()),
+        [GATE] => Source::Gate,
         ["rust", package, word] => Source::Rust(package.into(), word.into()),
         _ => bail!("`{text}` is no source"),
     })
@@ -567,6 +579,9 @@ mod tests {
         let promises = parse(row).unwrap();
         assert_eq!(promises[0].bound, Bound { relation: '≤', value: 1.5, unit: "ms".into() });
         assert_eq!(promises[0].source, Source::Starts("warm".into()));
+        let gate = parse("| sound | Is sound | = 0 failures | gate |").unwrap();
+        assert_eq!(gate[0].source, Source::Gate);
+        assert!(parse("| sound | Is sound | = 0 failures | gate boot |").is_err());
         assert!(parse(&format!("{row}\n{row}")).is_err());
         assert!(parse("| fast | Is fast | ≤ x ms | icount warm |").is_err());
         assert!(parse("| fast | Is fast | ≤ 1 ms | hearsay |").is_err());

@@ -13,7 +13,30 @@ pub fn examine() -> Vec<Finding> {
         &sysctl("kernel/unprivileged_userns_clone"),
         &sysctl("kernel/apparmor_restrict_unprivileged_userns"),
     ));
+    findings.extend(executable_memory(&sysctl("vm/memfd_noexec")));
     findings
+}
+
+/// `noexec` is 2 where the kernel makes no files in memory that can be executed; it is missing before Linux 6.3.
+fn executable_memory(noexec: &str) -> Option<Finding> {
+    let id = "host.memfd-noexec";
+    let why = "Firn runs its VMM from a sealed file in memory. Where the kernel refuses one, it runs the \
+               VMM from an unnamed temporary file.";
+    match noexec.trim() {
+        "" => None,
+        "2" => {
+            let what = "the kernel refuses executable files in memory (vm.memfd_noexec is 2)";
+            Some(Finding::new(id, Severity::Note, what, why).fix(
+                "Nothing has to be done; `sysctl vm.memfd_noexec=1`, as root, allows them to those who \
+                 ask for them.",
+            ))
+        }
+        _ => {
+            let what =
+                "the kernel makes executable files in memory for those who ask (vm.memfd_noexec)";
+            Some(Finding::new(id, Severity::Ok, what, why))
+        }
+    }
 }
 
 /// Whether a filter may end a process.
@@ -135,6 +158,15 @@ fn user_namespaces(limit: &str, debian: &str, apparmor: &str) -> Option<Finding>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn executable_files_in_memory_are_refused_only_by_the_strictest_setting() {
+        let severity = |text| executable_memory(text).map(|finding| finding.severity);
+        assert_eq!(severity("0\n"), Some(Severity::Ok));
+        assert_eq!(severity("1\n"), Some(Severity::Ok));
+        assert_eq!(severity("2\n"), Some(Severity::Note));
+        assert_eq!(severity(""), None);
+    }
 
     fn error(number: i32) -> io::Error {
         io::Error::from_raw_os_error(number)

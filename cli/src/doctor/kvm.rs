@@ -1,6 +1,6 @@
 //! What KVM is here: present, permitted, able, and real.
 
-use std::io;
+use std::{collections::BTreeMap, io};
 
 use kvm_bindings as bindings;
 use kvm_ioctls::Kvm;
@@ -23,7 +23,7 @@ struct Wanted {
 }
 
 /// What Firn can't do without, then what only makes it better.
-const WANTED: [Wanted; 19] = [
+const WANTED: [Wanted; 22] = [
     required(bindings::KVM_CAP_IRQCHIP, "IRQCHIP", "interrupt controllers in the kernel"),
     required(
         bindings::KVM_CAP_USER_MEMORY,
@@ -87,6 +87,13 @@ const WANTED: [Wanted; 19] = [
         "X86_USER_SPACE_MSR",
         "seeing each use of an unknown MSR",
     ),
+    useful(bindings::KVM_CAP_X86_MSR_FILTER, "X86_MSR_FILTER", "MSRs that guests may not use"),
+    useful(bindings::KVM_CAP_PMU_CAPABILITY, "PMU_CAPABILITY", "guests without counters"),
+    useful(
+        bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+        "ENFORCE_PV_FEATURE_CPUID",
+        "paravirtual features that CPUID names, and no others",
+    ),
 ];
 
 const fn required(cap: u32, name: &'static str, purpose: &'static str) -> Wanted {
@@ -124,6 +131,13 @@ pub fn examine() -> Vec<Finding> {
     findings.extend(capabilities(&kvm));
     findings.extend(try_a_guest(&kvm));
     findings
+}
+
+/// What KVM says of each capability that Firn uses, 0 where it lacks one; `None` without KVM.
+pub fn capability_values() -> Option<BTreeMap<&'static str, i32>> {
+    let kvm = Kvm::new_with_path(PATH).ok()?;
+    let value = |wanted: &Wanted| (wanted.name, kvm.check_extension_raw(wanted.cap.into()));
+    Some(WANTED.iter().map(value).collect())
 }
 
 fn cannot_open(error: &io::Error) -> Finding {

@@ -19,6 +19,11 @@ pub fn examine() -> Vec<Finding> {
         ("kvm_intel", &parameter("kvm_intel", "nested")),
         ("kvm_amd", &parameter("kvm_amd", "nested")),
     ]));
+    for (module, paging, apic) in [("kvm_intel", "ept", "enable_apicv"), ("kvm_amd", "npt", "avic")]
+    {
+        findings.extend(nested_paging(module, paging, &parameter(module, paging)));
+        findings.extend(virtual_apic(module, apic, &parameter(module, apic)));
+    }
     findings.extend(nx_huge_pages(&parameter("kvm", "nx_huge_pages"), &multihit));
     findings.extend(polling(&parameter("kvm", "halt_poll_ns")));
     findings
@@ -38,6 +43,12 @@ fn users(mode: u32) -> Finding {
         .fix("For hostile tenants: `chmod 660 /dev/kvm`, and a udev rule that keeps it so.")
 }
 
+/// Whether a parameter of a module is on; `None` where the module is not loaded.
+fn is_on(value: &str) -> Option<bool> {
+    let value = value.trim();
+    (!value.is_empty()).then(|| ["Y", "1"].contains(&value))
+}
+
 /// Modules and what they say of nested virtualization; empty where one is not loaded.
 fn nested(modules: &[(&str, &str)]) -> Option<Finding> {
     let id = "kvm.nested";
@@ -45,7 +56,7 @@ fn nested(modules: &[(&str, &str)]) -> Option<Finding> {
                Firn's guests are given neither; off, nobody's are.";
     let mut loaded = modules.iter().filter(|(_, value)| !value.is_empty()).peekable();
     loaded.peek()?;
-    let Some((module, _)) = loaded.find(|(_, value)| ["Y", "1"].contains(&value.trim())) else {
+    let Some((module, _)) = loaded.find(|(_, value)| is_on(value) == Some(true)) else {
         let what = "KVM lets no guest run guests of its own";
         return Some(Finding::new(id, Severity::Ok, what, why));
     };
@@ -55,6 +66,38 @@ fn nested(modules: &[(&str, &str)]) -> Option<Finding> {
          anew."
     );
     Some(Finding::new(id, Severity::Warning, what, why).fix(fix))
+}
+
+/// `parameter` switches on that the CPU walks the page tables of guest and host itself.
+fn nested_paging(module: &str, parameter: &str, value: &str) -> Option<Finding> {
+    let id = "kvm.nested-paging";
+    let why = "Without it KVM keeps a shadow of each guest's page tables: page faults and changes of \
+               the guest's tables are exits, and functions are several times as slow.";
+    Some(if is_on(value)? {
+        let what = format!("the CPU translates guests' memory itself ({parameter})");
+        Finding::new(id, Severity::Ok, what, why)
+    } else {
+        let what = format!("KVM keeps shadow page tables: {parameter} of {module} is off");
+        Finding::new(id, Severity::Warning, what, why).fix(format!(
+            "Load {module} with {parameter}=1. If it stays off, the CPU or the hypervisor below does \
+             not have it: use another machine."
+        ))
+    })
+}
+
+/// `parameter` switches on that the CPU has a part of the guest's APIC.
+fn virtual_apic(module: &str, parameter: &str, value: &str) -> Option<Finding> {
+    let id = "kvm.virtual-apic";
+    let why = "With it many interrupts reach a guest, and are acknowledged, without an exit.";
+    Some(if is_on(value)? {
+        let what = format!("the CPU delivers guests' interrupts ({parameter})");
+        Finding::new(id, Severity::Ok, what, why)
+    } else {
+        let what = format!("KVM delivers guests' interrupts: {parameter} of {module} is off");
+        Finding::new(id, Severity::Note, what, why).fix(format!(
+            "Functions run without it. Where the CPU has it: load {module} with {parameter}=1."
+        ))
+    })
 }
 
 /// `multihit` says whether this CPU can be stopped by a guest that changes the size of a page from
@@ -145,6 +188,24 @@ mod tests {
             Severity::Ok
         );
         assert_eq!(nested(&[("kvm_intel", ""), ("kvm_amd", "")]), None);
+    }
+
+    #[test]
+    fn shadow_page_tables_are_a_warning_and_an_emulated_apic_is_a_note() {
+        for (value, paging, apic) in [
+            ("Y\n", Severity::Ok, Severity::Ok),
+            ("1\n", Severity::Ok, Severity::Ok),
+            ("N\n", Severity::Warning, Severity::Note),
+            ("0\n", Severity::Warning, Severity::Note),
+        ] {
+            let found = nested_paging("kvm_amd", "npt", value).unwrap();
+            assert_eq!(found.severity, paging, "{value}");
+            assert!(found.what.contains("npt"), "{found:?}");
+            assert_eq!(virtual_apic("kvm_intel", "enable_apicv", value).unwrap().severity, apic);
+        }
+        assert!(nested_paging("kvm_intel", "ept", "N").unwrap().fix.unwrap().contains("kvm_intel"));
+        assert_eq!(nested_paging("kvm_intel", "ept", ""), None);
+        assert_eq!(virtual_apic("kvm_amd", "avic", ""), None);
     }
 
     #[test]

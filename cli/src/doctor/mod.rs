@@ -8,9 +8,11 @@
 //! |---|---|
 //! | `kvm`, `speed` | whether KVM is there, able and real |
 //! | `kvm_settings` | what its parameters offer to guests, and to whom else |
+//! | `machine` | whether a hypervisor is below, and the clock |
 //! | `host`, `cgroups` | what Firn needs beside it |
 //! | `cage` | what the kernel offers the jail |
 //! | `command_line`, `cpu`, `leaks` | what one tenant could learn of another |
+//! | `daemon` | what a daemon that runs has counted |
 //!
 //! A check is a function of the text of the files that it is about. A file that can't be read is an
 //! empty text: what nobody knows is a note or no finding at all, but never as it should be.
@@ -19,10 +21,12 @@ mod cage;
 mod cgroups;
 mod command_line;
 mod cpu;
+mod daemon;
 mod host;
 mod kvm;
 mod kvm_settings;
 mod leaks;
+mod machine;
 mod run;
 mod speed;
 
@@ -41,6 +45,15 @@ pub struct Arguments {
     /// Print JSON for machines.
     #[arg(long)]
     json: bool,
+
+    /// The daemon whose counters are looked at; none need run.
+    #[arg(
+        long,
+        env = "FIRN_ENDPOINT",
+        default_value = "http://127.0.0.1:9000",
+        value_name = "URL"
+    )]
+    endpoint: String,
 
     /// Run real microVMs and check what Firn promises of them, instead of looking; takes root, and up to two minutes.
     #[arg(long)]
@@ -127,7 +140,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     if arguments.run {
         return run_guests(arguments);
     }
-    let report = examine();
+    let report = examine(&arguments.endpoint);
     let text = if arguments.json { json(&report) } else { text(&report) };
     print!("{text}");
     if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -151,11 +164,12 @@ fn run_guests(arguments: &Arguments) -> ExitCode {
     if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Looks at everything.
-pub fn examine() -> Report {
+/// Looks at everything, also at the daemon there if one answers.
+pub fn examine(endpoint: &str) -> Report {
     let parts = [
         kvm::examine,
         kvm_settings::examine,
+        machine::examine,
         host::examine,
         cgroups::examine,
         cage::examine,
@@ -163,7 +177,8 @@ pub fn examine() -> Report {
         cpu::examine,
         leaks::examine,
     ];
-    let findings: Vec<Finding> = parts.iter().flat_map(|examine| examine()).collect();
+    let mut findings: Vec<Finding> = parts.iter().flat_map(|examine| examine()).collect();
+    findings.extend(daemon::examine(endpoint));
     let ok = findings.iter().all(|finding| finding.severity < Severity::Error);
     let lane = if ok { Lane::Native } else { Lane::HostVm };
     Report { version: 1, lane, ok, findings }
@@ -238,7 +253,7 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_examined() {
-        let report = examine();
+        let report = examine("http://127.0.0.1:1");
         assert!(!report.findings.is_empty());
         assert_eq!(report.ok, report.lane == Lane::Native);
         let mut ids = std::collections::BTreeSet::new();

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `style` | rustfmt, clippy with warnings denied |
 //! | `unit` | `cargo test` of the workspace, tiny guests against this machine's `/dev/kvm` included |
-//! | `linux` | the VMM's test programs in the lane: against tiny guests, and against Linux and `firn-init` |
+//! | `linux` | the VMM's test programs in the lane, against tiny guests, Linux and `firn-init`; the hardware gate |
 //! | `e2e` | `tests/e2e` with boto3, AWS's CLI and other SDKs against daemons, in the lane |
 //! | `intel` | the VMM's test programs and a round of `firn bench` in the host VM with VMX; nightly, or when asked for |
 //!
@@ -28,13 +28,13 @@ use anyhow::{Error, Result, anyhow};
 
 use crate::clients::{self, Clients};
 use crate::host_vm::Series;
-use crate::lane::{self, Choice, Lane, Site};
+use crate::lane::{self, Choice, Lane, Machine, Site};
 use crate::step::Outcome;
 use crate::{artifacts, bench, cargo, packages, scratch, step};
 use choice::{Only, Stage};
 pub use e2e::{end_to_end, sites};
 use rig::Rig;
-pub use rust::linux;
+pub use rust::{gate, linux};
 use summary::Summary;
 
 /// What tests have in their environment that are to do all their rounds, not a few of them.
@@ -87,6 +87,10 @@ impl Arguments {
 
     fn environment(&self) -> &'static [(&'static str, &'static str)] {
         if self.nightly { &NIGHTLY } else { &[] }
+    }
+
+    fn machine(&self) -> Machine {
+        if self.nightly { lane::NIGHTLY_DAEMONS } else { lane::DAEMONS }
     }
 }
 
@@ -224,9 +228,8 @@ fn linux_stage(
     })?;
     let (lane, Some((artifacts, tests, clients))) = built else { return Ok(None) };
     if let Some(tests) = tests {
-        let site = summary
-            .must("booting the host VM", Site::start(lane, kernel, lane::DAEMONS, &artifacts));
-        let Some(site) = site else { return Ok(None) };
+        let site = Site::start(lane, kernel, arguments.machine(), &artifacts);
+        let Some(site) = summary.must("booting the host VM", site) else { return Ok(None) };
         let names = arguments.parts(Stage::Linux, |only| match only {
             Only::Linux(name) => Some(name.as_str()),
             _ => None,
@@ -298,10 +301,7 @@ fn end_to_end_stage(summary: &mut Summary, lane: Ready, arguments: &Arguments) {
     let what = &in_kernel("end-to-end tests", lane.kernel);
     let result = summary.stage(what, |summary| {
         let Ready { artifacts, clients, lane, kernel } = lane;
-        let machine = match arguments.nightly {
-            true => lane::NIGHTLY_DAEMONS,
-            false => lane::DAEMONS,
-        };
+        let machine = arguments.machine();
         let start = |_| Site::start(lane, kernel, machine, &artifacts);
         let sites =
             (0..sites(lane, machine, arguments.host_vms)).map(start).collect::<Result<Vec<_>>>();

@@ -90,12 +90,27 @@ pub fn linux(
     names: &[&str],
     environment: &[(&str, &str)],
 ) -> Result<Outcome> {
-    let choice = Choice { program: Some(rig::LINUX), names };
+    program(site, artifacts, rig::LINUX, names, environment)
+}
+
+/// The hardware gate with all its checks, in the lane.
+pub fn gate(site: &Site, artifacts: &Path) -> Result<Outcome> {
+    program(site, artifacts, rig::GATE, &[], &super::NIGHTLY)
+}
+
+fn program(
+    site: &Site,
+    artifacts: &Path,
+    name: &str,
+    names: &[&str],
+    environment: &[(&str, &str)],
+) -> Result<Outcome> {
+    let choice = Choice { program: Some(name), names };
     let rig = Rig::Site(site, Series::default());
     let verdicts = build_for_rigs()?.run(rig, artifacts, &choice, environment)?;
     let outcome = verdicts.into_iter().find_map(|(_, verdict)| match verdict {
-        Verdict::Ran(outcome) => Some(outcome),
+        Verdict::Ran(outcome) | Verdict::Command(outcome) => Some(outcome),
         _ => None,
     });
-    outcome.context("the VMM's tests with Linux did not run")
+    outcome.with_context(|| format!("{name} did not run"))
 }

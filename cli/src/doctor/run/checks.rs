@@ -9,7 +9,7 @@ use std::{
 use firn::ShellClass;
 use serde_json::{Value, json};
 
-use super::guests::{Failure, Frozen, Guests};
+use super::guests::{Charge, Failure, Frozen, Guest, Guests, at};
 
 /// What a check found; a promise that is not kept is a [`Failure`].
 pub enum Verdict {
@@ -27,8 +27,11 @@ const ROUNDS: usize = 5;
 /// By how much a guest's clocks may be off.
 const MOST_OFF: Duration = Duration::from_millis(1);
 
-/// Within what a wall clock must have been seen to be judged, before patience.
-const CLOSELY: Duration = Duration::from_millis(10);
+/// The most that a clock which passes may be off by, for all that is seen of it, before patience.
+const CLOSELY: Duration = Duration::from_millis(2);
+
+/// How often a guest is asked for the time after each thaw or reset.
+const EXCHANGES: usize = 4;
 
 /// Bytes of memory that the machine needs beyond the guests'.
 const RESERVE: u64 = 512 << 20;
@@ -107,42 +110,92 @@ pub async fn reset(guests: &Guests, frozen: &Frozen) -> Result<Verdict, Failure>
 /// The wall clock of a guest that was thawed or reset is the host's; its monotonic clock goes as its TSC
 /// does.
 pub async fn clocks(guests: &Guests, frozen: &Frozen) -> Result<Verdict, Failure> {
-    let time = json!({"what": "time"});
-    let (mut guest, _) = guests.thaw(frozen, time.clone()).await?;
-    let (mut off, mut within) = (Duration::ZERO, Duration::MAX);
-    for round in 0..2 * ROUNDS {
-        let before = wall_clock_ns();
-        let said = guest.ask(time.clone()).await?.value.as_u64().ok_or("no time")?;
-        let after = wall_clock_ns();
-        let least = before.saturating_sub(said).max(said.saturating_sub(after));
-        off = off.max(Duration::from_nanos(least));
-        within = within.min(Duration::from_nanos(after.saturating_sub(before)));
-        if round % 2 == 1 {
-            guest.reset().await?;
-        }
+    let mut wall = Off::default();
+    for _ in 0..ROUNDS {
+        let (mut guest, _) = guests.thaw(frozen, json!({"what": "time"})).await?;
+        wall = wall.worse(wall_clock(&mut guest).await?);
+        guest.reset().await?;
+        wall = wall.worse(wall_clock(&mut guest).await?);
     }
-    if off > MOST_OFF {
-        return Err(format!("a guest's wall clock is off by {off:?} or more"));
+    let (mut guest, _) = guests.thaw(frozen, json!({"what": "time"})).await?;
+    let khz = guest.tsc_khz().await?;
+    let answer = guest.ask(json!({"what": "tsc", "seconds": 0.5})).await?;
+    let readings = serde_json::from_value(answer.value).map_err(at("readings of the TSC"))?;
+    let monotonic = against_tsc(readings, khz);
+    let clocks = [(wall, "a guest's wall clock"), (monotonic, "a guest's monotonic clock")];
+    // What is wrong for certain counts before what can't be judged.
+    for (off, what) in clocks {
+        off.not_wrong(what)?;
     }
-    if within > CLOSELY * guests.patience() {
-        return Ok(NotRun(format!("answers take {within:?}: too long to judge a clock by")));
-    }
-    let seconds = 0.5;
-    let answer = guest.ask(json!({"what": "pause", "seconds": seconds})).await?;
-    let khz = f64::from(guest.tsc_khz().await?);
-    let (begun, ended) = answer.report.tsc;
-    // Between the guest's own readings lies all that the function did, and what it waited to be handed out.
-    let by_tsc = ended.wrapping_sub(begun) as f64 / khz / 1e3;
-    let by_clock = answer.value.as_f64().ok_or("no time")? / 1e9;
-    let ahead = (by_clock - by_tsc) * 1e3;
-    if ahead > ms(MOST_OFF) || by_tsc > by_clock + seconds {
-        return Err(format!("{by_clock} s by a guest's clock are {by_tsc} s by its TSC"));
+    if let Some(why) = clocks.iter().find_map(|(off, what)| off.unclear(what, guests.patience())) {
+        return Ok(NotRun(why));
     }
     Ok(Passed(vec![
-        ("wall_clock_off_by_at_least_ms", ms(off)),
-        ("seen_within_ms", ms(within)),
-        ("tsc_mhz", (khz / 1e3).round()),
+        ("wall_clock_off_by_at_least_ms", ms(wall.at_least)),
+        ("wall_clock_off_by_at_most_ms", ms(wall.at_most)),
+        ("monotonic_clock_off_by_at_least_ms", ms(monotonic.at_least)),
+        ("monotonic_clock_off_by_at_most_ms", ms(monotonic.at_most)),
+        ("tsc_mhz", (f64::from(khz) / 1e3).round()),
     ]))
+}
+
+/// Asks a guest for the time, and judges its wall clock by the answer that took the least time.
+async fn wall_clock(guest: &mut Guest) -> Result<Off, Failure> {
+    let mut seen = Vec::new();
+    for _ in 0..EXCHANGES {
+        let before = wall_clock_ns();
+        let said = guest.ask(json!({"what": "time"})).await?.value.as_u64().ok_or("no time")?;
+        seen.push(Off::seen(before, said, wall_clock_ns()));
+    }
+    let closest = seen.into_iter().min_by_key(|off| off.at_most - off.at_least);
+    closest.ok_or_else(|| "no time".into())
+}
+
+/// Judges a monotonic clock by two readings of it, each between two of the TSC.
+fn against_tsc([begun, ended]: [(u64, u64, u64); 2], khz: u32) -> Off {
+    let ns = |ticks: u64| (u128::from(ticks) * 1_000_000 / u128::from(khz.max(1))) as u64;
+    let shortest = ns(ended.0.saturating_sub(begun.2));
+    let longest = ns(ended.2.saturating_sub(begun.0));
+    Off::seen(shortest, ended.1.saturating_sub(begun.1), longest)
+}
+
+/// By how much a clock is off, as far as can be seen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Off {
+    at_least: Duration,
+    at_most: Duration,
+}
+
+impl Off {
+    /// Of a clock that said so when the right time lay between these two, in nanoseconds.
+    fn seen(earliest: u64, said: u64, latest: u64) -> Self {
+        let outside = earliest.saturating_sub(said).max(said.saturating_sub(latest));
+        let window = latest.saturating_sub(earliest);
+        let [at_least, at_most] =
+            [outside, outside.saturating_add(window)].map(Duration::from_nanos);
+        Self { at_least, at_most }
+    }
+
+    fn worse(self, other: Self) -> Self {
+        Self {
+            at_least: self.at_least.max(other.at_least),
+            at_most: self.at_most.max(other.at_most),
+        }
+    }
+
+    fn not_wrong(self, what: &str) -> Result<(), Failure> {
+        match self.at_least > MOST_OFF {
+            true => Err(format!("{what} is off by {:?} or more", self.at_least)),
+            false => Ok(()),
+        }
+    }
+
+    /// Why the clock can't be judged; `None` if it can.
+    fn unclear(self, what: &str, patience: u32) -> Option<String> {
+        let Self { at_most, .. } = self;
+        (at_most > CLOSELY * patience)
+            .then(|| format!("{what} is off by {at_most:?} at most: that is too wide to judge it"))
+    }
 }
 
 /// Clones of one snapshot, and resets of one clone, share no random numbers.
@@ -196,11 +249,13 @@ pub async fn memory(guests: &Guests, memory_mib: u32) -> Result<Verdict, Failure
     let (mut guest, answer) = guests.thaw(&frozen, json!({"what": "fill", "mib": much})).await?;
     expect(&answer.value, &json!(much), "MiB that were filled")?;
     let mut figures = vec![("filled_mib", f64::from(much)), ("answer_ms", ms(answer.took))];
-    if let Some((peak, limit)) = guest.charge() {
-        if peak >= limit {
-            return Err(format!("{} MiB are charged of {}", peak >> 20, limit >> 20));
+    let charge = guest.charge();
+    if let Ok(Charge { bytes, limit }) = charge {
+        if bytes >= limit {
+            return Err(format!("{} MiB are charged of {}", bytes >> 20, limit >> 20));
         }
-        figures.extend([("charged_mib", (peak >> 20) as f64), ("limit_mib", (limit >> 20) as f64)]);
+        figures
+            .extend([("charged_mib", (bytes >> 20) as f64), ("limit_mib", (limit >> 20) as f64)]);
     }
     let grown = resident().saturating_sub(before);
     figures.push(("snapshot_grew_kib", (grown >> 10) as f64));
@@ -214,7 +269,12 @@ pub async fn memory(guests: &Guests, memory_mib: u32) -> Result<Verdict, Failure
         }
         guest.ask(json!({"what": "cpus"})).await?;
     }
-    Ok(Passed(figures))
+    // The next check may need its memory.
+    guests.end(guest).await;
+    Ok(match charge {
+        Ok(_) => Passed(figures),
+        Err(why) => NotRun(format!("all but the charge holds, which can't be read: {why}")),
+    })
 }
 
 /// Bytes that this process's resident snapshots take.
@@ -246,6 +306,46 @@ mod tests {
     fn what_differs_is_named() {
         assert_eq!(expect(&json!(1), &json!(1), "it"), Ok(()));
         assert_eq!(expect(&json!(1), &json!(2), "it").unwrap_err(), "it: 1, not 2");
+    }
+
+    #[test]
+    fn a_clock_is_off_by_a_range() {
+        let off = |at_least, at_most| Off {
+            at_least: Duration::from_nanos(at_least),
+            at_most: Duration::from_nanos(at_most),
+        };
+        assert_eq!(Off::seen(10, 12, 15), off(0, 5));
+        assert_eq!(Off::seen(10, 7, 15), off(3, 8));
+        assert_eq!(Off::seen(10, 16, 15), off(1, 6));
+        // The clock of the host was set back meanwhile.
+        assert_eq!(Off::seen(15, 12, 10), off(3, 3));
+        assert_eq!(off(0, 5).worse(off(1, 2)), off(1, 5));
+    }
+
+    #[test]
+    fn a_clock_passes_only_if_it_is_seen_closely() {
+        let off = |at_least, at_most| {
+            let [at_least, at_most] = [at_least, at_most].map(Duration::from_micros);
+            Off { at_least, at_most }
+        };
+        assert_eq!(off(1000, 9000).not_wrong("it"), Ok(()));
+        assert_eq!(off(1001, 9000).not_wrong("it").unwrap_err(), "it is off by 1.001ms or more");
+        assert_eq!(off(0, 2000).unclear("it", 1), None);
+        assert!(off(0, 2001).unclear("it", 1).unwrap().starts_with("it is off by 2.001ms at most"));
+        assert_eq!(off(0, 2001).unclear("it", 2), None);
+    }
+
+    #[test]
+    fn a_monotonic_clock_is_held_against_the_tsc_both_ways() {
+        // Half a second at 2 GHz, read within 100 ticks each time.
+        let off = |ns: u64| {
+            against_tsc([(1000, 7, 1100), (1_000_001_000, 7 + ns, 1_000_001_100)], 2_000_000)
+        };
+        let us = Duration::from_micros;
+        assert_eq!(off(500_000_000).at_least, Duration::ZERO);
+        assert!(off(500_000_000).at_most < us(1));
+        assert!(off(502_000_000).at_least > us(1990), "{:?}", off(502_000_000));
+        assert!(off(498_000_000).at_least > us(1990), "{:?}", off(498_000_000));
     }
 
     #[test]

@@ -46,12 +46,19 @@ pub struct Guest {
     patience: u32,
 }
 
+/// What a control group is charged with, in bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Charge {
+    /// The most that it was charged with; what it is charged with now where the kernel keeps no peak.
+    pub bytes: u64,
+    /// What it may be charged with.
+    pub limit: u64,
+}
+
 /// What an event brought, and how long it took.
 pub struct Answer {
     /// The response.
     pub value: Value,
-    /// What is known of it besides.
-    pub report: InvokeReport,
     /// From the request to the response.
     pub took: Duration,
 }
@@ -133,6 +140,11 @@ impl Guests {
         Ok(Frozen { resident: resident.map_err(at("make the function resident"))? })
     }
 
+    /// Ends a guest, and waits until its memory is free.
+    pub async fn end(&self, guest: Guest) {
+        self.host.end(guest.instance).await;
+    }
+
     /// Thaws a clone with its first event.
     pub async fn thaw(&self, frozen: &Frozen, event: Value) -> Result<(Guest, Answer), Failure> {
         let class = frozen.resident.class();
@@ -172,18 +184,29 @@ impl Guest {
         Ok(self.instance.stats().await.map_err(at("ask its VMM"))?.tsc_khz)
     }
 
-    /// Most bytes that its control group was charged with, and its limit; `None` where the kernel does
-    /// not tell.
-    pub fn charge(&self) -> Option<(u64, u64)> {
-        let groups =
-            std::fs::read_to_string(format!("/proc/{}/cgroup", self.instance.pid())).ok()?;
-        let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-        let read = |name: &str| {
-            let text = std::fs::read_to_string(format!("/sys/fs/cgroup{group}/{name}")).ok()?;
-            text.trim().parse().ok()
-        };
-        Some((read("memory.peak")?, read("memory.max")?))
+    /// What its control group is charged with.
+    ///
+    /// # Errors
+    /// Why the kernel does not tell.
+    pub fn charge(&self) -> Result<Charge, String> {
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", self.instance.pid()));
+        let groups = groups.map_err(at("its control group"))?;
+        let group = groups.lines().find_map(|line| line.strip_prefix("0::"));
+        let group = group.ok_or("this kernel has no control groups of version 2")?;
+        charge(&Path::new("/sys/fs/cgroup").join(group.trim_start_matches('/')))
     }
+}
+
+/// Reads what a control group of version 2 is charged with.
+fn charge(group: &Path) -> Result<Charge, String> {
+    let read = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(group.join(name)).ok()?.trim().parse().ok()
+    };
+    let limit = read("memory.max").ok_or("its control group has no memory.max with a limit")?;
+    // Linux before 5.19 has no peak.
+    let bytes = read("memory.peak").or_else(|| read("memory.current"));
+    let bytes = bytes.ok_or("its control group has neither memory.peak nor memory.current")?;
+    Ok(Charge { bytes, limit })
 }
 
 fn loaded(report: Result<firn::LoadReport, firn::InstanceError>) -> Result<(), Failure> {
@@ -208,8 +231,29 @@ fn answer(report: InvokeReport, begun: Instant) -> Result<Answer, Failure> {
     match &report.outcome {
         Outcome::Response { payload, .. } => {
             let value = serde_json::from_slice(payload).map_err(at("the function's answer"))?;
-            Ok(Answer { value, report, took })
+            Ok(Answer { value, took })
         }
         other => Err(format!("the function failed: {other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_charge_is_the_peak_or_else_what_is_charged_now() {
+        let group = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(group.path().join(name), text).unwrap();
+        let error = || charge(group.path()).unwrap_err();
+        assert!(error().contains("memory.max"), "{}", error());
+        write("memory.max", "max\n");
+        assert!(error().contains("memory.max"), "{}", error());
+        write("memory.max", "300\n");
+        assert!(error().contains("memory.peak"), "{}", error());
+        write("memory.current", "100\n");
+        assert_eq!(charge(group.path()), Ok(Charge { bytes: 100, limit: 300 }));
+        write("memory.peak", "200\n");
+        assert_eq!(charge(group.path()), Ok(Charge { bytes: 200, limit: 300 }));
     }
 }

@@ -4,10 +4,11 @@
 
 mod checks;
 mod guests;
+mod scrub;
 
 use std::{
     fmt::Write as _,
-    path::Path,
+    path::{self, Path},
     pin::Pin,
     time::{Duration, Instant},
 };
@@ -18,13 +19,17 @@ use serde_json::{Map, Value, json};
 use self::{
     checks::Verdict,
     guests::{Failure, Guests},
+    scrub::Scrub,
 };
 
-/// Time for one check, before patience.
-const CHECK: Duration = Duration::from_secs(20);
+/// Time for one step, before patience: opening the installation, making a snapshot, a check.
+const STEP: Duration = Duration::from_secs(20);
 
-/// Time for all of them, before patience: what has not begun by then is not run.
+/// Time for all of them, before patience.
 const ALL: Duration = Duration::from_secs(100);
+
+/// Time for ending what ran, before patience.
+const CLOSE: Duration = Duration::from_secs(10);
 
 /// What came of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -100,26 +105,43 @@ pub fn run(
         .into_iter()
         .filter(|name| only.is_empty() || only.iter().any(|o| o == name))
         .collect();
+    // An error names it as a whole, so that the report can leave it out.
+    let artifacts = path::absolute(artifacts).map_err(|error| error.to_string())?;
+    let scrub = Scrub::new([artifacts.clone(), std::env::temp_dir()]);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
-    let checks = runtime.block_on(all(artifacts, &chosen, patience, tell));
-    let failed = checks.iter().any(|line| matches!(line.outcome, Outcome::Failed(_)));
-    let passed = checks.iter().any(|line| line.outcome == Outcome::Passed);
-    Ok(Report {
-        version: 1,
-        firn: env!("CARGO_PKG_VERSION"),
-        host: host(),
-        ok: passed && !failed,
-        checks,
-    })
+    let mut checks = runtime.block_on(all(&artifacts, &chosen, patience, tell));
+    // What still blocks a thread is not waited for.
+    runtime.shutdown_background();
+    let ok = passed(&checks) && !failed(&checks);
+    for line in &mut checks {
+        if let Outcome::Failed(why) | Outcome::NotRun(why) = &mut line.outcome {
+            *why = scrub.text(why);
+        }
+    }
+    let host = host(&scrub);
+    Ok(Report { version: 1, firn: env!("CARGO_PKG_VERSION"), host, ok, checks })
+}
+
+fn failed(checks: &[Line]) -> bool {
+    checks.iter().any(|line| matches!(line.outcome, Outcome::Failed(_)))
+}
+
+fn passed(checks: &[Line]) -> bool {
+    checks.iter().any(|line| line.outcome == Outcome::Passed)
 }
 
 async fn all(artifacts: &Path, chosen: &[&str], patience: u32, tell: impl Fn(&Line)) -> Vec<Line> {
     let begun = Instant::now();
-    let guests = match Guests::open(artifacts, patience).await {
+    let limits = Limits { step: STEP * patience, end: begun + ALL * patience };
+    let guests = match limits.step(Guests::open(artifacts, patience)).await {
         Ok(guests) => guests,
-        Err(failure) => {
-            let not_run = |check: &&str| line(check, Outcome::NotRun(failure.clone()), begun);
+        Err(outcome) => {
+            let not_run = match outcome {
+                Outcome::Failed(why) => Outcome::NotRun(why),
+                other => other,
+            };
+            let not_run = |check: &&str| line(check, not_run.clone(), begun);
             return chosen.iter().map(not_run).inspect(tell).collect();
         }
     };
@@ -130,19 +152,14 @@ async fn all(artifacts: &Path, chosen: &[&str], patience: u32, tell: impl Fn(&Li
         lines.push(line);
     };
     for &check in chosen {
-        let begun_check = Instant::now();
-        if begun.elapsed() > ALL * patience {
-            let reason = format!("all checks together took over {:?}", ALL * patience);
-            keep(line(check, Outcome::NotRun(reason), begun_check));
-            continue;
-        }
+        let begun = Instant::now();
         // What clones are made of is made once, for whoever comes first.
         if ["thaw", "reset", "clocks", "uniqueness"].contains(&check) && frozen.is_none() {
             let class = firn::ShellClass { vcpus: 1, memory_mib: 128 };
-            match limited(patience, guests.freeze("small", class)).await {
+            match limits.step(guests.freeze("small", class)).await {
                 Ok(made) => frozen = Some(made),
-                Err(failure) => {
-                    keep(line(check, Outcome::Failed(failure), begun_check));
+                Err(outcome) => {
+                    keep(line(check, outcome, begun));
                     continue;
                 }
             }
@@ -160,27 +177,41 @@ async fn all(artifacts: &Path, chosen: &[&str], patience: u32, tell: impl Fn(&Li
                     _ => continue,
                 },
             };
-        let (outcome, figures) = match limited(patience, work).await {
+        let (outcome, figures) = match limits.step(work).await {
             Ok(Verdict::Passed(figures)) => (Outcome::Passed, figures),
             Ok(Verdict::NotRun(reason)) => (Outcome::NotRun(reason), Vec::new()),
-            Err(failure) => (Outcome::Failed(failure), Vec::new()),
+            Err(outcome) => (outcome, Vec::new()),
         };
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), json!(value)));
-        keep(Line { figures: figures.collect(), ..line(check, outcome, begun_check) });
+        keep(Line { figures: figures.collect(), ..line(check, outcome, begun) });
     }
     drop(frozen);
-    guests.close().await;
+    let limit = CLOSE * patience;
+    if tokio::time::timeout(limit, guests.close()).await.is_err() {
+        eprintln!("firn doctor: not all that ran has ended in {limit:?}");
+    }
     lines
 }
 
-async fn limited<T>(
-    patience: u32,
-    work: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    let limit = CHECK * patience;
-    tokio::time::timeout(limit, work)
-        .await
-        .unwrap_or_else(|_| Err(format!("not done in {limit:?}")))
+/// How long the next step may take: so long, and not beyond the end of all.
+struct Limits {
+    step: Duration,
+    end: Instant,
+}
+
+impl Limits {
+    /// Takes a step. One that has its full time must be done in it; one that has only what is left of all is
+    /// not run if that is too little.
+    async fn step<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Outcome> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left.min(self.step), work).await {
+            Ok(result) => result.map_err(Outcome::Failed),
+            Err(_) if left < self.step => Err(Outcome::NotRun(format!(
+                "only {left:.1?} were left of the time for all checks"
+            ))),
+            Err(_) => Err(Outcome::Failed(format!("not done in {:?}", self.step))),
+        }
+    }
 }
 
 fn line(check: &str, outcome: Outcome, begun: Instant) -> Line {
@@ -189,13 +220,17 @@ fn line(check: &str, outcome: Outcome, begun: Instant) -> Line {
 }
 
 /// Facts of the machine that nobody needs to keep to themselves.
-fn host() -> Value {
+fn host(scrub: &Scrub) -> Value {
     let mut host = firn_bench::host::describe();
     if let Some(facts) = host.as_object_mut() {
         // Names of disks and hosts, and of who built the kernel.
         facts.remove("command_line");
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         facts.insert("kernel".into(), json!(release.trim()));
+    }
+    host["kvm"]["capabilities"] = json!(super::kvm::capability_values());
+    for mount in host["cgroups"].as_array_mut().into_iter().flatten() {
+        mount["at"] = json!(scrub.text(mount["at"].as_str().unwrap_or_default()));
     }
     host
 }
@@ -231,10 +266,12 @@ pub fn summary(report: &Report) -> String {
     let _ = writeln!(
         text,
         "{}",
-        match report.ok {
-            true => "What ran passed. `--json` has the report to send.",
-            false =>
-                "This machine does not keep what Firn promises. Please send the report of `--json`.",
+        if failed(&report.checks) {
+            "This machine does not keep what Firn promises. Please send the report of `--json`."
+        } else if passed(&report.checks) {
+            "What ran passed. `--json` has the report to send."
+        } else {
+            "Nothing ran: the lines above say why."
         }
     );
     text
@@ -252,16 +289,60 @@ mod tests {
 
     #[test]
     fn without_an_installation_nothing_ran_and_the_report_says_why() {
+        let told = std::cell::RefCell::new(String::new());
+        let tell = |line: &Line| told.borrow_mut().push_str(&words(line));
         let report =
-            run(Path::new("/nonexistent"), &["boot".into(), "thaw".into()], 1, |_| {}).unwrap();
+            run(Path::new("/nonexistent"), &["boot".into(), "thaw".into()], 1, tell).unwrap();
         assert!(!report.ok);
         assert_eq!(report.checks.len(), 2);
-        let text = words(&report.checks[0]) + &summary(&report);
+        let text = told.take() + &summary(&report);
         assert!(text.contains("not run  boot") && text.contains("open the installation"), "{text}");
-        assert!(text.contains("does not keep"), "{text}");
+        assert!(text.contains("/nonexistent"), "{text}");
+        assert!(text.contains("\nNothing ran: the lines above say why.\n"), "{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["checks"][0]["verdict"], "not-run");
-        assert!(json["checks"][0]["why"].as_str().unwrap().contains("open the installation"));
+        let why = json["checks"][0]["why"].as_str().unwrap();
+        assert!(why.contains("open the installation") && why.contains("<path>"), "{why}");
+        assert!(!why.contains("nonexistent"), "{why}");
         assert!(json["host"]["command_line"].is_null());
+    }
+
+    #[test]
+    fn the_summary_has_three_cases() {
+        let report = |outcomes: &[Outcome]| {
+            let line = |outcome: &Outcome| line("boot", outcome.clone(), Instant::now());
+            let checks = outcomes.iter().map(line).collect();
+            summary(&Report { version: 1, firn: "0", host: json!({}), ok: false, checks })
+        };
+        let [failed, not_run] =
+            [Outcome::Failed, Outcome::NotRun].map(|outcome| outcome("".into()));
+        let text = report(&[Outcome::Passed, not_run.clone(), failed]);
+        assert!(text.contains("does not keep"), "{text}");
+        let text = report(&[Outcome::Passed, not_run.clone()]);
+        assert!(text.contains("What ran passed"), "{text}");
+        let text = report(&[not_run]);
+        assert!(text.contains("Nothing ran"), "{text}");
+    }
+
+    #[test]
+    fn a_step_ends_with_its_own_time_or_with_that_of_all() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let limits = |step_ms, all_ms| Limits {
+            step: Duration::from_millis(step_ms),
+            end: Instant::now() + Duration::from_millis(all_ms),
+        };
+        let step = |limits: Limits| {
+            runtime.block_on(limits.step(std::future::pending::<Result<(), Failure>>()))
+        };
+        assert_eq!(step(limits(10, 100_000)), Err(Outcome::Failed("not done in 10ms".into())));
+        let over = step(limits(100_000, 10));
+        assert!(
+            matches!(&over, Err(Outcome::NotRun(why)) if why.contains("were left")),
+            "{over:?}"
+        );
+        let limits = limits(100_000, 100_000);
+        assert_eq!(runtime.block_on(limits.step(async { Ok(1) })), Ok(1));
+        let failure = runtime.block_on(limits.step(async { Err::<(), _>("it".into()) }));
+        assert_eq!(failure, Err(Outcome::Failed("it".into())));
     }
 }
