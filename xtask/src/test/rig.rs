@@ -79,9 +79,10 @@ impl Program {
 }
 
 /// They run in this order: the quick ones first.
-const PROGRAMS: [Program; 9] = [
+const PROGRAMS: [Program; 10] = [
     Program { kind: Kind::Command(&["firn", "doctor"]), ..Program::tests("doctor", minutes(5)) },
     Program::tests("tiny_guest", minutes(5)),
+    Program::tests("fleet", minutes(5)),
     Program::tests("msrs", minutes(5)),
     Program::tests("seccomp", minutes(5)),
     Program { not_on_vmx: Some(SPINS), ..Program::tests("reset", minutes(5)) },
