@@ -49,8 +49,9 @@ pub(crate) struct Artifacts {
 }
 
 impl Artifacts {
-    /// Checks and opens all parts, in the order in which a person would set them up.
-    pub(crate) fn open(dir: &Path) -> Result<Self, OpenError> {
+    /// Checks and opens all parts, in the order in which a person would set them up. `scratch`: see
+    /// [`memfile::executable`].
+    pub(crate) fn open(dir: &Path, scratch: &Path) -> Result<Self, OpenError> {
         let dir = fs::canonicalize(dir).map_err(|source| OpenError::Artifact {
             what: "directory",
             path: dir.to_owned(),
@@ -68,7 +69,7 @@ impl Artifacts {
         let artifact =
             |what, path: PathBuf| move |source| OpenError::Artifact { what, path, source };
         let seal = |what, file: &mut File| {
-            memfile::sealed_executable(what, file)
+            memfile::executable(what, file, scratch)
                 .map_err(artifact(what, dir.join("bin").join(what)))
         };
         let jailer = seal("firn-jailer", &mut jailer)?;
@@ -232,7 +233,7 @@ mod tests {
     fn each_missing_part_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
-        let missing = || match Artifacts::open(dir) {
+        let missing = || match Artifacts::open(dir, dir) {
             Err(OpenError::Artifact { what, .. }) => what.to_owned(),
             Err(other) => other.to_string(),
             Ok(_) => "nothing".into(),

@@ -76,7 +76,7 @@ impl Host {
     /// Any [`OpenError`].
     pub async fn open(config: HostConfig) -> Result<Self, OpenError> {
         let opening = tokio::task::spawn_blocking(move || {
-            let artifacts = Artifacts::open(&config.artifacts)?;
+            let artifacts = Artifacts::open(&config.artifacts, &config.state)?;
             open::check_config(&config)?;
             open::check_user(&artifacts)?;
             let state = State::open(&config.state)?;

@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
+    path::Path,
 };
 
 use rustix::{
@@ -100,20 +101,31 @@ pub(crate) fn sealed_huge(
     seal(file)
 }
 
-/// A sealed executable copy of `source` that may be executed and not read, not even by its owner: exec
-/// then leaves the process not dumpable, so that nothing of the same user can trace it.
-pub(crate) fn sealed_executable(name: &str, source: &mut File) -> io::Result<OwnedFd> {
+/// An executable copy of `source` that nobody can change, and that may be executed and not read, not even
+/// by its owner: exec then leaves the process not dumpable, so that nothing of the same user can trace it.
+///
+/// It is a sealed memory file; where the kernel has none that are executable (`vm.memfd_noexec=2`), a file
+/// without a name in the directory `scratch`, which nobody has open for writing.
+pub(crate) fn executable(name: &str, source: &mut File, scratch: &Path) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
-        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
-        other => other?,
+        // Kernels before 6.3 don't know the flag, and take any memory file to be executable.
+        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags),
+        other => other,
+    };
+    let (fd, can_be_sealed) = match fd {
+        Err(Errno::ACCESS) => {
+            let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+            (rustix::fs::open(scratch, flags, Mode::RWXU)?, false)
+        }
+        other => (other?, true),
     };
     let mut file = File::from(fd);
     io::copy(source, &mut file)?;
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o700))?;
-    let sealed = seal(file)?;
-    rustix::fs::fchmod(&sealed, Mode::from_raw_mode(0o111))?;
-    Ok(sealed)
+    rustix::fs::fchmod(&file, Mode::RWXU)?;
+    let copy = if can_be_sealed { seal(file)? } else { reopen(&file)? };
+    rustix::fs::fchmod(&copy, Mode::from_raw_mode(0o111))?;
+    Ok(copy)
 }
 
 /// Opens the file of `fd` anew for reading: with its own offset, which two processes that got the
@@ -125,9 +137,47 @@ pub(crate) fn reopen(fd: impl AsFd) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::{
+        io::{Read, Write},
+        process::Command,
+    };
 
     use super::*;
+
+    /// Says to the test's own process, started anew, that memory files are refused.
+    const REFUSED: &str = "FIRN_TEST_MEMFD_NOEXEC";
+
+    /// The setting is a PID namespace's: the test starts itself in one of its own.
+    #[test]
+    fn programs_run_where_memory_files_are_not_executable() {
+        if std::env::var_os(REFUSED).is_none() {
+            let test = "memfile::tests::programs_run_where_memory_files_are_not_executable";
+            let script = "echo 2 > /proc/sys/vm/memfd_noexec || exit 99; exec \"$0\" --exact \"$1\"";
+            let program = std::env::current_exe().unwrap();
+            let mut inner = Command::new("unshare");
+            inner.args(["--pid", "--fork", "sh", "-c", script]).arg(program).arg(test);
+            let done = inner.env(REFUSED, "1").output().unwrap();
+            match done.status.code() {
+                Some(1 | 99) if !done.stdout.starts_with(b"\nrunning 1 test") => {
+                    eprintln!("skipped: {}", String::from_utf8_lossy(&done.stderr));
+                }
+                code => assert_eq!(code, Some(0), "{}", String::from_utf8_lossy(&done.stdout)),
+            }
+            return;
+        }
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::EXEC;
+        let refused = rustix::fs::memfd_create("test", flags).unwrap_err();
+        assert_eq!(refused, Errno::ACCESS, "the setting has no effect");
+        assert!(sealed("test", b"content").is_ok());
+        let scratch = tempfile::tempdir().unwrap();
+        let mut source = File::open("/bin/true").unwrap();
+        let copy = executable("test", &mut source, scratch.path()).unwrap();
+        let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
+        let link = std::fs::read_link(&path).unwrap();
+        assert!(link.starts_with(scratch.path()), "{}", link.display());
+        assert!(Command::new(&path).status().unwrap().success());
+        assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "it has a name");
+    }
 
     #[test]
     fn sealed_content_can_be_read_and_not_changed() {
