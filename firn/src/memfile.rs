@@ -152,7 +152,8 @@ mod tests {
     fn programs_run_where_memory_files_are_not_executable() {
         if std::env::var_os(REFUSED).is_none() {
             let test = "memfile::tests::programs_run_where_memory_files_are_not_executable";
-            let script = "echo 2 > /proc/sys/vm/memfd_noexec || exit 99; exec \"$0\" --exact \"$1\"";
+            let script =
+                "echo 2 > /proc/sys/vm/memfd_noexec || exit 99; exec \"$0\" --exact \"$1\"";
             let program = std::env::current_exe().unwrap();
             let mut inner = Command::new("unshare");
             inner.args(["--pid", "--fork", "sh", "-c", script]).arg(program).arg(test);

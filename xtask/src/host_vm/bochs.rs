@@ -142,6 +142,7 @@ impl Drop for Bochs {
 fn configuration(root: &Path, options: &Options) -> Result<String> {
     let root = root.to_str().context("the path of the cache is not UTF-8")?;
     let memory = options.memory_mib;
+    let model = options.cpu_model.as_deref().unwrap_or(CPU);
     // What it can't do it would ask about. An error is an instruction or a device that it does not know, which the
     // kernel finds out and does without; a panic is a triple fault, by which the kernel restarts the machine (`reboot=t`).
     Ok(format!(
@@ -149,7 +150,7 @@ fn configuration(root: &Path, options: &Options) -> Result<String> {
 display_library: term
 romimage: file={root}/bios
 vgaromimage: file={root}/vgabios
-cpu: model={CPU}, count=1, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model={model}, count=1, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0, ignore_bad_msrs=1
 memory: guest={memory}, host={memory}
 clock: sync=none, time0={STARTED_AT}
 pci: enabled=1, chipset=i440fx

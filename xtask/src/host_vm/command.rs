@@ -24,6 +24,11 @@ pub struct Arguments {
     #[arg(long, value_enum, value_name = "VENDOR", default_value_t)]
     cpu: Cpu,
 
+    /// Another CPU model than the one that tests run on: QEMU's, or with intel Bochs'. To thaw on one what
+    /// another has saved.
+    #[arg(long, value_name = "MODEL", conflicts_with = "at")]
+    cpu_model: Option<String>,
+
     /// Open a shell instead of running a command.
     #[arg(long, conflicts_with_all = ["icount", "command"])]
     shell: bool,
@@ -101,6 +106,7 @@ pub fn run(arguments: Arguments) -> Result<i32> {
     let mut options = Options {
         memory_mib: arguments.memory,
         kernel: arguments.kernel,
+        cpu_model: arguments.cpu_model,
         modules: arguments.module,
         plain_cgroups: arguments.plain_cgroups,
         artifacts: match arguments.artifacts {

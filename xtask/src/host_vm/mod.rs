@@ -61,6 +61,8 @@ pub struct Options {
     pub kernel: Series,
     /// CPUs; in virtual time and with VMX it has one.
     pub cpus: u8,
+    /// Its emulator's CPU model; `None`: the one that tests run on.
+    pub cpu_model: Option<String>,
     /// An artifacts directory; it appears as `/firn`.
     pub artifacts: Option<PathBuf>,
     /// Further files: here, and where they appear.
@@ -81,6 +83,7 @@ impl Default for Options {
             memory_mib: 2048,
             kernel: Series::default(),
             cpus: 2,
+            cpu_model: None,
             artifacts: None,
             files: Vec::new(),
             modules: Vec::new(),

@@ -150,7 +150,8 @@ fn arguments(initrd: &Initrd, options: &Options, mode: &Mode) -> Result<Vec<Stri
     // la57, mpx and pku only cost: longer page walks and state that KVM saves. With erms and fsrm kernels
     // copy and clear by `rep movsb`, which TCG does byte by byte: a boot takes 1.5 times as long, and counts
     // twice the instructions.
-    let cpu = "max,+svm,+npt,-la57,-mpx,-pku,-erms,-fsrm".to_owned();
+    let model = options.cpu_model.as_deref().unwrap_or("max");
+    let cpu = format!("{model},+svm,+npt,-la57,-mpx,-pku,-erms,-fsrm");
     let mut kernel = "console=ttyS0 panic=-1 quiet reboot=t no_timer_check".to_owned();
     let mut more: Vec<String> = Vec::new();
     match mode {

@@ -39,7 +39,6 @@ const fn feature(name: &'static str, function: u32, register: usize, bit: u32) -
 /// Of each level: what every x86-64 CPU has, and what x86-64-v2 adds.
 const V2: &[Feature] = &[
     feature("FPU", LEAF_FEATURES, EDX, 0),
-    feature("VME", LEAF_FEATURES, EDX, 1),
     feature("DE", LEAF_FEATURES, EDX, 2),
     feature("PSE", LEAF_FEATURES, EDX, 3),
     feature("TSC", LEAF_FEATURES, EDX, 4),
