@@ -25,7 +25,10 @@ use std::{
 use firn_pages::pagemap::Pagemap;
 use firn_proto::control::{Exit, ExitReason, FailureKind, Phase, ResetReport};
 
-use super::{RequestError, Result, Vm, expect_descriptors, next, next_to};
+use super::{
+    RequestError, Result, Vm,
+    received::{expect_descriptors, next, next_to},
+};
 use crate::{
     descriptors::STREAM,
     memory::{
