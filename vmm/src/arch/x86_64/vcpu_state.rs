@@ -273,7 +273,10 @@ impl VcpuState {
         // SAFETY: `kvm_xsave` is 4096 bytes. KVM_SET_XSAVE reads more only where the vCPU has
         // dynamically enabled features (AMX), which the CPUID template never offers.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(kvm("SET_XSAVE"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(kvm("SET_XCRS"))?;
+        // A host without XSAVE (Linux with `noxsave`, for one) has none, and refuses to set none.
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(kvm("SET_XCRS"))?;
+        }
         vcpu.set_debug_regs(&self.debug).map_err(kvm("SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("SET_LAPIC"))?;
         // Before the deadline MSR, which counts in guest TSC.
