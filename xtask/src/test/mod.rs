@@ -253,7 +253,12 @@ fn linux_stage(
 
 /// Runs what can in the host VM with VMX, and prints the figures of the bench. Ordinary rounds only: it is slow.
 fn intel_stage(summary: &mut Summary) {
-    let rig = Rig::Vmx(Series::default());
+    for rig in [Rig::Vmx(Series::default()), Rig::VmxScaling(Series::default())] {
+        intel_rig(summary, rig);
+    }
+}
+
+fn intel_rig(summary: &mut Summary, rig: Rig) {
     let what = &format!("the VMM's tests, {rig}");
     summary.stage(what, |summary| {
         let built = artifacts::build().and_then(|all| Ok((all, rust::build_for_rigs()?)));
