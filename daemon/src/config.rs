@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use firn::{control::CpuTemplate, keys::KeyService};
+use firn::{Numa, control::CpuTemplate, keys::KeyService};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
@@ -138,6 +138,10 @@ pub struct Options {
     /// of a fleet has, so that a snapshot of one is thawed on another.
     #[arg(long, default_value = "host", value_name = "TEMPLATE")]
     pub cpu_template: CpuTemplate,
+    /// Where the memory of snapshots lies on machines with several NUMA nodes: `local`, on the node where
+    /// the daemon reads them; or `interleave`, on all nodes in turns.
+    #[arg(long, default_value_t, value_name = "POLICY")]
+    pub numa: Numa,
     /// Seconds that invocations in flight get when the daemon is told to stop.
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub stop_timeout: f64,
@@ -322,6 +326,7 @@ impl Options {
         config.spare_pages = self.spare_pages;
         config.dense_pages = self.dense_pages;
         config.cpu_template = self.cpu_template;
+        config.numa = self.numa;
         config.serial = self.serial;
         config.patience = self.patience;
         config.cpu_limits = !self.no_cpu_limits;

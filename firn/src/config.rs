@@ -1,6 +1,6 @@
 //! What a host is made with: directories, limits and the size classes of its microVMs.
 
-use std::{ops::Range, path::PathBuf, sync::Arc};
+use std::{fmt, ops::Range, path::PathBuf, str::FromStr, sync::Arc};
 
 use firn_proto::control::CpuTemplate;
 
@@ -24,6 +24,8 @@ pub struct HostConfig {
     /// What CPU guests see: this host's, or what each host of a fleet has, so that a snapshot of one is
     /// thawed on another. Snapshots of another template are refused.
     pub cpu_template: CpuTemplate,
+    /// Where the memory of resident snapshots lies on machines with several NUMA nodes.
+    pub numa: Numa,
     /// Give every guest a serial console whose output is logged at debug level.
     pub serial: bool,
     /// Multiplies every time limit that this crate sets by itself (boot, thaw, requests to the
@@ -50,6 +52,34 @@ pub struct HostConfig {
     pub uids: Range<u32>,
 }
 
+/// Where memory lies that all clones of a snapshot read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Numa {
+    /// On the node where the snapshot is made resident: for hosts that are kept to one node.
+    #[default]
+    Local,
+    /// On all nodes in turns: clones on each of them read as fast as on any other.
+    Interleave,
+}
+
+impl fmt::Display for Numa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::Interleave => "interleave",
+        })
+    }
+}
+
+impl FromStr for Numa {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let found = [Self::Local, Self::Interleave].into_iter().find(|p| p.to_string() == name);
+        found.ok_or_else(|| format!("there is no policy {name:?}; there are local and interleave"))
+    }
+}
+
 impl HostConfig {
     /// The defaults: no shells kept ready, no serial console, all limits enforced, a key file in the
     /// state directory, snapshots authenticated and not encrypted.
@@ -61,6 +91,7 @@ impl HostConfig {
             spare_pages: 24,
             dense_pages: 21,
             cpu_template: CpuTemplate::Host,
+            numa: Numa::Local,
             serial: false,
             patience: 1,
             cpu_limits: true,

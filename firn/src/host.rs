@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::sync::watch;
@@ -20,6 +21,9 @@ use crate::{
     open::{self, State},
     shell,
 };
+
+/// How long [`Host::shutdown`] waits for what it has killed, before patience.
+const SHUTDOWN: Duration = Duration::from_secs(10);
 
 /// Thaws of a class whose need of huge pages its next shells provide for.
 const RECENT: usize = 16;
@@ -174,13 +178,16 @@ impl Host {
         instance.vm.end(self.inner()).await
     }
 
-    /// Kills everything and waits until nothing is left. Later calls fail with
-    /// [`ShellError::Closed`].
+    /// Kills everything and waits until nothing is left, ten seconds (times patience) at most. What a
+    /// kernel has not ended by then the next start removes. Later calls fail with [`ShellError::Closed`].
     pub async fn shutdown(&self) {
         let inner = self.inner().clone();
         inner.close();
         inner.live.kill_all();
-        inner.live.wait_until_empty().await;
+        let limit = SHUTDOWN * inner.config.patience;
+        if tokio::time::timeout(limit, inner.live.wait_until_empty()).await.is_err() {
+            tracing::warn!("VMMs that were killed {limit:?} ago have not ended");
+        }
         let sweeping = tokio::task::spawn_blocking(move || {
             if let Some(cgroups) = &inner.cgroups {
                 cgroups.remove();

@@ -49,7 +49,7 @@ mod vm;
 
 pub use firn_proto::{control, guest};
 
-pub use config::{HostConfig, ShellClass};
+pub use config::{HostConfig, Numa, ShellClass};
 pub use descriptors::raise_descriptor_limit;
 pub use disk::{Disk, DiskError, WeakDisk};
 pub use host::Host;

@@ -123,6 +123,41 @@ impl Writable {
     }
 }
 
+/// Nodes of a mask.
+const NODES: usize = 1024;
+
+impl Writable {
+    /// Has the pages of the file that are not there yet come from these NUMA nodes in turns, whoever
+    /// writes them first. Of a memory file that is kept, for as long as it lives.
+    ///
+    /// # Errors
+    /// `InvalidInput` for nodes from 1,024 on; the kernel's, which for one is that none of them has
+    /// memory that this process may use.
+    pub fn interleave(&mut self, nodes: &[usize]) -> io::Result<()> {
+        let mut mask = [0_u64; NODES / 64];
+        for &node in nodes {
+            let word = mask.get_mut(node / 64).ok_or(io::ErrorKind::InvalidInput)?;
+            *word |= 1 << (node % 64);
+        }
+        // No longer than needed: a kernel made for fewer nodes refuses bits that it does not know.
+        let bits = nodes.iter().max().map_or(0, |last| last + 1);
+        // SAFETY: the range is this mapping, whose content the policy does not change; the mask has
+        // `bits` bits, and the kernel reads one fewer than it is told.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.0.start.as_ptr(),
+                self.0.bytes,
+                libc::MPOL_INTERLEAVE,
+                mask.as_ptr(),
+                bits + 1,
+                0,
+            )
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 impl Deref for Writable {
     type Target = [u8];
 
@@ -190,5 +225,44 @@ mod tests {
         assert_eq!(&bytes, b"text\0");
         // Nothing maps it for writing any more.
         fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    }
+
+    /// The policy is the file's: another mapping of it has it, too.
+    #[test]
+    fn pages_come_from_all_nodes_in_turns() {
+        let file = sealable();
+        file.set_len(1 << 20).unwrap();
+        let map = || {
+            // SAFETY: the file is so long, and nobody looks at its content.
+            unsafe { Writable::map(&file, 1 << 20) }.unwrap()
+        };
+        let policy = |map: &Writable| {
+            const OF_ADDRESS: libc::c_ulong = 2;
+            let mut policy: libc::c_int = -1;
+            let (none, address) = (std::ptr::null_mut::<u64>(), map.0.start.as_ptr());
+            // SAFETY: the call writes the policy to the place that it is given, and no mask.
+            let done = unsafe {
+                libc::syscall(
+                    libc::SYS_get_mempolicy,
+                    &raw mut policy,
+                    none,
+                    0,
+                    address,
+                    OF_ADDRESS,
+                )
+            };
+            assert_eq!(done, 0);
+            policy
+        };
+        let (mut one, other) = (map(), map());
+        assert_eq!(policy(&one), libc::MPOL_DEFAULT);
+        if let Err(error) = one.interleave(&[0]) {
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSYS), "{error}");
+            eprintln!("skipped: this kernel knows no NUMA");
+            return;
+        }
+        assert_eq!((policy(&one), policy(&other)), (libc::MPOL_INTERLEAVE, libc::MPOL_INTERLEAVE));
+        assert!(one.interleave(&[NODES]).is_err());
+        assert!(one.interleave(&[]).is_err(), "no node");
     }
 }

@@ -30,8 +30,8 @@ ROLE = f"arn:aws:iam::{ACCOUNT}:role/test"
 # How to run other clients than boto3, by name.
 COMMANDS = json.loads(os.environ.get("FIRN_CLIENTS", "{}"))
 
-# An emulated CPU takes seconds for what takes milliseconds elsewhere.
-PATIENCE = 180
+# An emulated CPU takes seconds for what takes milliseconds elsewhere; by night it does what takes minutes.
+PATIENCE = 900 if os.environ.get("FIRN_NIGHTLY") else 180
 
 
 def rounds(few, many):

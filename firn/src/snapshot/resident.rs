@@ -24,7 +24,7 @@ use super::{
     working_set::{self, Sample, Use, WorkingSet, WorkingSetReport},
 };
 use crate::{
-    Disk, Host, Image, ShellClass,
+    Disk, Host, Image, Numa, ShellClass,
     host::Inner,
     keys::{Key, SealReader, sealed_length},
     memfile,
@@ -171,7 +171,7 @@ fn make(
             return Err(SnapshotError::Memory { expected, found });
         }
     }
-    let (memory, pages) = flatten(snapshot, pages, base.as_ref())?;
+    let (memory, pages) = flatten(snapshot, pages, base.as_ref(), inner.config.numa)?;
     let dense = inner.config.dense_pages;
     let working_set_key = snapshot.0.protection.working_set.clone();
     let working_set =
@@ -236,6 +236,7 @@ fn flatten(
     snapshot: &Snapshot,
     pages: &Bitmap,
     base: Option<&ResidentSnapshot>,
+    numa: Numa,
 ) -> Result<(OwnedFd, Bitmap), SnapshotError> {
     let manifest = &snapshot.0.state.manifest;
     let length = manifest.memory_bytes();
@@ -252,6 +253,9 @@ fn flatten(
         // before the mapping is gone.
         let map = unsafe { Writable::map(&target, length as usize) };
         let mut map = map.map_err(at("map a memory file"))?;
+        if numa == Numa::Interleave {
+            map.interleave(&nodes_with_memory()).map_err(at("interleave a memory file"))?;
+        }
         advise_dense(&mut map, &all);
         if let Some(base) = base {
             let from = File::from(memfile::reopen(base.memory()).map_err(at("read the base"))?);
@@ -276,6 +280,22 @@ fn flatten(
     }
     let memory = memfile::seal(target).map_err(at("seal a memory file"))?;
     Ok((memory, all))
+}
+
+/// NUMA nodes that have memory; the first one alone where the kernel does not tell.
+fn nodes_with_memory() -> Vec<usize> {
+    let list = std::fs::read_to_string("/sys/devices/system/node/has_memory").unwrap_or_default();
+    let nodes = listed(list.trim());
+    if nodes.is_empty() { vec![0] } else { nodes }
+}
+
+/// The numbers of a list such as `0-1,4`; what is no number is left out.
+fn listed(list: &str) -> Vec<usize> {
+    let ranges = list.split(',').filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    });
+    ranges.flatten().collect()
 }
 
 /// Where pages come from, in their order.
@@ -358,4 +378,18 @@ fn advise_dense(memory: &mut Writable, pages: &Bitmap) {
 /// Where a run of pages lies in memory.
 fn bytes(run: Range<u64>) -> Range<usize> {
     (run.start * PAGE) as usize..(run.end * PAGE) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_nodes_are_read() {
+        assert_eq!(listed("0"), [0]);
+        assert_eq!(listed("0-2,5"), [0, 1, 2, 5]);
+        assert!(listed("").is_empty());
+        assert_eq!(listed("x,3-2,7"), [7]);
+        assert!(!nodes_with_memory().is_empty());
+    }
 }

@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn msrs_that_a_host_lacks_may_go_if_no_guest_has_changed_them() {
+    fn msrs_that_a_fleets_host_lacks_may_go_if_no_guest_has_changed_them() {
         let theirs = [(1, 0), (2, 7), (MSR_TSC_DEADLINE, 0)];
         let same = [(1, 5), (2, 7), (MSR_TSC_DEADLINE, 9)];
         let adapted = |msrs: &[(u32, u64)], ours: &[(u32, u64)]| {
