@@ -500,6 +500,15 @@ mod tests {
         assert_eq!(decode_to_vmm(&bytes), Err(CodecError::Trailing(1)));
     }
 
+    #[test]
+    fn cpu_templates_have_names() {
+        for template in CpuTemplate::ALL {
+            assert_eq!(template.to_string().parse(), Ok(template));
+        }
+        let error = "x86-64-v9".parse::<CpuTemplate>().unwrap_err().to_string();
+        assert!(error.contains("\"x86-64-v9\"") && error.contains("x86-64-v3"), "{error}");
+    }
+
     proptest! {
         #[test]
         fn any_bytes_decode_or_fail(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
