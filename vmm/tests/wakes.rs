@@ -325,7 +325,7 @@ fn what_a_guest_did_not_hear_is_said_again() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let message = ToVmm::Boot { cmdline: String::new(), initramfs: false, disks: empty(1) };
     // So long that it is deaf when the answer to its request is there, and short of the last look.
-    let kernel = elf(&driver::guest(Some(100_000)));
+    let kernel = elf(&driver::guest(Some(40_000)));
     let answer = vmm.request(&message, &[kernel.as_fd(), theirs.as_fd()]);
     assert!(matches!(answer, FromVmm::Booted(_)), "{answer:?}");
     let mut guest = Guest { vmm, stream: ours, begins: false };
