@@ -11,6 +11,8 @@ use serde::Deserialize;
 use serde_json::json;
 use time::{OffsetDateTime, macros::format_description};
 
+use crate::endpoint::Endpoint;
+
 /// Time between two looks for what is new.
 const STEP: Duration = Duration::from_secs(1);
 
@@ -36,14 +38,8 @@ pub struct Arguments {
     /// Events to show: `"a text" -without ?either ?or`, or `{ $.member = "text*" }` of JSON events
     #[arg(long, default_value = "", value_name = "PATTERN")]
     filter: String,
-    /// The daemon
-    #[arg(
-        long,
-        env = "FIRN_ENDPOINT",
-        default_value = "http://127.0.0.1:9000",
-        value_name = "URL"
-    )]
-    endpoint: String,
+    #[command(flatten)]
+    endpoint: Endpoint,
 }
 
 /// Why there are no logs.
@@ -156,7 +152,7 @@ fn print(out: &mut impl Write, timestamp_ms: i64, message: &str) -> io::Result<(
 }
 
 fn filter(arguments: &Arguments, start: i64, token: Option<&str>) -> Result<Page, LogsError> {
-    let Arguments { name, filter, endpoint, .. } = arguments;
+    let Arguments { name, filter, endpoint: Endpoint { url: endpoint }, .. } = arguments;
     let mut input = json!({
         "logGroupName": format!("/aws/lambda/{name}"), "startTime": start, "filterPattern": filter,
     });
@@ -201,7 +197,13 @@ mod tests {
 
     fn arguments(endpoint: String) -> Arguments {
         let since = Duration::from_secs(60);
-        Arguments { name: "f".into(), follow: false, since, filter: "x".into(), endpoint }
+        Arguments {
+            name: "f".into(),
+            follow: false,
+            since,
+            filter: "x".into(),
+            endpoint: Endpoint { url: endpoint },
+        }
     }
 
     /// Answers one request after the other with these, and gives the bodies that came.

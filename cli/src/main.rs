@@ -1,6 +1,7 @@
 //! The `firn` command.
 
 mod doctor;
+mod endpoint;
 mod logs;
 
 use std::process::ExitCode;

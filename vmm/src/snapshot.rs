@@ -24,6 +24,9 @@ pub const VERSION: u32 = 2;
 /// Longest body in bytes.
 pub const MAX_BODY: usize = 8 << 20;
 
+/// Most MSRs of a vCPU. KVM has some four hundred; what compares lists of them takes time.
+const MAX_MSRS: usize = 1024;
+
 const MAGIC: [u8; 8] = *b"FIRN-VM\0";
 const HEADER: usize = 16;
 
@@ -137,10 +140,18 @@ impl SavedVm {
             let expected = HEADER.saturating_add(length);
             return Err(DecodeError::Length { found: bytes.len(), expected });
         }
-        match postcard::take_from_bytes(body) {
-            Ok((saved, [])) => Ok(saved),
+        match postcard::take_from_bytes::<Self>(body) {
+            Ok((saved, [])) => saved.check_msrs(),
             Ok((_, rest)) => Err(DecodeError::Corrupt(format!("{} bytes follow", rest.len()))),
             Err(error) => Err(DecodeError::Corrupt(error.to_string())),
+        }
+    }
+
+    fn check_msrs(self) -> Result<Self, DecodeError> {
+        let most = self.vcpus.iter().map(VcpuState::msr_count).max().unwrap_or(0);
+        match most.max(self.power_on_msrs.len()) {
+            0..=MAX_MSRS => Ok(self),
+            many => Err(DecodeError::Corrupt(format!("{many} MSRs exceed {MAX_MSRS}"))),
         }
     }
 }

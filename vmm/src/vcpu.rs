@@ -132,10 +132,10 @@ pub struct Shared {
     pub clock: Arc<Clock>,
     /// Exit counters.
     pub exits: Arc<ExitCounters>,
-    /// The MSRs that make up a vCPU's state.
-    pub msrs: Vec<u32>,
+    /// The MSRs that make up a vCPU's state, with their power-on values.
+    pub listed_msrs: Vec<(u32, u64)>,
     /// MSRs that a guest can write and no snapshot keeps, with their power-on values.
-    pub power_on_msrs: Vec<(u32, u64)>,
+    pub unlisted_msrs: Vec<(u32, u64)>,
     /// Rung when a vCPU ends by itself.
     pub bell: rustix::fd::OwnedFd,
     /// Interrupts that were raised again.
@@ -289,7 +289,7 @@ impl Worker {
                     self.run(lapics)
                 }
                 Command::Describe => Reply::Described(describe::vcpu(&self.fd, self.id)),
-                Command::Save => match VcpuState::save(&self.fd, &self.shared.msrs) {
+                Command::Save => match VcpuState::save(&self.fd, &self.shared.listed_msrs) {
                     Ok(state) => Reply::Saved(Box::new(state)),
                     Err(error) => Reply::Failed(error),
                 },
@@ -338,7 +338,7 @@ impl Worker {
             Part::Thaw => vcpu_state::set_frequency(&self.fd, plan.clock.frequency)
                 .and_then(|()| state.restore(&self.fd, tsc_offset)),
             Part::Reset => vcpu_state::accept_pending(&self.fd)
-                .and_then(|()| vcpu_state::set_msrs(&self.fd, &self.shared.power_on_msrs))
+                .and_then(|()| vcpu_state::set_msrs(&self.fd, &self.shared.unlisted_msrs))
                 .and_then(|()| state.restore(&self.fd, tsc_offset)),
             Part::Clocks => state.restore_clocks(&self.fd, tsc_offset),
         };

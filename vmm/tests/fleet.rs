@@ -150,6 +150,17 @@ fn a_tsc_of_another_host_is_scaled_or_refused() {
     }
 }
 
+/// What compares lists of MSRs would take hours for the longest that fit into a state.
+#[test]
+fn more_msrs_than_any_vcpu_has_are_refused() {
+    let Some(kvm) = kvm() else { return };
+    let (_, state, _) = snapshot(shell(&kvm, CpuTemplate::Host).unwrap());
+    let mut saved = SavedVm::decode(&state).unwrap();
+    saved.power_on_msrs = vec![(0, 0); 1025];
+    let error = SavedVm::decode(&saved.encode().unwrap()).unwrap_err();
+    assert_eq!(error.to_string(), "VM state is corrupt: 1025 MSRs exceed 1024");
+}
+
 /// Leaves a snapshot for another host: its pages that are not zero, and its state.
 fn keep(directory: &Path, template: CpuTemplate, memory: &File, state: &[u8]) {
     let mut contents = Vec::new();

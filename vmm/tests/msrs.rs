@@ -190,7 +190,6 @@ fn every_msr_that_keeps_a_value_goes_back() {
     };
     let mut guest = Guest::new(&kvm);
     let listed = vcpu_state::msr_list(&kvm, &guest.vcpu).unwrap();
-    let listed: Vec<u32> = listed.into_iter().map(|(index, _)| index).collect();
     let beyond = msrs::beyond(&guest.vcpu, &listed).unwrap();
     // Writing the power-on values is possible, as a whole.
     vcpu_state::set_msrs(&guest.vcpu, &beyond).unwrap();
@@ -200,8 +199,7 @@ fn every_msr_that_keeps_a_value_goes_back() {
     // And is refused: nothing has this number.
     assert_eq!(guest.run(WRITE, 0x1fff, 0), Access::Refused, "there is no such MSR");
 
-    let covered: BTreeSet<u32> =
-        listed.iter().copied().chain(beyond.iter().map(|&(index, _)| index)).collect();
+    let covered: BTreeSet<u32> = listed.iter().chain(&beyond).map(|&(index, _)| index).collect();
     let others = |index: &u32| {
         !(covered.contains(index) || held_elsewhere(*index) || software_kvm_keeps(*index))
     };

@@ -37,6 +37,8 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use crate::endpoint::Endpoint;
+
 /// Look whether functions can run on this machine, and what to mend if not.
 ///
 /// Exits with 0 if they can, with 1 if they can't.
@@ -46,14 +48,8 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 
-    /// The daemon whose counters are looked at; none need run.
-    #[arg(
-        long,
-        env = "FIRN_ENDPOINT",
-        default_value = "http://127.0.0.1:9000",
-        value_name = "URL"
-    )]
-    endpoint: String,
+    #[command(flatten)]
+    endpoint: Endpoint,
 
     /// Run real microVMs and check what Firn promises of them, instead of looking; takes root, and up to two minutes.
     #[arg(long)]
@@ -140,7 +136,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     if arguments.run {
         return run_guests(arguments);
     }
-    let report = examine(&arguments.endpoint);
+    let report = examine(&arguments.endpoint.url);
     let text = if arguments.json { json(&report) } else { text(&report) };
     print!("{text}");
     if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }

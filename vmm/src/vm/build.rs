@@ -66,10 +66,9 @@ impl Vm {
             statistics.extend(KvmStats::open(&fd, &format!("vcpu{id}")));
             descriptors.push(fd);
         }
-        let listed = vcpu_state::msr_list(kvm, &descriptors[0])
+        let listed_msrs = vcpu_state::msr_list(kvm, &descriptors[0])
             .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
-        let msrs: Vec<u32> = listed.iter().map(|&(index, _)| index).collect();
-        let power_on_msrs = msrs::beyond(&descriptors[0], &msrs)
+        let unlisted_msrs = msrs::beyond(&descriptors[0], &listed_msrs)
             .map_err(|error| RequestError::refused(FailureKind::Kvm, error))?;
         let host_khz = descriptors[0].get_tsc_khz().map_err(kvm_error("GET_TSC_KHZ"))?;
 
@@ -78,8 +77,8 @@ impl Vm {
             memory: memory.clone(),
             clock: clock.clone(),
             exits: Arc::new(ExitCounters::default()),
-            msrs,
-            power_on_msrs,
+            listed_msrs,
+            unlisted_msrs,
             bell: vcpu::bell().map_err(io_error("eventfd"))?,
             raised_again: AtomicU64::new(0),
         });
@@ -98,7 +97,6 @@ impl Vm {
             copied: Vec::new(),
             machine,
             signature,
-            power_on_msrs: listed,
             host_khz,
             scales_tsc: kvm.check_extension(Cap::TscControl),
             tsc: Frequency::of_host(host_khz),

@@ -48,8 +48,6 @@ pub struct Vm {
     copied: Vec<std::ops::Range<u64>>,
     machine: Arc<Machine>,
     signature: Signature,
-    /// What the MSRs of a vCPU are that has never run.
-    power_on_msrs: Vec<(u32, u64)>,
     /// The host's TSC frequency.
     host_khz: u32,
     /// Whether KVM can give guests another one.

@@ -65,7 +65,7 @@ impl Vm {
             signature: self.signature.clone(),
             tsc: self.tsc,
             host_tsc,
-            power_on_msrs: self.power_on_msrs.clone(),
+            power_on_msrs: self.shared.listed_msrs.clone(),
             disks: self.config.disks.clone(),
             vm,
             vcpus,

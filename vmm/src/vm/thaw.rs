@@ -43,7 +43,7 @@ impl Vm {
         let stream = UnixStream::from(next_to(&STREAM, &mut descriptors)?);
         let mut media = all_to(&DISKS, descriptors)?;
         let saved = Arc::new(self.read_state(&state)?);
-        self.tsc = Frequency::on_host(saved.tsc.khz, self.host_khz);
+        self.tsc = self.frequency(saved.tsc.khz)?;
         self.memory.map_file(memory.as_fd())?;
         self.clock.stamp(Phase::Mapped);
         self.copied = plan::carry_out(plan, &self.memory, memory.as_fd(), &mut self.spares)?;
@@ -74,7 +74,7 @@ impl Vm {
             SavedVm::decode(&bytes).map_err(|error| RequestError::refused(error.kind(), error))?;
         self.check_shape(&saved)?;
         for vcpu in &mut saved.vcpus {
-            vcpu.adapt(&saved.power_on_msrs, &self.power_on_msrs)
+            vcpu.adapt(&saved.power_on_msrs, &self.shared.listed_msrs)
                 .map_err(|error| RequestError::refused(FailureKind::SnapshotCpu, error))?;
         }
         Ok(saved)
@@ -82,7 +82,6 @@ impl Vm {
 
     fn check_shape(&self, saved: &SavedVm) -> Result<()> {
         let shape = |message: String| RequestError::refused(FailureKind::SnapshotShape, message);
-        let cpu = |message: String| RequestError::refused(FailureKind::SnapshotCpu, message);
         if saved.memory_mib != self.config.memory_mib {
             return Err(shape(format!(
                 "snapshot has {} MiB of memory, this shell has {}",
@@ -103,15 +102,24 @@ impl Vm {
             )));
         }
         if let Some(difference) = saved.signature.difference(&self.signature) {
-            return Err(cpu(difference));
-        }
-        if Frequency::on_host(saved.tsc.khz, self.host_khz).is_scaled() && !self.scales_tsc {
-            return Err(cpu(format!(
-                "TSC frequency is {} kHz in the snapshot, {} kHz on this host, whose KVM or CPU can't scale \
-                 it (no KVM_CAP_TSC_CONTROL)",
-                saved.tsc.khz, self.host_khz
-            )));
+            return Err(RequestError::refused(FailureKind::SnapshotCpu, difference));
         }
         Ok(())
+    }
+
+    /// How the TSC of a guest ticks on here that ticked at `khz`.
+    fn frequency(&self, khz: u32) -> Result<Frequency> {
+        let frequency = Frequency::on_host(khz, self.host_khz);
+        if !frequency.is_scaled() || self.scales_tsc {
+            return Ok(frequency);
+        }
+        Err(RequestError::refused(
+            FailureKind::SnapshotCpu,
+            format!(
+                "TSC frequency is {khz} kHz in the snapshot, {} kHz on this host, whose KVM or CPU can't scale \
+                 it (no KVM_CAP_TSC_CONTROL)",
+                self.host_khz
+            ),
+        ))
     }
 }

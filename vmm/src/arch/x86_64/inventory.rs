@@ -247,8 +247,8 @@ mod tests {
         vcpu.set_cpuid2(&signature.for_vcpu(0, 1).unwrap()).unwrap();
         confine::vcpu(&kvm, &vcpu).unwrap();
         let listed = vcpu_state::msr_list(&kvm, &vcpu).unwrap();
-        let saved: Vec<u32> = listed.into_iter().map(|(index, _)| index).collect();
-        let beyond = msrs::beyond(&vcpu, &saved).unwrap();
+        let saved: Vec<u32> = listed.iter().map(|&(index, _)| index).collect();
+        let beyond = msrs::beyond(&vcpu, &listed).unwrap();
         let mut wrong = Vec::new();
         for index in &saved {
             // Saved without need does no harm.

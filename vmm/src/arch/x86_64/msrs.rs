@@ -56,14 +56,15 @@ fn bank_registers(banks: u8) -> impl Iterator<Item = u32> {
 ///
 /// # Errors
 /// KVM's.
-pub fn beyond(vcpu: &VcpuFd, listed: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+pub fn beyond(vcpu: &VcpuFd, listed: &[(u32, u64)]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    let is_listed = |wanted: u32| listed.iter().any(|(index, _)| *index == wanted);
     let banks = read_msrs(vcpu, &[MCG_CAP])?.first().map_or(0, |&(_, value)| value as u8);
     let candidates = CANDIDATES.into_iter().flatten().chain(bank_registers(banks));
-    let mut indices: Vec<u32> = candidates.filter(|index| !listed.contains(index)).collect();
+    let mut indices: Vec<u32> = candidates.filter(|index| !is_listed(*index)).collect();
     retain_prefix_failures(&mut indices, |msrs| vcpu.get_msrs(msrs))?;
     let values = read_msrs(vcpu, &indices)?;
     let mut values = retain_writable(vcpu, values)?;
-    if listed.contains(&ASYNC_PF_EN) {
+    if is_listed(ASYNC_PF_EN) {
         // Off, before the snapshot's value: KVM then drops the page faults that it still owes an
         // answer to, which the next guest has not asked about.
         values.push((ASYNC_PF_EN, 0));

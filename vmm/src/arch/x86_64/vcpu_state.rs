@@ -213,11 +213,12 @@ pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)
 }
 
 impl VcpuState {
-    /// Reads the state of a stopped vCPU whose I/O completions have been drained.
+    /// Reads the state of a stopped vCPU whose I/O completions have been drained. `listed`: what
+    /// [`msr_list`] gave on this host.
     ///
     /// # Errors
     /// KVM's.
-    pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, VcpuStateError> {
+    pub fn save(vcpu: &VcpuFd, listed: &[(u32, u64)]) -> Result<Self, VcpuStateError> {
         let mp_state = vcpu.get_mp_state().map_err(kvm("GET_MP_STATE"))?;
         let regs = vcpu.get_regs().map_err(kvm("GET_REGS"))?;
         let sregs = vcpu.get_sregs().map_err(kvm("GET_SREGS"))?;
@@ -225,7 +226,8 @@ impl VcpuState {
         let xcrs = vcpu.get_xcrs().map_err(kvm("GET_XCRS"))?;
         let debug = vcpu.get_debug_regs().map_err(kvm("GET_DEBUGREGS"))?;
         let lapic = vcpu.get_lapic().map_err(kvm("GET_LAPIC"))?;
-        let msrs = read_msrs(vcpu, msr_indices)?;
+        let indices: Vec<u32> = listed.iter().map(|&(index, _)| index).collect();
+        let msrs = read_msrs(vcpu, &indices)?;
         let events = vcpu.get_vcpu_events().map_err(kvm("GET_VCPU_EVENTS"))?;
         let tsc_offset = tsc_offset(vcpu).unwrap_or(0);
         Ok(Self { mp_state, regs, sregs, xsave, xcrs, debug, lapic, msrs, events, tsc_offset })
@@ -255,6 +257,11 @@ impl VcpuState {
         self.msrs = ours.iter().copied().filter(|(index, _)| !has(&known, *index)).collect();
         self.msrs.extend(known);
         Ok(())
+    }
+
+    /// How many MSRs it has.
+    pub fn msr_count(&self) -> usize {
+        self.msrs.len()
     }
 
     /// Guest TSC minus host TSC, scaled, in ticks, as saved.
